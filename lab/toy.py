@@ -1,0 +1,175 @@
+"""Sentence pairs and a tiny pretrained BERT, both made on the spot: what `--toy` needs so that nothing is downloaded.
+
+Each pair asks RTE's question: does sentence1 (the premise) entail sentence2 (the hypothesis)? There are eight kinds of
+inference (KINDS), so that experts have different work. The hypothesis is drawn first, the same way for both labels, and
+only the premise depends on the label: who reads the hypothesis alone is left with guessing.
+
+    pairs = make_pairs(num_train=2000, num_dev=400, seed=0)     # a DatasetDict with the columns of RTE
+    model, tokenizer = tiny_bert(pairs, seed=0)                 # a BertForSequenceClassification with a pretrained encoder
+"""
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+)
+
+LABEL_NAMES = ["entailment", "not_entailment"]  # RTE's, in RTE's order
+
+# ---- 1. Words ----
+
+NAMES = "Anna Ben Carla David Emma Felix Grace Henry Ida Jonas Karen Louis".split()
+PLACES = ["in the garden", "near the river", "at the market", "behind the church", "in the park", "on the road"]
+DEEDS = ["baked a cake", "fixed the roof", "read a book", "sold a car", "painted the wall", "wrote a letter"]
+DEEDS += ["called the doctor", "won a prize", "lost the keys", "bought a lamp", "cleaned the kitchen", "learned a song"]
+ANIMALS = "dog cat horse fox goat hen bear wolf mouse rabbit duck pig".split()
+ANIMAL_VERBS = "chased followed bit pushed watched found frightened kicked".split()
+HYPONYMS = {
+    "dog": "poodle terrier beagle husky".split(),
+    "bird": "sparrow robin hawk crow".split(),
+    "fish": "trout salmon carp shark".split(),
+    "flower": "rose tulip daisy lily".split(),
+    "tool": "hammer saw drill wrench".split(),
+    "vehicle": "truck bus van tractor".split(),
+}
+SYNONYMS = [  # two words for a quality, two for its opposite
+    (("rich", "wealthy"), ("poor", "needy")),
+    (("clever", "smart"), ("foolish", "silly")),
+    (("brave", "bold"), ("timid", "fearful")),
+    (("happy", "cheerful"), ("sad", "gloomy")),
+    (("big", "large"), ("small", "little")),
+    (("kind", "gentle"), ("cruel", "harsh")),
+]
+JOBS = "farmer teacher nurse baker painter lawyer singer pilot".split()
+VERBS = {"washed": "wash", "opened": "open", "moved": "move", "repaired": "repair", "used": "use"}  # past: infinitive
+THINGS = "car house box chair door hat bag boat cup table".split()
+COLOURS = "red blue green yellow black white brown pink".split()
+NUMBERS = dict(enumerate("two three four five six seven eight nine ten".split(), start=2))
+BOUNDS = {
+    "at least": lambda n, bound: n >= bound,
+    "more than": lambda n, bound: n > bound,
+    "at most": lambda n, bound: n <= bound,
+    "fewer than": lambda n, bound: n < bound,
+}
+COMPARISONS = ["older", "taller", "faster", "richer"]
+
+# ---- 2. Kinds of inference: (a random.Random, the label) -> (premise, hypothesis) ----
+
+
+def one_of_two_clauses(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """Ben sold a car while Anna read a book. => Anna read a book."""
+    (a, b), (x, y) = rng.sample(NAMES, 2), rng.sample(DEEDS, 2)
+    clauses = [f"{a} {x}", f"{b} {y}"] if entailed else [f"{a} {y}", f"{b} {x}"]
+    rng.shuffle(clauses)
+    return rng.choice([" and ", " while ", ", but "]).join(clauses), f"{a} {x}"
+
+
+def who_did_it(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """The cat was chased by the dog in the park. => The dog chased the cat."""
+    (a, b), verb = rng.sample(ANIMALS, 2), rng.choice(ANIMAL_VERBS)
+    doer, other = (a, b) if entailed else (b, a)
+    premise = rng.choice([f"The {doer} {verb} the {other}", f"The {other} was {verb} by the {doer}"])
+    hypothesis = rng.choice([f"The {a} {verb} the {b}", f"The {b} was {verb} by the {a}"])
+    return f"{premise} {rng.choice(PLACES)}", hypothesis
+
+
+def what_kind(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """Anna saw a poodle in the park. => Anna saw a dog. (A dog need not be a poodle, nor is a trout a dog.)"""
+    group, other = rng.sample(sorted(HYPONYMS), 2)
+    special, sibling = rng.sample(HYPONYMS[group], 2)
+    if rng.random() < 0.5:
+        word, seen = group, rng.choice([group, special] if entailed else [rng.choice(HYPONYMS[other])])
+    else:
+        word, seen = special, special if entailed else rng.choice([group, sibling])
+    name, verb = rng.choice(NAMES), rng.choice(["saw", "drew", "found"])
+    return f"{name} {verb} a {seen} {rng.choice(PLACES)}", f"{name} {verb} a {word}"
+
+
+def same_meaning(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """Anna met a wealthy farmer at the market. => Anna met a rich farmer."""
+    words, opposites = rng.sample(rng.choice(SYNONYMS), 2)
+    name, verb, job = rng.choice(NAMES), rng.choice(["met", "visited", "thanked"]), rng.choice(JOBS)
+    seen = rng.choice(words if entailed else opposites)
+    return f"{name} {verb} a {seen} {job} {rng.choice(PLACES)}", f"{name} {verb} a {rng.choice(words)} {job}"
+
+
+def negation(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """Anna washed the car but did not wash the table. => Anna did not wash the table."""
+    name, past, (thing, other), done = rng.choice(NAMES), rng.choice(sorted(VERBS)), rng.sample(THINGS, 2), rng.random() < 0.5
+    say = {True: f"{past} the", False: f"did not {VERBS[past]} the"}
+    facts = [f"{say[done == entailed]} {thing}", f"{say[done != entailed]} {other}"]
+    rng.shuffle(facts)
+    return f"{name} {facts[0]} but {facts[1]}", f"{name} {say[done]} {thing}"
+
+
+def how_many(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """There were five cats in the garden. => There were at least three cats."""
+    animal, words, bound = rng.choice("dogs cats horses goats hens wolves".split()), rng.choice(sorted(BOUNDS)), rng.randint(4, 8)
+    number = rng.choice([n for n in NUMBERS if BOUNDS[words](n, bound) == entailed])
+    return f"There were {NUMBERS[number]} {animal} {rng.choice(PLACES)}", f"There were {words} {NUMBERS[bound]} {animal}"
+
+
+def which_colour(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """The blue house stood behind the red car. => The car was red."""
+    (thing, other), (colour, another) = rng.sample(THINGS, 2), rng.sample(COLOURS, 2)
+    seen = [f"{colour} {thing}", f"{another} {other}"] if entailed else [f"{another} {thing}", f"{colour} {other}"]
+    rng.shuffle(seen)
+    return f"The {seen[0]} was {rng.choice(['behind', 'near', 'next to'])} the {seen[1]}", f"The {thing} was {colour}"
+
+
+def what_order(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """Anna is older than Ben and Ben is older than Carla. => Anna is older than Carla."""
+    (a, middle, b), more = rng.sample(NAMES, 3), rng.choice(COMPARISONS)
+    first, last = (a, b) if entailed else (b, a)
+    steps = [f"{first} is {more} than {middle}", f"{middle} is {more} than {last}"]
+    rng.shuffle(steps)
+    return " and ".join(steps), f"{a} is {more} than {b}"
+
+
+KINDS = [one_of_two_clauses, who_did_it, what_kind, same_meaning, negation, how_many, which_colour, what_order]
+
+# ---- 3. Data sets ----
+
+
+def sentence_pairs(seed: int, entailed_only: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Endless (premise, hypothesis, entailed) without repetition: the kinds in turn, both labels of a kind alternating."""
+    rng, seen, count = random.Random(seed), set(), 0
+    while True:
+        kind = KINDS[count % len(KINDS)]
+        entailed = entailed_only or count // len(KINDS) % 2 == 0
+        pair = tuple(f"{sentence}." for sentence in kind(rng, entailed))
+        if pair not in seen:
+            seen.add(pair)
+            count += 1
+            yield *pair, entailed
+
+
+def make_pairs(task_columns: Sequence[str] = ("sentence1", "sentence2"), num_train: int = 2000, num_dev: int = 400, seed: int = 0) -> DatasetDict:
+    """Splits train and validation with RTE's columns; no pair occurs twice, whichever the split. Deterministic under `seed`."""
+    columns = {name: Value("string") for name in task_columns}
+    features = Features({**columns, "label": ClassLabel(names=LABEL_NAMES), "idx": Value("int32")})
+    stream, rng, splits = sentence_pairs(seed), random.Random(seed), {}
+    for split, size in (("train", num_train), ("validation", num_dev)):
+        rows = [next(stream) for _ in range(size)]
+        rng.shuffle(rows)
+        premises, hypotheses, entailed = zip(*rows)
+        table = dict(zip(task_columns, (premises, hypotheses)), label=[int(not e) for e in entailed], idx=range(size))
+        splits[split] = Dataset.from_dict(table, features=features)
+    return DatasetDict(splits)
+
+
+def make_texts(num: int, seed: int, exclude: set) -> list[tuple[str, str]]:
+    """Unlabelled text to pretrain on: two sentences that are true together, none of them a pair in `exclude`."""
+    stream = ((a, b) for a, b, _ in sentence_pairs(seed, entailed_only=True) if (a, b) not in exclude)
+    return [next(stream) for _ in range(num)]
