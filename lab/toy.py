@@ -115,7 +115,7 @@ def negation(rng: random.Random, entailed: bool) -> tuple[str, str]:
 
 def how_many(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """There were five cats in the garden. => There were at least three cats."""
-    animal, words, bound = rng.choice("dogs cats horses goats hens wolves".split()), rng.choice(sorted(BOUNDS)), rng.randint(4, 8)
+    animal, words, bound = rng.choice("dogs cats horses goats hens wolves bears rabbits ducks pigs".split()), rng.choice(sorted(BOUNDS)), rng.randint(4, 8)
     number = rng.choice([n for n in NUMBERS if BOUNDS[words](n, bound) == entailed])
     return f"There were {NUMBERS[number]} {animal} {rng.choice(PLACES)}", f"There were {words} {NUMBERS[bound]} {animal}"
 

@@ -80,8 +80,12 @@ class Trace(NamedTuple):
     leaves_of: dict[tuple[int, int], dict[str, Leaves]]  # (t, k) -> linear -> its leaves
 
 
+def log_softmax(z_E: Tensor) -> Tensor:
+    return z_E - torch.logsumexp(z_E, dim=0)
+
+
 def softmax(z_E: Tensor) -> Tensor:
-    return torch.exp(z_E) / torch.exp(z_E).sum()
+    return torch.exp(log_softmax(z_E))
 
 
 def run_expert(layer: RefLayer, e: int, x_D: Tensor) -> tuple[Tensor, dict[str, Leaves]]:
@@ -134,7 +138,7 @@ def main_loss_of(logits_TC: Tensor, labels_T: Tensor, keep_T: Tensor) -> Tensor:
     assert all(labels_T[~keep_T] == IGNORED), "a padding token carries no label"
     labelled = [t for t in range(len(labels_T)) if labels_T[t] != IGNORED]
     assert labelled, "no labelled token: the mean is undefined"
-    return sum(-torch.log(softmax(logits_TC[t])[labels_T[t]]) for t in labelled) / len(labelled)
+    return sum(-log_softmax(logits_TC[t])[labels_T[t]] for t in labelled) / len(labelled)
 
 
 # ---- Which pairs conflict: sec. 3.2, eq. 7, 11, 12, definition 1 ----
@@ -251,18 +255,18 @@ def conflict_loss_of(kind: str, z_TE: Tensor, picked_TK: Tensor, judgement: Judg
         e, target, z_E = judgement.expert_ids_TK[t, k], judgement.target_TK[t, k], z_TE[t]
         assert e != NOWHERE, "padding cannot be picked"
         if kind == "ce":  # eq. 8, 14
-            terms.append(-torch.log(softmax(-z_E)[e]))
+            terms.append(-log_softmax(-z_E)[e])
         elif kind == "mse":  # eq. 13
             terms.append(softmax(z_E)[e] ** 2)
         elif kind == "reroute" and target != NOWHERE:  # extension (design.md, Idea 3)
-            terms.append(-torch.log(softmax(z_E)[target]))
+            terms.append(-log_softmax(z_E)[target])
     return mean(terms) if terms else torch.zeros((), dtype=torch.float64)
 
 
 def balance_loss_of(z_TE: Tensor, keep_T: Tensor, load_E: Tensor) -> Tensor:
     """E * sum_e f_e P_e. eq. 9"""
-    probs_NE = [softmax(z_TE[t]) for t in range(len(z_TE)) if keep_T[t]]
-    return len(load_E) * sum(load_E[e] * mean([probs_E[e] for probs_E in probs_NE]) for e in range(len(load_E)))
+    mean_probs_E = mean([softmax(z_E) for z_E, keep in zip(z_TE, keep_T) if keep])
+    return len(load_E) * sum(f * p for f, p in zip(load_E, mean_probs_E))
 
 
 class Total(NamedTuple):

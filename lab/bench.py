@@ -1,0 +1,180 @@
+"""What STGC costs: time and memory of a training step, side by side in one run, and the paper's memory table as arithmetic.
+
+  python -m lab.bench                          a BERT of MiniLM's size (6 layers, hidden 384), random weights
+  python -m lab.bench --size large             BERT-large's size
+  python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
+
+A step is forward, losses, backward and AdamW. All variants take turns within each round, so that what slows the machine
+slows them all; reported are medians over rounds of the ratio to "moe" (the MoE model with its balance loss, unwatched for
+conflicts) in the same round. Peak memory is what the allocator held at most while a model was built and trained for two steps.
+"""
+
+import gc
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from lab import moefication
+from lab.cli import Parser, number, run_main
+from lab.runs import environment, make_accelerator, write_json
+from stgc import STGC, STGCConfig
+
+SIZES = {
+    "small": BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536),
+    "large": BertConfig(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096),
+}
+OFF = STGCConfig(conflict_loss="none", every=0)
+VARIANTS = {
+    "dense": None,
+    "moe": OFF,
+    "moe, router-only": STGCConfig(conflict_loss="none", every=0, router_only=True),
+    "one pass": STGCConfig(passes="one"),
+    "two passes": STGCConfig(passes="two"),
+    "one pass, weight gradients": STGCConfig(passes="one", gradients="weight"),
+    "two passes, weight gradients": STGCConfig(passes="two", gradients="weight"),
+    "two passes, every 4th step": STGCConfig(passes="two", every=4),
+}
+
+
+@dataclass(frozen=True)
+class GradientMemory:
+    """GiB that stored per-token gradients take: of the biases, and of the whole weights."""
+
+    bias_gib: float
+    weight_gib: float
+
+
+def gradient_memory(linears: list[tuple[int, int]], moe_layers: int, tokens: int = 1000, bytes_per_number: int = 2) -> GradientMemory:
+    """The paper's memory table (sec. 6.4): `tokens` gradients of each linear (in, out) of an expert, in `moe_layers` layers.
+
+    One pass stores neither: a layer's gradients are compared while the backward holds them anyway.
+    """
+    unit = tokens * moe_layers * bytes_per_number / 2**30
+    return GradientMemory(unit * sum(out for _, out in linears), unit * sum(a * b for a, b in linears))
+
+
+PAPER_MODELS = {  # linears of an expert, MoE layers, as in the paper
+    "StableLM-1.6B": ([(2048, 5632), (2048, 5632), (5632, 2048)], 12),
+    "Phi-2-2.7B": ([(2560, 10240), (10240, 2560)], 16),
+}
+
+
+class Bench:
+    """One variant: a model, its optimizer and a fixed batch."""
+
+    def __init__(self, name: str, size: str, moe_layers: str, batch: int, length: int, device: torch.device):
+        torch.manual_seed(0)
+        config, self.name, stgc_config = SIZES[size], name, VARIANTS[name]
+        model = BertForSequenceClassification(config)
+        self.stgc = None
+        if stgc_config is not None:
+            layers = moefication.parse_layers(moe_layers, config.num_hidden_layers)
+            model = moefication.moefy(model, moefication.MoESpec(layers=layers))
+            self.stgc = STGC(model, stgc_config)
+        self.model = model.to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-5, fused=device.type != "mps")
+        ids = torch.randint(1000, config.vocab_size, (batch, length))
+        keep = torch.arange(length) < torch.linspace(length // 2, length, batch).long().unsqueeze(1)  # some padding
+        self.batch = {"input_ids": ids, "attention_mask": keep.long(), "labels": torch.randint(2, (batch,))}
+        self.batch = {key: value.to(device) for key, value in self.batch.items()}
+        self.device = device
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        self.wait()
+        start = time.perf_counter()
+        loss = self.model(**self.batch).loss
+        (loss if self.stgc is None else self.stgc.loss(loss)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_bytes(*arguments) -> int:
+    """The most bytes allocated at once while the variant is built and trained for two steps; exact, not a sample."""
+    gc.collect()
+    device = arguments[-1]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        bench = Bench(*arguments)
+        bench.step(), bench.step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        bench = Bench(*arguments)
+        bench.step(), bench.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+
+
+def main() -> None:
+    parser = Parser(prog="lab.bench", description=__doc__)
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the BERT")
+    parser.add_argument("--moe-layers", default="middle", help="middle, or indices as 1,3,5, every-second, all")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="what to compare")
+    parser.add_argument("--rounds", type=number(int, 3), default=15, help="timed steps of each variant, taking turns")
+    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="sequences per step")
+    parser.add_argument("--length", type=number(int, 4), default=64, help="tokens of the longest sequence")
+    parser.add_argument("--threads", type=number(int, 1), default=2, help="of the CPU")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    parser.add_argument("--output", type=Path, help="write the record here as json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = make_accelerator(args.device, "fp32").device
+    layers = str(SIZES[args.size].num_hidden_layers // 2 - 1) if args.moe_layers == "middle" else args.moe_layers
+    names = ["moe", *(name for name in args.variants if name != "moe")]
+    shared = (args.size, layers, args.batch_size, args.length, device)
+
+    print("stored token gradients, the paper's settings (sec. 6.4)")
+    memory = {name: gradient_memory(*setting) for name, setting in PAPER_MODELS.items()}
+    for name, gib in memory.items():
+        print(f"  {name:<15} biases {gib.bias_gib:7.2f} GiB   weights {gib.weight_gib:7.1f} GiB   one pass: none stored")
+
+    peaks = {name: peak_bytes(name, *shared) for name in names}
+    benches = [Bench(name, *shared) for name in names]
+    seconds = {name: [] for name in names}
+    for turn in range(args.rounds + 2):
+        for bench in benches:
+            taken = bench.step()
+            if turn >= 2:  # two rounds to warm up
+                seconds[bench.name].append(taken)
+    rows = {}
+    print(f"\n{args.size} BERT, MoE in layer(s) {layers}, {args.batch_size} x {args.length}, {device}, {args.threads} threads, fp32")
+    print(f"  {'variant':<30}{'step':>10}{'ratio to moe':>14}{'middle half':>16}{'peak memory':>13}")
+    for name in names:
+        ratios = [taken / base for taken, base in zip(seconds[name], seconds["moe"], strict=True)]
+        low, _, high = quantiles(ratios, n=4)
+        rows[name] = {
+            "seconds": median(seconds[name]),
+            "ratio": median(ratios),
+            "ratio_quartiles": [low, high],
+            "peak_bytes": peaks[name],
+            "peak_ratio": peaks[name] / peaks["moe"],
+        }
+        print(
+            f"  {name:<30}{rows[name]['seconds']:>9.3f}s{rows[name]['ratio']:>13.3f}x{low:>8.3f} to {high:.3f}"
+            f"{rows[name]['peak_ratio']:>12.3f}x"
+        )
+    if args.output:
+        config = vars(args) | {"output": str(args.output)}
+        gib = {name: vars(value) for name, value in memory.items()}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, environment(device) | {"config": config, "variants": rows, "gradient_memory_gib": gib})
+
+
+if __name__ == "__main__":
+    run_main("lab.bench", main)

@@ -1,0 +1,89 @@
+"""Command lines that fail in one clear line. Standard library only, so that --help answers at once."""
+
+import argparse
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+class UserError(Exception):
+    """Bad input. The message names the flag and the fix; the script prints it as one line and exits with 2."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on (a loss that is NaN). The message names the step and a way out; exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults shown in --help, no abbreviated flags, and one-line errors."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, and the description's line breaks kept."""
+
+
+def number(convert: type, low: float, high: float | None = None) -> Callable[[str], float]:
+    """An argparse type: an int or a float within [low, high]."""
+
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value or (high is not None and value > high):  # NaN fails the comparison
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a{'n integer' if convert is int else ' number'} {bounds}")
+        return value
+
+    return parse
+
+
+def run_main(prog: str, main: Callable[[], None]) -> None:
+    """Runs a script's main; bad input, failures and Ctrl-C become one line on stderr and an exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except RunFailed as error:
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; finished runs are kept in results.json", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def hub_is_reachable(seconds: float = 6.0) -> bool:
+    """Whether the model and data hub answers at all. Where it does not, the Hugging Face libraries are told to use their
+    cache only, which they otherwise find out after minutes of retries. Call it before they are imported."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
+    answers = []
+
+    def ask():
+        try:
+            url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # it answered
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name look-up has no timeout of its own
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    return bool(answers)

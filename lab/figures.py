@@ -1,0 +1,89 @@
+"""Figures drawn from a run's records alone: `python -m lab.figures FOLDER` draws them again.
+
+Variants differ by line style and marker as well as by colour, so that a grey print stays readable.
+"""
+
+import argparse
+import json
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no screen needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+STYLES = [("#1b1b1b", "-", "o"), ("#d1495b", "--", "s"), ("#2e86ab", "-.", "^"), ("#8f6bb3", ":", "D"), ("#3a7d44", "-", "v")]
+PANELS = [
+    ("loss", "training loss"),
+    ("conflict_ratio", "conflict ratio\n(flagged / all pairs)"),
+    ("consistency", "gradient consistency\n(mean over experts)"),
+    ("load", "share of pairs\non the busiest expert"),
+    ("eval_score", "dev score"),
+]
+
+
+def read_curves(folder: Path) -> dict[str, list[list[dict]]]:
+    """variant -> one list of log lines per seed, from <variant>-s<seed>.jsonl."""
+    curves: dict[str, list[list[dict]]] = {}
+    for path in sorted(folder.glob("*-s*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        curves.setdefault(path.stem.rpartition("-s")[0], []).append(lines)
+    return curves
+
+
+def value_of(line: dict, key: str) -> float | None:
+    """A plotted value of a log line; `load` is the busiest expert's share, averaged over the MoE layers."""
+    if key != "load":
+        return line.get(key)
+    loads = [max(layer["load"]) for layer in line.get("layers", []) if "load" in layer]
+    return sum(loads) / len(loads) if loads else None
+
+
+def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], value_of(line, key)) for line in lines]
+    points = [(step, value) for step, value in points if value is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: list[float]) -> np.ndarray:
+    """Mean over a moving window of a twentieth of the run: single batches are too noisy to read."""
+    window = max(1, len(values) // 20)
+    padded = np.pad(np.asarray(values, dtype=float), (window // 2, window - 1 - window // 2), mode="edge")
+    return np.convolve(padded, np.ones(window) / window, mode="valid")
+
+
+def plot_run(folder: Path, title: str) -> Path:
+    """Loss, conflict ratio, consistency, load and dev score of every run in the folder: a thin line per seed, a thick one for
+    the mean of each variant's seeds. Returns the path of the PNG, `curves.png`."""
+    curves = read_curves(folder)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.3 * len(PANELS), 3.1), constrained_layout=True)
+    for axis, (key, label) in zip(axes, PANELS, strict=True):
+        for (variant, runs), (colour, style, marker) in zip(curves.items(), cycle(STYLES)):
+            drawn = [series(lines, key) for lines in runs]
+            drawn = [(steps, values if key == "eval_score" else smooth(values)) for steps, values in drawn if values]
+            for steps, values in drawn if len(drawn) > 1 else []:
+                axis.plot(steps, values, style, color=colour, linewidth=0.7, alpha=0.35)
+            if drawn:
+                shared = min(len(values) for _, values in drawn)
+                mean = np.mean([values[:shared] for _, values in drawn], axis=0)
+                points = {"marker": marker, "markersize": 4} if key == "eval_score" else {}
+                axis.plot(drawn[0][0][:shared], mean, style, color=colour, linewidth=1.8, label=variant, **points)
+        axis.set(xlabel="step", title=label)
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a run's output folder")
+    folder = parser.parse_args().folder
+    print(plot_run(folder, json.loads((folder / "results.json").read_text())["name"]))

@@ -1,0 +1,415 @@
+"""Experts from a trained FFN, and encoders of transformers with such experts in place of their FFN.
+
+    spec = MoESpec(layers="every-second", num_experts=8, top_k=2, experts="copy")
+    model = moefy(AutoModelForSequenceClassification.from_pretrained(...), spec)    # in place
+    model.save_pretrained(folder)                                                   # safetensors and json, as always
+    model = load_moefied(folder)                                                    # the same logits, bit for bit
+
+Experts are full copies of the FFN (`copy`: sparse upcycling, what DynMoE's GLUE runs and MoE-LLaVA do) or parts of it
+(`split`: MoEfication, arXiv:2110.01786). Copies are averaged: their weights sum to 1, so the layer starts as the dense one,
+whatever the router says. Parts are added up: their weights sum to K and each has 1/K of the last bias, so that K = E parts
+with equal weights are the dense FFN.
+
+Shapes as in stgc.py: E experts, D hidden size, F neurons (the FFN's size), N neurons of one expert; B, L batch and length.
+
+  1 Neurons  2 Experts  3 Spec  4 Padding  5 Conversion  6 Loading  7 Parameters
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.preprocessing import normalize
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from lab.baselines import CosineRouter
+from stgc import Experts, MoELayer, Router
+
+# ---- 1. Neurons: which of them make an expert ----
+
+
+def balanced_assignment(cost_FE: np.ndarray) -> np.ndarray:
+    """labels_F that give each of E clusters F / E rows, at the least total cost.
+
+    A price per cluster changes no optimum, since each takes the same number of rows. Prices that nearly clear the market (each
+    round raises the popular clusters') only leave the exact solver little to do: 16 s became 0.2 s at F = 4096, E = 8.
+    """
+    share = len(cost_FE) // cost_FE.shape[1]
+    price_E, spread = np.zeros(cost_FE.shape[1]), cost_FE.std()
+    for i in range(1000):
+        demand_E = np.bincount((cost_FE + price_E).argmin(1), minlength=len(price_E))
+        price_E += spread / (1 + i / 10) * (demand_E / share - 1)
+    return linear_sum_assignment(np.repeat(cost_FE + price_E, share, axis=1))[1] // share
+
+
+def balanced_kmeans(x_FD: np.ndarray, num_clusters: int, seed: int, rounds: int = 10) -> np.ndarray:
+    """labels_F of k-means with clusters of F / E rows each: from scikit-learn's centres until no row moves, or for `rounds`.
+
+    A function of its arguments alone: the same seed gives the same clusters.
+    """
+    centres_ED = KMeans(num_clusters, random_state=seed).fit(x_FD).cluster_centers_
+    labels_F = None
+    for _ in range(rounds):
+        before_F = labels_F
+        labels_F = balanced_assignment((centres_ED**2).sum(1) - 2 * x_FD @ centres_ED.T)  # |x - c|^2, less |x|^2
+        if before_F is not None and (labels_F == before_F).all():
+            break
+        centres_ED = np.stack([x_FD[labels_F == e].mean(0) for e in range(num_clusters)])
+    return labels_F
+
+
+SPLITS = ("kmeans", "random", "contiguous")
+
+
+def split_neurons(w_FD: Tensor, num_experts: int, split: str = "kmeans", seed: int = 0) -> Tensor:
+    """neurons_EN: a partition of the F rows of the first linear's weight into E equal parts.
+
+    kmeans: neurons that read alike, by balanced k-means on the L2-normalised rows (MoEfication's parameter clustering);
+    random; contiguous (blocks). Deterministic under `seed`. ValueError if E does not divide F.
+    """
+    size = len(w_FD)
+    if size % num_experts:
+        fits = [n for n in range(num_experts, 1, -1) if size % n == 0]
+        fix = f"take num_experts={fits[0]}" if fits else f"take a divisor of {size}"
+        raise ValueError(f"{size} neurons cannot be split into {num_experts} equal experts: {fix}, or experts='copy'")
+    if split == "kmeans":
+        rows_FD = normalize(w_FD.detach().to("cpu", torch.float64).numpy())
+        order_F = torch.from_numpy(balanced_kmeans(rows_FD, num_experts, seed).argsort(kind="stable"))
+    elif split == "random":
+        order_F = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    elif split == "contiguous":
+        order_F = torch.arange(size)
+    else:
+        raise ValueError(f"split={split!r} is none of {', '.join(SPLITS)}")
+    return order_F.view(num_experts, -1).to(w_FD.device)
+
+
+# ---- 2. Experts ----
+
+
+def gather_experts(
+    first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], neurons_EN: Tensor, bias_share: float = 1.0
+) -> Experts:
+    """Experts whose e-th is made of the neurons neurons_EN[e] of last(activation(first(x))).
+
+    Each has `bias_share` times the last bias. The parameters are copies, on the FFN's device and in its dtype.
+    """
+    num_experts, d_ff = neurons_EN.shape
+    bias = first.bias is not None
+    values = {
+        "w_in_EDF": first.weight.detach()[neurons_EN].mT.contiguous(),
+        "w_out_EFD": last.weight.detach().T[neurons_EN],
+    }
+    if bias:
+        values["b_in_EF"] = first.bias.detach()[neurons_EN]
+        values["b_out_ED"] = (last.bias.detach() * bias_share).repeat(num_experts, 1)
+    experts = Experts(num_experts, first.in_features, d_ff, bias=bias, activation=activation, device="meta")
+    for name, value in values.items():
+        setattr(experts, name, nn.Parameter(value))
+    return experts
+
+
+def copy_ffn(first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], num_experts: int) -> Experts:
+    """E full copies of last(activation(first(x))). Use them with weights that sum to 1: `MoELayer(..., scale=1.0)`.
+
+    CHOICE: the last bias stays whole. DynMoE's code divides it by K, so its layer differs from the dense one at the start.
+    """
+    neurons_F = torch.arange(first.out_features, device=first.weight.device)
+    return gather_experts(first, last, activation, neurons_F.expand(num_experts, -1))
+
+
+def split_ffn(
+    first: nn.Linear,
+    last: nn.Linear,
+    activation: Callable[[Tensor], Tensor],
+    num_experts: int,
+    top_k: int,
+    split: str = "kmeans",
+    seed: int = 0,
+) -> Experts:
+    """The neurons of last(activation(first(x))) in E equal parts (`split_neurons`), each with 1/K of the last bias.
+
+    Use them with weights that sum to K: `MoELayer(..., scale=top_k)`. ValueError if E does not divide the neurons.
+    """
+    neurons_EN = split_neurons(first.weight, num_experts, split, seed)
+    return gather_experts(first, last, activation, neurons_EN, bias_share=1 / top_k)
+
+
+# ---- 3. Spec ----
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """What becomes of which layers. Saved as `moe` in config.json. Bad values raise ValueError."""
+
+    layers: str = "10"  # of the encoder, from 0: indices as "1,3,5" | every-second: 1,3,5,... | all
+    num_experts: int = 8
+    top_k: int = 2  # experts per token
+    experts: str = "copy"  # copy | split
+    split: str = "kmeans"  # kmeans | random | contiguous: how `experts="split"` groups the neurons
+    router: str = "linear"  # linear (stgc.Router) | cosine (lab.baselines.CosineRouter)
+    normalize: bool = True  # the K weights sum to 1 (split: to K) | off: they are the routing scores
+    seed: int = 0  # of the routers and the groups
+
+    def __post_init__(self):
+        kinds = {"layers": str, "num_experts": int, "top_k": int, "normalize": bool, "seed": int}
+        for name, kind in kinds.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind.__name__}")
+        choices = {"experts": ("copy", "split"), "split": SPLITS, "router": ("linear", "cosine")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k} must lie between 1 and num_experts={self.num_experts}")
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The encoder layers that "10", "1,3,5", "every-second" (1, 3, 5, ...) or "all" names, counted from 0, in order.
+
+    ValueError for anything else, for an index outside of 0 to num_layers - 1 (it names the range), and for no layer at all.
+    """
+    if text == "all":
+        return tuple(range(num_layers))
+    if text == "every-second":
+        layers = tuple(range(1, num_layers, 2))
+    else:
+        try:
+            layers = tuple(sorted({int(part) for part in text.split(",")}))
+        except ValueError:
+            raise ValueError(f"layers={text!r} is neither indices such as 1,3,5 nor every-second nor all") from None
+    outside = [i for i in layers if not 0 <= i < num_layers]
+    if outside or not layers:
+        what = ", ".join(map(str, outside)) or "none"
+        raise ValueError(f"layers={text!r} names {what}, but the encoder has {num_layers} layers: 0 to {num_layers - 1}")
+    return layers
+
+
+# The Auto classes of transformers refuse a model type that they do not know: they must not fill in random FFNs.
+class MoefiedBertConfig(BertConfig):
+    model_type = "moefied-bert"
+
+
+class MoefiedRobertaConfig(RobertaConfig):
+    model_type = "moefied-roberta"
+
+
+class MoefiedElectraConfig(ElectraConfig):
+    model_type = "moefied-electra"
+
+
+class MoefiedXLMRobertaConfig(XLMRobertaConfig):
+    model_type = "moefied-xlm-roberta"
+
+
+class MoefiedCamembertConfig(CamembertConfig):
+    model_type = "moefied-camembert"
+
+
+MOEFIED_CONFIGS = (
+    MoefiedBertConfig,
+    MoefiedRobertaConfig,
+    MoefiedElectraConfig,
+    MoefiedXLMRobertaConfig,
+    MoefiedCamembertConfig,
+)
+MOEFIED = {config.model_type.removeprefix("moefied-"): config for config in MOEFIED_CONFIGS}
+
+
+def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
+    """The spec with its layers as indices, once it is known to fit a model of this config. No weights are needed for that.
+
+    ValueError for a model that is not BERT-like, a decoder, a chunked FFN, layers out of range, or a split that is not even.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind not in MOEFIED:
+        done = "is an MoE already" if str(kind).startswith("moefied-") else "is not BERT-like"
+        raise ValueError(f"model type {kind!r} {done}; supported model types: {', '.join(MOEFIED)}")
+    if config.is_decoder:
+        raise ValueError(f"this {kind} is a decoder (is_decoder=True), and its causal mask hides padding; only encoders fit")
+    if config.chunk_size_feed_forward:
+        raise ValueError(
+            f"chunk_size_feed_forward={config.chunk_size_feed_forward} cuts a batch before the router: set it to 0"
+        )
+    if spec.experts == "split":
+        split_neurons(torch.empty(config.intermediate_size, 0), spec.num_experts, "contiguous")
+    return replace(spec, layers=",".join(map(str, parse_layers(spec.layers, config.num_hidden_layers))))
+
+
+# ---- 4. Padding ----
+
+MASKED = -1e3  # an additive mask below this hides a position in every dtype: exp(-1000) is 0
+
+
+def keep_mask(attention_mask: Tensor) -> Tensor:
+    """keep_BL, True for real tokens, from what a layer of transformers 5 hands to its attention.
+
+    sdpa: (B, 1, L, L), True where a query attends to a key. eager: the same as a float that is added to the scores. flash:
+    (B, L), True for tokens. A token that no query attends to is padding. ValueError for other masks (flex_attention).
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
+        what = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"cannot tell padding from an attention mask {what}: use attn_implementation='sdpa' or 'eager'")
+    if attention_mask.ndim == 2:
+        return attention_mask.bool()
+    return (attention_mask if attention_mask.dtype == torch.bool else attention_mask > MASKED).any(dim=(1, 2))
+
+
+class PassMask:
+    """Forward pre-hook of a layer's attention that tells the MoE layer behind it which tokens are padding.
+
+    On the attention, not on the layer: transformers checkpoints a layer's `forward`, and a recomputation would not run the
+    layer's own hooks. An object that holds its MoE layer, so that copies and pickles of a model refer to their own.
+    """
+
+    def __init__(self, layer: MoELayer):
+        self.layer = layer
+
+    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        x_BLD = args[0] if args else kwargs["hidden_states"]
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if mask is not None:
+            mask = keep_mask(mask)
+            if mask.shape[1] != x_BLD.shape[1]:
+                raise ValueError(
+                    f"attention mask for {mask.shape[1]} tokens, layer with {x_BLD.shape[1]}: prefixes do not fit"
+                )
+            mask = mask.expand(x_BLD.shape[:2])
+        self.layer.mask = mask
+
+
+# ---- 5. Conversion ----
+
+
+def build_moe(first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], spec: MoESpec) -> MoELayer:
+    """The MoE layer of a spec for the FFN last(activation(first(x))), on its device and in its dtype.
+
+    The router's numbers come from torch's default generator on the CPU, so that a seed means the same on every device.
+    """
+    router_class = {"linear": Router, "cosine": CosineRouter}[spec.router]
+    router = router_class(first.in_features, spec.num_experts, device="cpu", dtype=torch.float32).to(first.weight)
+    if spec.experts == "copy":
+        experts = copy_ffn(first, last, activation, spec.num_experts)
+    else:
+        experts = split_ffn(first, last, activation, spec.num_experts, spec.top_k, spec.split, spec.seed)
+    scale = 1.0 if spec.experts == "copy" else float(spec.top_k)
+    return MoELayer(experts, router, spec.top_k, spec.normalize, scale)
+
+
+def install(model: PreTrainedModel, spec: MoESpec) -> None:
+    """Replace the FFN of each layer of a checked spec; dropout, residual and LayerNorm of the library stay as they are."""
+    with torch.random.fork_rng(devices=[]):  # only the CPU's generator is used, and torch's global state is left alone
+        torch.default_generator.manual_seed(spec.seed)
+        for i in parse_layers(spec.layers, model.config.num_hidden_layers):
+            layer = model.base_model.encoder.layer[i]
+            ffn = layer.intermediate
+            moe = build_moe(ffn.dense, layer.output.dense, ffn.intermediate_act_fn, spec).train(layer.training)
+            layer.intermediate = nn.Identity()
+            layer.output.dense = moe
+            layer.attention.register_forward_pre_hook(PassMask(moe), with_kwargs=True)
+
+
+def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
+    """Turn layers of a BERT-like encoder, with any head, into MoE layers, in place; returns the model.
+
+    Padding is taken from the attention mask and not routed. With `copy` and normalised weights the model computes what it
+    computed before. `model.config` becomes one of its own that records the spec as `moe`. Raises what `check_spec` raises.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no model of transformers; supported model types: {', '.join(MOEFIED)}")
+    dense = model.config
+    spec = check_spec(spec, dense)
+    install(model, spec)
+    config = copy.deepcopy(dense)  # another model may share the old one
+    config.__class__ = MOEFIED[dense.model_type]
+    config.model_type = config.__class__.model_type  # one that was read from a file has the old one as its own attribute
+    config.moe = asdict(spec)
+    for module in model.modules():
+        if getattr(module, "config", None) is dense:
+            module.config = config
+    return model
+
+
+# ---- 6. Loading ----
+
+
+def load_moefied(folder: str | Path) -> PreTrainedModel:
+    """A moefied model from a local folder that its `save_pretrained` wrote: same class, tensors and dtypes, in eval mode.
+
+    Reads config.json and model.safetensors and nothing else. One-line ValueError for a folder that is missing, damaged, or
+    of something else.
+    """
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        kind = saved.get("model_type", "none")
+        config_class = MOEFIED[kind.removeprefix("moefied-")] if kind.startswith("moefied-") else None
+        if config_class is None:
+            raise ValueError(f"its model type is {kind}, not that of a moefied model")
+        spec = MoESpec(**saved["moe"])
+        config = config_class.from_dict(saved)
+        model_class = getattr(transformers, (saved["architectures"] or ["none"])[0], None)
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise ValueError(f"its architecture, {saved['architectures']}, is not in transformers")
+        with torch.random.fork_rng(devices=[]):
+            model = model_class(config)
+        install(model, replace(spec, split="contiguous"))  # which neuron went where is in the weights
+        own = model.state_dict(keep_vars=True)
+        for name, value in load_file(folder / "model.safetensors").items():
+            if name in own:
+                own[name].data = own[name].data.to(value.dtype)
+        load_model(model, folder / "model.safetensors")  # strict; copies, so the file may be replaced later
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"cannot load a moefied model from {folder}: {reason}") from error
+    return model.eval()
+
+
+# ---- 7. Parameters ----
+
+
+class Parameters(NamedTuple):
+    """How many numbers a model has, and how many of them one token meets (embedding tables count as met)."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """Total, and active per token: without the experts that Top-K leaves out of an `stgc.MoELayer`. Tied ones count once."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            per_expert = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
+            idle += per_expert * (layer.experts.num_experts - layer.top_k)
+    return Parameters(total, total - idle)

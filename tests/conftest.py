@@ -1,0 +1,92 @@
+"""What the tests share: a seed, one thread, and a small network of MoE layers with a batch for it."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stgc import STGC, Experts, MoELayer, STGCConfig, Verdict
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+
+class Net(nn.Module):
+    """x <- tanh(x + MoE(x)) for every layer, then a linear head without bias: what `reference.RefNet` computes."""
+
+    def __init__(self, layers: list[MoELayer], classes: int):
+        super().__init__()
+        like = layers[0].experts.w_in_EDF
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(like.shape[1], classes, bias=False, dtype=like.dtype, device=like.device)
+        self.call = lambda layer, *inputs: layer(*inputs)  # a test may checkpoint here
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(x + self.call(layer, x, mask))
+        return self.head(x)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "call"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state | {"call": lambda layer, *inputs: layer(*inputs)})
+
+
+def make_net(
+    num_layers=2, num_experts=4, top_k=2, d_model=8, d_ff=12, classes=3, normalize=True, scale=1.0, dtype=torch.float64, **experts
+) -> Net:
+    layers = []
+    for _ in range(num_layers):
+        stacked = Experts(num_experts, d_model, d_ff, dtype=dtype, **experts)
+        layers.append(MoELayer(stacked, top_k=top_k, normalize=normalize, scale=scale))
+        layers[-1].router.weight.data *= 4  # clear choices, far from a tie
+    return Net(layers, classes)
+
+
+class Batch(NamedTuple):
+    x_TD: Tensor
+    labels_T: Tensor
+    keep_T: Tensor
+
+
+def make_batch(tokens=14, d_model=8, classes=3, padding=2, unlabelled=2, dtype=torch.float64) -> Batch:
+    """Padding and tokens without a label stand anywhere between the others."""
+    place_T = torch.randperm(tokens)
+    labels_T = torch.randint(classes, (tokens,))
+    labels_T[place_T[: padding + unlabelled]] = -100
+    return Batch(torch.randn(tokens, d_model, dtype=dtype), labels_T, place_T >= 0 if not padding else (place_T.argsort() >= padding))
+
+
+class Run(NamedTuple):
+    total: float
+    grads: dict[str, Tensor]  # of every parameter, and of the input as "x_TD"
+    verdicts: list[Verdict | None]
+    stats: list[dict]
+
+
+def main_loss(net: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(net(batch.x_TD, batch.keep_T), batch.labels_T)
+
+
+def train_step(stgc: STGC, net: nn.Module, batch: Batch, loss_scale: float = 1.0) -> Run:
+    """One forward and backward of an STGC object that is there already."""
+    net.zero_grad(set_to_none=True)
+    batch = batch._replace(x_TD=batch.x_TD.detach().requires_grad_())
+    total = stgc.loss(loss_scale * main_loss(net, batch))
+    total.backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    return Run(total.item(), grads | {"x_TD": batch.x_TD.grad}, list(stgc.verdicts), stgc.stats())
+
+
+def run(net: nn.Module, batch: Batch, loss_scale: float = 1.0, **config) -> Run:
+    """The same with an STGC object that lives for this step only."""
+    stgc = STGC(net, STGCConfig(**config))
+    result = train_step(stgc, net, batch, loss_scale)
+    stgc.detach()
+    return result
