@@ -369,10 +369,11 @@ class LayerStep:
     Linears are counted in the order of the forward. With bias gradients a linear's are compared at once and not kept.
     """
 
-    def __init__(self, stgc: "STGC", index: int, judged: bool, routing: Routing, logits_TE: Tensor, pairs: Pairs, keep_T: Tensor):
+    def __init__(self, stgc: "STGC", index: int, judged: bool, routing: Routing, logits_TE: Tensor, pairs: Pairs, keep_T):
         self.stgc, self.index, self.judged, self.config = stgc, index, judged, stgc.config
         self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
-        self.edges, self.weight_edges, self.inputs = [], [], []  # the linears' outputs and weights in the graph; their inputs
+        self.num_linears, self.inputs = 0, []  # inputs: of each linear, for weight gradients
+        self.edges, self.weight_edges = [], []  # two passes: where the linears' outputs and weights hang in the graph
         self.compared: dict[int, Compared] = {}
         self.grads: dict[int, Tensor] = {}  # for weight gradients, until those are known
 
@@ -392,10 +393,12 @@ class LayerStep:
             raise RuntimeError("no gradient reaches these experts: unfreeze them, or leave them out of STGCConfig.layers")
         if self.config.gradients == "weight":
             self.inputs.append(a_SI.detach())
-            self.weight_edges.append(get_gradient_edge(w_EIO))
-        if self.config.passes == "one":
-            out_SO.register_hook(partial(self.see, len(self.edges)))
-        self.edges.append(get_gradient_edge(out_SO))
+        if self.config.passes == "one":  # no edges here: the graph would hold this object, and this object the graph
+            out_SO.register_hook(partial(self.see, self.num_linears))
+        else:
+            self.edges.append(get_gradient_edge(out_SO))
+            self.weight_edges += [get_gradient_edge(w_EIO)] if self.config.gradients == "weight" else []
+        self.num_linears += 1
 
     def see(self, linear: int, grad_SO: Tensor) -> None:
         """The gradient of the main loss at the output of a linear."""
@@ -501,7 +504,8 @@ class STGC:
             raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
         self.group = dist.new_group() if dist.is_available() and dist.is_initialized() else None
         self.num_processes, self.rank = (self.group.size(), self.group.rank()) if self.group else (1, 0)
-        self.step = self.forward_step = 0  # losses so far; the step that the latest forward belongs to
+        self.step = 0  # losses so far: decides `every` and the placebo's draw; a resumed run sets it
+        self.forward_step = 0  # the step that the latest forward belongs to
         self.steps: list[LayerStep | None] = [None] * len(layers)  # these two hold a graph, until `loss` takes them
         self.conflicts: list[Tensor | None] = [None] * len(layers)
         self.verdicts: list[Verdict | None] = [None] * len(layers)
@@ -515,13 +519,6 @@ class STGC:
         for layer in self.layers:
             if layer.watch is not None and layer.watch.func.__self__ is self:
                 layer.watch = None
-
-    def state_dict(self) -> dict:
-        """What a resumed run needs: the step, which decides `every` and the placebo's draw."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step = int(state["step"])
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, as a new tensor; with one process, the tensor."""
@@ -560,7 +557,7 @@ class STGC:
                 "checkpointing makes it: pass use_reentrant=False (gradient_checkpointing_kwargs in transformers)"
             )
         if not steps:
-            raise RuntimeError("no forward of the watched layers since the last loss: call the model first, with gradients on")
+            raise RuntimeError("no forward of a watched layer since the last loss: call the model first, with gradients on")
         judged = [step for step in steps if step.judged]
         if judged and self.config.passes == "two":
             self.first_backward(main_loss * grad_scale, judged)
@@ -595,13 +592,52 @@ class STGC:
         """One dict of plain numbers per MoE layer: of the last step, what needs token gradients of the last judged one.
 
         layer; load: share of the pairs on each expert; balance_loss beside its value for even loads; conflict_ratio: flagged
-        over all pairs; judged_ratio: pairs with a gradient over all; consistency (sec. 4.3) as mean and (population) standard
-        deviation over the experts in use; conflict_loss beside its value for a uniform router.
+        over all pairs; judged_ratio: pairs with a gradient over all; consistency (sec. 4.3) as mean and (population)
+        standard deviation over the experts in use; conflict_loss beside its value for a uniform router.
         """
         rows = []
         for name, layer, numbers in zip(self.names, self.layers, self.numbers, strict=True):
-            uniform = {"mse": layer.experts.num_experts**-2}.get(self.config.conflict_loss, math.log(layer.experts.num_experts))
-            named = {"balance_loss": ("balance_loss_if_even", 1.0), "conflict_loss": ("conflict_loss_if_uniform", uniform)}
             row = {"layer": name} | {key: value.tolist() for key, value in numbers.items()}
-            rows.append(row | dict(named[key] for key in named if key in row))
+            row |= {"balance_loss_if_even": 1.0} if "balance_loss" in row else {}
+            if "conflict_loss" in row:
+                size = layer.experts.num_experts
+                row["conflict_loss_if_uniform"] = size**-2 if self.config.conflict_loss == "mse" else math.log(size)
+            rows.append(row)
         return rows
+
+
+# ---- 10. Demo ----
+
+
+def demo(config: STGCConfig, steps: int = 200, seed: int = 0) -> tuple[float, float, float]:
+    """Four tasks ask for different answers to the same content, and one small MoE layer serves them all: their tokens
+    conflict. Returns conflict ratio, consistency and main loss, each the mean over the last 20 steps."""
+    torch.manual_seed(seed)
+    num_tokens, num_tasks, d_model = 256, 4, 16
+    answers_DC = torch.randn(d_model - num_tasks, num_tasks)
+    moe, head = MoELayer(Experts(4, d_model, 32), top_k=1), nn.Linear(d_model, num_tasks)
+    stgc = STGC(moe, config)
+    optimizer = torch.optim.AdamW([*moe.parameters(), *head.parameters()], lr=3e-3)
+    history = []
+    for _ in range(steps):
+        task_T = torch.randint(num_tasks, (num_tokens,))
+        x_TD = torch.cat([F.one_hot(task_T, num_tasks), torch.randn(num_tokens, d_model - num_tasks)], dim=1)
+        label_T = ((x_TD[:, num_tasks:] @ answers_DC).argmax(-1) + task_T) % num_tasks
+        main_loss = F.cross_entropy(head(x_TD + moe(x_TD)), label_T)
+        stgc.loss(main_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer = stgc.stats()[0]
+        history.append((layer["conflict_ratio"], layer["consistency"], main_loss.item()))
+    return tuple(sum(column) / 20 for column in zip(*history[-20:], strict=True))
+
+
+if __name__ == "__main__":
+    print(f"{'':<28}conflict ratio  consistency  main loss")
+    for title, config in {
+        "balance loss only": STGCConfig(conflict_loss="none"),
+        "STGC, two passes": STGCConfig(),
+        "STGC, one pass": STGCConfig(passes="one"),
+        "placebo: random pairs": STGCConfig(select="random"),
+    }.items():
+        print("{:<28}{:>14.3f}{:>13.3f}{:>11.3f}".format(title, *demo(config)))

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -51,8 +52,8 @@ from stgc import Experts, MoELayer, Router
 def balanced_assignment(cost_FE: np.ndarray) -> np.ndarray:
     """labels_F that give each of E clusters F / E rows, at the least total cost.
 
-    A price per cluster changes no optimum, since each takes the same number of rows. Prices that nearly clear the market (each
-    round raises the popular clusters') only leave the exact solver little to do: 16 s became 0.2 s at F = 4096, E = 8.
+    A price per cluster changes no optimum, since each takes the same number of rows. Prices that nearly clear the market
+    (each round raises the popular ones) leave the exact solver little to do: 16 s became 0.2 s at F = 4096, E = 8.
     """
     share = len(cost_FE) // cost_FE.shape[1]
     price_E, spread = np.zeros(cost_FE.shape[1]), cost_FE.std()
@@ -304,7 +305,8 @@ class PassMask:
 def build_moe(first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], spec: MoESpec) -> MoELayer:
     """The MoE layer of a spec for the FFN last(activation(first(x))), on its device and in its dtype.
 
-    The router's numbers come from torch's default generator on the CPU, so that a seed means the same on every device.
+    The router's numbers come from torch's default generator on the CPU, so that a seed means the same on every device. For
+    `split` a linear router starts as MoEfication's parameter centres: each part's mean of normalised rows.
     """
     router_class = {"linear": Router, "cosine": CosineRouter}[spec.router]
     router = router_class(first.in_features, spec.num_experts, device="cpu", dtype=torch.float32).to(first.weight)
@@ -312,6 +314,8 @@ def build_moe(first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], 
         experts = copy_ffn(first, last, activation, spec.num_experts)
     else:
         experts = split_ffn(first, last, activation, spec.num_experts, spec.top_k, spec.split, spec.seed)
+        if spec.router == "linear":
+            router.weight.data.copy_(F.normalize(experts.w_in_EDF.detach(), dim=1).mean(2))
     scale = 1.0 if spec.experts == "copy" else float(spec.top_k)
     return MoELayer(experts, router, spec.top_k, spec.normalize, scale)
 

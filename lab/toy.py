@@ -29,12 +29,11 @@ LABEL_NAMES = ["entailment", "not_entailment"]  # RTE's, in RTE's order
 
 # ---- 1. Words ----
 
-NAMES = "Anna Ben Carla David Emma Felix Grace Henry Ida Jonas Karen Louis".split()
-PLACES = ["in the garden", "near the river", "at the market", "behind the church", "in the park", "on the road"]
-DEEDS = ["baked a cake", "fixed the roof", "read a book", "sold a car", "painted the wall", "wrote a letter"]
-DEEDS += ["called the doctor", "won a prize", "lost the keys", "bought a lamp", "cleaned the kitchen", "learned a song"]
-ANIMALS = "dog cat horse fox goat hen bear wolf mouse rabbit duck pig".split()
-ANIMAL_VERBS = "chased followed bit pushed watched found frightened kicked".split()
+NAMES = "Anna Ben Carla David Emma Felix".split()
+PLACES = ["in the garden", "in the park", "in the village", "in the forest"]
+DEEDS = ["baked a cake", "fixed the roof", "read a book", "sold a car", "wrote a letter", "won a prize"]
+ANIMALS = "dog cat horse fox goat hen".split()
+ANIMAL_VERBS = "chased followed watched kicked".split()
 HYPONYMS = {
     "dog": "poodle terrier beagle husky".split(),
     "bird": "sparrow robin hawk crow".split(),
@@ -51,10 +50,10 @@ SYNONYMS = [  # two words for a quality, two for its opposite
     (("big", "large"), ("small", "little")),
     (("kind", "gentle"), ("cruel", "harsh")),
 ]
-JOBS = "farmer teacher nurse baker painter lawyer singer pilot".split()
+JOBS = "farmer teacher nurse baker".split()
 VERBS = {"washed": "wash", "opened": "open", "moved": "move", "repaired": "repair", "used": "use"}  # past: infinitive
-THINGS = "car house box chair door hat bag boat cup table".split()
-COLOURS = "red blue green yellow black white brown pink".split()
+THINGS = "car house box door hat boat".split()
+COLOURS = "red blue green white black".split()
 NUMBERS = dict(enumerate("two three four five six seven eight nine ten".split(), start=2))
 BOUNDS = {
     "at least": lambda n, bound: n >= bound,

@@ -38,15 +38,13 @@ class Net(nn.Module):
         super().__setstate__(state | {"call": lambda layer, *inputs: layer(*inputs)})
 
 
-def make_net(
-    num_layers=2, num_experts=4, top_k=2, d_model=8, d_ff=12, classes=3, normalize=True, scale=1.0, dtype=torch.float64, **experts
-) -> Net:
+def make_net(num_layers=2, top_k=2, normalize=True, scale=1.0, num_experts=4, d_ff=12, dtype=torch.float64, **experts) -> Net:
     layers = []
     for _ in range(num_layers):
-        stacked = Experts(num_experts, d_model, d_ff, dtype=dtype, **experts)
+        stacked = Experts(num_experts, 8, d_ff, dtype=dtype, **experts)
         layers.append(MoELayer(stacked, top_k=top_k, normalize=normalize, scale=scale))
         layers[-1].router.weight.data *= 4  # clear choices, far from a tie
-    return Net(layers, classes)
+    return Net(layers, classes=3)
 
 
 class Batch(NamedTuple):
@@ -55,12 +53,11 @@ class Batch(NamedTuple):
     keep_T: Tensor
 
 
-def make_batch(tokens=14, d_model=8, classes=3, padding=2, unlabelled=2, dtype=torch.float64) -> Batch:
+def make_batch(tokens=14, padding=2, unlabelled=2, dtype=torch.float64) -> Batch:
     """Padding and tokens without a label stand anywhere between the others."""
-    place_T = torch.randperm(tokens)
-    labels_T = torch.randint(classes, (tokens,))
-    labels_T[place_T[: padding + unlabelled]] = -100
-    return Batch(torch.randn(tokens, d_model, dtype=dtype), labels_T, place_T >= 0 if not padding else (place_T.argsort() >= padding))
+    rank_T = torch.randperm(tokens)
+    labels_T = torch.randint(3, (tokens,)).masked_fill(rank_T < padding + unlabelled, -100)
+    return Batch(torch.randn(tokens, 8, dtype=dtype), labels_T, rank_T >= padding)
 
 
 class Run(NamedTuple):

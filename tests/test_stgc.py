@@ -1,0 +1,836 @@
+"""stgc.py against its oracle, its properties and its promises. Each docstring says what would be wrong if its test failed.
+
+`make_net`, `make_batch` and `run` (one forward and backward under a fresh STGC object) live in conftest.py. Everything is
+float64 unless a test is about another dtype, so a difference above rounding is an error of the method.
+"""
+
+import copy
+import functools
+import math
+import pickle
+import re
+import shutil
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import Batch, main_loss, make_batch, make_net, run, train_step
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import stgc as stgc_module
+from stgc import STGC, Experts, MoELayer, Router, STGCConfig, balance_loss, best_other_expert, conflict_loss, draw_placebo, route
+
+PASSES, GRADIENTS, KINDS = ("two", "one"), ("bias", "weight"), ("ce", "mse", "reroute")
+both_passes = pytest.mark.parametrize("passes", PASSES)
+both_gradients = pytest.mark.parametrize("gradients", GRADIENTS)
+
+
+def close(actual, expected, rtol=1e-9, atol=1e-12):
+    """Equal up to float64 rounding; `atol` is relative to the largest entry, since entries that cancel keep its rounding."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), expected, rtol=rtol, atol=atol * scale)
+
+
+def same_grads(actual: dict, expected: dict, rtol=1e-9, atol=1e-12):
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        try:
+            close(actual[name], grad, rtol, atol)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from None
+
+
+def same_verdicts(actual: list, expected: list, rtol=1e-9, atol=1e-12):
+    for a, b in zip(actual, expected, strict=True):
+        close(a.similarity_TK, b.similarity_TK, rtol, atol)
+        for name in ("judged_TK", "conflict_TK", "picked_TK"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+# ---- 1. The oracle ----
+
+NETS = {  # options of the net and of STGC, and a seed that gives each layer conflicting, agreeing and unjudged pairs
+    "top1": ({"top_k": 1}, {"tau": 0.4}, 4),
+    "top2": ({}, {}, 3),
+    "all on": ({"top_k": 4}, {}, 1),
+    "no biases": ({"bias": False}, {}, 6),
+    "gated": ({"gated": True, "activation": F.silu}, {}, 34),
+    "gated, no biases, top1": ({"gated": True, "bias": False, "activation": F.silu, "top_k": 1}, {"tau": 0.4}, 2),
+    "scores not normalised": ({"normalize": False, "scale": 2.0}, {"tau": 0.1, "alpha": 0.3, "beta": 0.7}, 1),
+    "layer 1 of 3": ({"num_layers": 3}, {"layers": (1,)}, 16),
+}
+CASES = [
+    (name, gradients, kind)
+    for name in NETS
+    for gradients in GRADIENTS
+    for kind in (*KINDS, "none")
+    if (name, kind) != ("all on", "reroute") and (name in ("top2", "gated") or kind in ("ce", "reroute"))
+]
+
+
+@functools.cache
+def oracle_case(name: str, gradients: str):
+    """A net, a batch, the oracle's copy of the net, and its judgements, which depend on no switch of the losses."""
+    options, config, seed = NETS[name]
+    torch.manual_seed(seed)
+    net, batch = make_net(**options), make_batch(tokens=12)
+    layers = []
+    for layer in net.layers:
+        switches = {"top_k": layer.top_k, "normalize": layer.normalize, "scale": layer.scale}
+        stacked = dict(layer.experts.named_parameters())
+        layers.append(reference.RefLayer(layer.router.weight, **stacked, **switches, act=layer.experts.activation))
+    ref = reference.RefNet(layers, net.head.weight, after_block=torch.tanh)
+    return net, batch, ref, reference.judge(ref, *batch, config.get("tau", 0.0), gradients)
+
+
+def same_as_oracle(result, expected, passes: str, alpha: float, judged):
+    """Every number that STGC reports or leaves behind; the outputs themselves enter through the main loss."""
+    names = {"router.weight": "router_ED", "head.weight": "head_CD", "experts.": ""}
+    renamed = functools.partial(re.sub, "|".join(names), lambda match: names[match[0]])
+    same_grads({renamed(name): grad for name, grad in result.grads.items()}, expected.grads)
+    early = expected.main + alpha * expected.balance  # with one pass L_CEL is known after the backward only
+    close(result.total, early if passes == "one" else expected.total)
+    for i, (verdict, row, truth) in enumerate(zip(result.verdicts, result.stats, expected.judgements, strict=True)):
+        close(row["load"], truth.load_E)
+        close(row["balance_loss"], expected.balance_L[i])
+        if judged is not None and i not in judged:
+            assert verdict is None and "conflict_ratio" not in row
+            continue
+        close(verdict.similarity_TK, truth.similarity_TK)
+        assert torch.equal(verdict.judged_TK, truth.judged_TK)
+        assert torch.equal(verdict.conflict_TK, truth.conflict_TK)
+        for name in ("conflict_ratio", "consistency", "consistency_std"):
+            close(row[name], getattr(truth, name))
+        close(row["judged_ratio"], truth.judged_TK.sum() / truth.count_E.sum())
+        close(row.get("conflict_loss", 0.0), expected.conflict_L[i])
+
+
+@pytest.mark.parametrize("name, gradients, kind", CASES)
+def test_oracle(name, gradients, kind, monkeypatch):
+    """Similarities, flags, statistics, losses and all gradients equal those of one backward per pair, in both passes."""
+    net, batch, ref, judgements = oracle_case(name, gradients)
+    monkeypatch.setattr(reference, "judge", lambda *_: judgements)  # once per net: it takes most of the time
+    config = {"conflict_loss": kind, "alpha": 0.1} | NETS[name][1]
+    for router_only in (False, True):
+        expected = reference.total_loss_and_grads(ref, *batch, gradients=gradients, router_only=router_only, **config)
+        for passes in ("two", "one")[: 1 + router_only]:
+            result = run(net, batch, passes=passes, gradients=gradients, router_only=router_only, **config)
+            same_as_oracle(result, expected, passes, config["alpha"], config.get("layers"))
+            for verdict, truth in zip(result.verdicts, judgements, strict=True):
+                if verdict is not None and kind == "reroute":
+                    assert torch.equal(verdict.target_TK[truth.conflict_TK], truth.target_TK[truth.conflict_TK])
+
+
+@both_gradients
+@pytest.mark.parametrize("name", NETS)
+def test_the_oracle_has_something_to_say(name, gradients):
+    """Conflicting, agreeing and unjudged pairs and padding in every layer above: a comparison without them proves little."""
+    for truth in oracle_case(name, gradients)[3]:
+        real_TK = truth.expert_ids_TK >= 0
+        assert 1 < truth.conflict_TK.sum() < truth.judged_TK.sum() < real_TK.sum() < real_TK.numel()
+
+
+@both_passes
+@pytest.mark.parametrize("name", ["top2", "gated"])
+def test_oracle_with_the_placebo(name, passes):
+    """The pairs that the placebo picks get the loss that conflicting ones would; the statistics stay the true ones."""
+    net, batch, ref, _ = oracle_case(name, "bias")
+    result = run(net, batch, passes=passes, router_only=True, select="random", seed=7)
+    picked = [verdict.picked_TK for verdict in result.verdicts]
+    expected = reference.total_loss_and_grads(ref, *batch, router_only=True, picked=picked)
+    same_as_oracle(result, expected, passes, 0.01, None)
+    assert any((mask_TK != truth.conflict_TK).any() for mask_TK, truth in zip(picked, expected.judgements, strict=True))
+
+
+def test_reroute_needs_an_expert_to_go_to():
+    """With every expert on there is no other one: an error, not a loss towards some expert."""
+    with pytest.raises(ValueError, match="reroute"):
+        STGC(make_net(top_k=4), STGCConfig(conflict_loss="reroute"))
+
+
+# ---- 2. One pass and two ----
+
+
+@pytest.mark.parametrize("gradients, dtype, steps", [("bias", torch.float64, 200), ("bias", torch.float32, 200), ("weight", torch.float64, 40)])
+def test_one_pass_flags_what_two_passes_flag(gradients, dtype, steps):
+    """At every step of training 6 layers: the same flags and gradients. Else what reaches a tap is not the main loss's
+    gradient alone. In float32 at most 1 pair in 10000 may differ, and only within rounding of tau."""
+    net, teacher = make_net(num_layers=6, dtype=dtype), torch.randn(3, 8, 3, dtype=dtype)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    pairs = flips = conflicts = 0
+    for _ in range(steps):
+        x_TD, task_T = torch.randn(18, 8, dtype=dtype), torch.arange(18) % 3  # three tasks: their tokens conflict
+        batch = Batch(x_TD, (x_TD.unsqueeze(1) @ teacher[task_T]).squeeze(1).argmax(-1), task_T >= 0)
+        two = run(net, batch, passes="two", gradients=gradients, router_only=True)
+        one = run(net, batch, passes="one", gradients=gradients)
+        for a, b in zip(one.verdicts, two.verdicts, strict=True):
+            flipped_TK = a.conflict_TK != b.conflict_TK
+            pairs, flips, conflicts = pairs + flipped_TK.numel(), flips + flipped_TK.sum(), conflicts + b.conflict_TK.sum()
+            assert (b.similarity_TK[flipped_TK].abs() < 1e-5).all()
+        if dtype == torch.float64:
+            assert not flips
+            close(*(torch.cat([grad.flatten() for grad in result.grads.values()]) for result in (one, two)))
+        optimizer.step()
+    assert flips <= 1e-4 * pairs
+    assert 0.02 * pairs < conflicts < 0.6 * pairs  # there was something to disagree on
+
+
+@pytest.mark.parametrize("router_only", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_passes_train_on_the_plain_sum_of_losses(kind, router_only):
+    """Given the flags, the gradients are those of L_main + alpha L_bal + beta L_CEL written down as in the paper."""
+    net, batch = make_net(num_layers=3), make_batch(tokens=20)
+    result = run(net, batch, conflict_loss=kind, alpha=0.2, beta=0.5, router_only=router_only)
+    h_TD = x_TD = batch.x_TD.clone().requires_grad_()
+    balance, conflict = [], []
+    for layer, verdict in zip(net.layers, result.verdicts, strict=True):
+        logits_TE = F.linear(h_TD.detach() if router_only else h_TD, layer.router.weight)
+        ids_TK = logits_TE.topk(2).indices
+        share_E = F.one_hot(ids_TK[batch.keep_T], 4).to(h_TD.dtype).mean((0, 1))
+        balance.append(4 * share_E @ logits_TE[batch.keep_T].softmax(-1).mean(0))
+        t_C, k_C = verdict.conflict_TK.nonzero(as_tuple=True)
+        e_C = ids_TK[t_C, k_C]
+        conflict.append({
+            "ce": lambda z_CE, e_C=e_C: F.cross_entropy(-z_CE, e_C),
+            "mse": lambda z_CE, e_C=e_C: z_CE.softmax(-1)[torch.arange(len(e_C)), e_C].square().mean(),
+            "reroute": lambda z_CE, to_C=verdict.target_TK[t_C, k_C]: F.cross_entropy(z_CE, to_C),
+        }[kind](logits_TE[t_C]))  # fmt: skip
+        h_TD = torch.tanh(h_TD + layer(h_TD, batch.keep_T))
+    main = F.cross_entropy(net.head(h_TD), batch.labels_T)
+    total = main + 0.2 * sum(balance) / 3 + 0.5 * sum(conflict) / 3
+    named = {**dict(net.named_parameters()), "x_TD": x_TD}
+    close(result.total, total.item())
+    same_grads(result.grads, dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True)))
+
+
+# ---- 3. Properties ----
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_pair_gradients_sum_to_the_bias_gradient(gated, monkeypatch):
+    """What is compared are a bias's gradients pair by pair: over the pairs of an expert they add up to autograd's."""
+    seen, real = [], stgc_module.compare_to_means
+    monkeypatch.setattr(stgc_module, "compare_to_means", lambda *args: seen.append(args[:2]) or real(*args))
+    grads = run(make_net(num_layers=1, gated=gated), make_batch(), conflict_loss="none", alpha=0.0).grads
+    biases = ["b_gate_EF", "b_in_EF", "b_out_ED"][not gated :]
+    for name, (grad_SO, pairs) in zip(biases, seen, strict=True):
+        close(pairs.onehot_SE.T @ grad_SO, grads[f"layers.0.experts.{name}"])
+
+
+@both_passes
+@both_gradients
+def test_permuting_tokens_permutes_verdicts(passes, gradients):
+    """A pair is judged by what it is, not by where it stands."""
+    net, batch = make_net(), make_batch()
+    order_T = torch.randperm(len(batch.x_TD))
+    result = run(net, batch, passes=passes, gradients=gradients)
+    permuted = run(net, Batch(*(t[order_T] for t in batch)), passes=passes, gradients=gradients)
+    same_verdicts(permuted.verdicts, [type(v)(*(t[order_T] for t in v)) for v in result.verdicts])
+    close(permuted.grads.pop("x_TD"), result.grads.pop("x_TD")[order_T])
+    same_grads(permuted.grads, result.grads)
+
+
+@both_passes
+@both_gradients
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_scale_of_the_loss_flips_no_flag(passes, gradients, dtype):
+    """Cosines have no scale: a mean over more tokens, or a loss scale, must not underflow into other flags."""
+    net, batch = make_net(dtype=dtype), make_batch(dtype=dtype)
+    full, tiny = (run(net, batch, scale, passes=passes, gradients=gradients) for scale in (1.0, 1e-9))
+    rounding = 1e-9 if dtype == torch.float64 else 1e-5  # of a float32 cosine, with room
+    assert all((v.similarity_TK.abs() > rounding)[v.judged_TK].all() for v in full.verdicts)
+    same_verdicts(tiny.verdicts, full.verdicts, rtol=0, atol=rounding)
+
+
+def test_grad_scale_changes_nothing_but_the_first_backward():
+    """`loss(main, grad_scale)` keeps fp16 token gradients from underflowing; in float64 it must not be seen anywhere."""
+    net, batch = make_net(), make_batch()
+    expected, stgc = run(net, batch), STGC(net)
+    x_TD = batch.x_TD.clone().requires_grad_()
+    total = stgc.loss(main_loss(net, batch._replace(x_TD=x_TD)), grad_scale=2.0**10)
+    close(total.item(), expected.total)
+    same_verdicts(stgc.verdicts, expected.verdicts)
+
+
+@both_passes
+@both_gradients
+def test_equal_tokens_never_conflict(passes, gradients):
+    """They are their own mean: similarity 1."""
+    one = make_batch(tokens=1, padding=0, unlabelled=0)
+    batch = Batch(*(t.repeat_interleave(9, 0) for t in one))
+    for verdict in run(make_net(), batch, passes=passes, gradients=gradients, tau=0.999).verdicts:
+        close(verdict.similarity_TK, torch.ones(9, 2))
+        assert verdict.judged_TK.all() and not verdict.conflict_TK.any()
+
+
+@both_passes
+@both_gradients
+def test_zero_gradients_are_neither_flagged_nor_averaged(passes, gradients):
+    """Padding and tokens that the loss does not reach: no tau flags them, and without them the others are judged the same."""
+    net, batch = make_net(num_layers=1), make_batch(padding=3, unlabelled=4)
+    config = {"passes": passes, "gradients": gradients, "tau": 0.99, "alpha": 0.0}
+    result, reached_T = run(net, batch, **config), batch.labels_T >= 0
+    (verdict,) = result.verdicts
+    assert verdict.conflict_TK[reached_T].any() and not verdict.judged_TK[~reached_T].any()
+    alone = run(net, Batch(*(t[reached_T] for t in batch)), **config)
+    same_verdicts(alone.verdicts, [type(verdict)(*(t[reached_T] for t in verdict))])
+    close(result.grads.pop("x_TD")[reached_T], alone.grads.pop("x_TD"))
+    same_grads(result.grads, alone.grads)
+    for tau in (0.99, 1.0, 3.0):
+        (verdict,) = run(net, batch, **config | {"tau": tau}).verdicts
+        assert not verdict.conflict_TK[~reached_T].any()
+
+
+@both_passes
+@both_gradients
+def test_one_token(passes, gradients):
+    """Alone on its experts it agrees with itself; and a batch that is padding but for one token is that token's."""
+    net, token = make_net(), make_batch(tokens=1, padding=0, unlabelled=0)
+    pad = make_batch(tokens=7, padding=7, unlabelled=0)
+    alone = run(net, token, passes=passes, gradients=gradients)
+    padded = run(net, Batch(*(torch.cat(both) for both in zip(pad, token, strict=True))), passes=passes, gradients=gradients)
+    for verdict, more in zip(alone.verdicts, padded.verdicts, strict=True):
+        close(verdict.similarity_TK, torch.ones(1, 2))
+        assert not verdict.conflict_TK.any() and not more.judged_TK[:7].any()
+        close(more.similarity_TK[7:], verdict.similarity_TK)
+    assert not padded.grads["x_TD"][:7].any()
+    padded.grads["x_TD"] = padded.grads["x_TD"][7:]
+    same_grads(padded.grads, alone.grads)
+    close([row["conflict_ratio"] for row in padded.stats], [0.0, 0.0])
+    close(padded.total, alone.total)
+
+
+@both_passes
+@both_gradients
+def test_nothing_but_padding(passes, gradients):
+    """A process may get such a batch: zeros come out, and no number is NaN."""
+    net, batch = make_net(), make_batch(padding=14)
+    stgc = STGC(net, STGCConfig(passes=passes, gradients=gradients))
+    out = net(batch.x_TD, batch.keep_T)
+    stgc.loss(out.square().sum()).backward()
+    assert not net.layers[0](batch.x_TD, batch.keep_T).any()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    for row in stgc.stats():
+        assert row["conflict_ratio"] == row["conflict_loss"] == row["balance_loss"] == 0.0
+        assert all(math.isfinite(number) for number in (row["consistency"], row["consistency_std"], *row["load"]))
+
+
+@both_passes
+@both_gradients
+def test_an_expert_without_tokens(passes, gradients):
+    """No mean, no gradient, no NaN; and it lowers neither the consistency of the others nor its std."""
+
+    class Avoiding(Router):
+        def forward(self, x_TD):
+            return super().forward(x_TD) - torch.tensor([0.0, 0.0, 1e3, 0.0])  # -1e3: never chosen, probability 0
+
+    net, batch = make_net(), make_batch()
+    for layer in net.layers:
+        layer.router.__class__ = Avoiding
+    result = run(net, batch, passes=passes, gradients=gradients)
+    for name, grad in result.grads.items():
+        assert grad.isfinite().all(), name
+        assert "experts" not in name or not grad[2].any(), name
+    without = [0, 1, 3]
+    for layer in net.layers:  # the same net with the expert taken out
+        layer.router.__class__ = Router
+        for name, parameter in [("weight", layer.router), *((n, layer.experts) for n, _ in layer.experts.named_parameters())]:
+            setattr(parameter, name, nn.Parameter(getattr(parameter, name).data[without]))
+        layer.experts.num_experts = 3
+    smaller = run(net, batch, passes=passes, gradients=gradients)
+    same_verdicts(result.verdicts, smaller.verdicts)
+    for row, expected in zip(result.stats, smaller.stats, strict=True):
+        assert row["load"][2] == 0.0
+        close([row["consistency"], row["consistency_std"]], [expected["consistency"], expected["consistency_std"]])
+
+
+@both_passes
+@both_gradients
+def test_all_or_nothing_flagged(passes, gradients):
+    """tau above 1 flags all judged pairs. Below -1 it flags none, and then training is bit by bit as without the loss."""
+    net, batch = make_net(), make_batch()
+    config = {"passes": passes, "gradients": gradients, "router_only": True}
+    everything, nothing, without = (run(net, batch, **config | c) for c in ({"tau": 2.0}, {"tau": -2.0}, {"conflict_loss": "none"}))
+    for verdict, row in zip(everything.verdicts, everything.stats, strict=True):
+        assert torch.equal(verdict.conflict_TK, verdict.judged_TK) and row["conflict_ratio"] == row["judged_ratio"] > 0.5
+    for verdict, row in zip(nothing.verdicts, nothing.stats, strict=True):
+        assert not verdict.conflict_TK.any() and row["conflict_ratio"] == row["conflict_loss"] == 0.0
+    assert nothing.total == without.total
+    for name, grad in without.grads.items():
+        assert torch.equal(nothing.grads[name], grad), name
+        assert torch.equal(everything.grads[name], grad) is ("router" not in name), name
+
+
+@both_passes
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_forward_without_gradients_leaves_nothing_behind(passes, mode):
+    """generate() or an evaluation between the forward and its loss must not change the loss: nanoMoE's mistake."""
+    net, batch = make_net(), make_batch()
+    expected, stgc = run(net, batch, passes=passes), STGC(net, STGCConfig(passes=passes))
+    net.zero_grad()
+    x_TD = batch.x_TD.clone().requires_grad_()
+    main = main_loss(net, batch._replace(x_TD=x_TD))
+    with torch.no_grad():
+        getattr(net, mode)()
+        net(torch.randn(5, 8, dtype=torch.float64))
+        net.train()
+    total = stgc.loss(main)
+    total.backward()
+    assert total.item() == expected.total and torch.equal(x_TD.grad, expected.grads["x_TD"])
+    assert all(torch.equal(parameter.grad, expected.grads[name]) for name, parameter in net.named_parameters())
+    assert stgc.stats() == expected.stats
+
+
+@both_passes
+def test_every(passes):
+    """Between the judged steps the loss is main + alpha * balance, and verdicts and their statistics are the last judged ones'."""
+    net, batches = make_net(), [make_batch() for _ in range(5)]
+    config = {"passes": passes, "router_only": True}
+    stgc, last = STGC(net, STGCConfig(every=3, **config)), None
+    results = [train_step(stgc, net, batch) for batch in batches]
+    stgc.detach()
+    for step, (result, batch) in enumerate(zip(results, batches, strict=True)):
+        judged = step % 3 == 0
+        expected = run(net, batch, **config, conflict_loss="ce" if judged else "none")
+        same_grads(result.grads, expected.grads)
+        close(result.total, expected.total)
+        last = expected.verdicts if judged else last
+        same_verdicts(result.verdicts, last)
+    never = run(net, batches[0], conflict_loss="none", every=0)
+    close(never.total, run(net, batches[0], conflict_loss="none").total)
+    assert never.verdicts == [None, None]
+
+
+@both_passes
+@both_gradients
+def test_gradient_accumulation(passes, gradients):
+    """Two halves, each with its own loss divided by 2: the mean of the two gradients. One pass learns of the 2 in backward."""
+    net, batches = make_net(), [make_batch(), make_batch()]
+    halves = [run(net, batch, passes=passes, gradients=gradients) for batch in batches]
+    stgc = STGC(net, STGCConfig(passes=passes, gradients=gradients))
+    net.zero_grad()
+    for batch in batches:
+        (stgc.loss(main_loss(net, batch)) / 2).backward()
+    same_grads(
+        {name: parameter.grad for name, parameter in net.named_parameters()},
+        {name: (halves[0].grads[name] + halves[1].grads[name]) / 2 for name in halves[0].grads if name != "x_TD"},
+    )
+
+
+def graph_size(tensor) -> int:
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [after for after, _ in node.next_functions]
+    return len(seen)
+
+
+@both_passes
+def test_detach_and_takeover(passes):
+    """An unwatched layer adds nothing: no node, no hook. The newest STGC object counts; an older one's detach spares it."""
+    net, batch = make_net(), make_batch()
+    config = STGCConfig(passes=passes)
+    unwatched = main_loss(net, batch)
+    first, second = STGC(net, config), STGC(net, config)
+    first.detach()
+    watched = main_loss(net, batch)
+    with pytest.raises(RuntimeError, match="no forward"):
+        first.loss(watched)
+    second.loss(watched).backward()
+    assert None not in second.verdicts
+    second.detach()
+    detached = main_loss(net, batch)
+    assert graph_size(detached) == graph_size(unwatched) < graph_size(watched) + (passes == "two")
+    assert torch.equal(detached, unwatched) and torch.equal(watched, unwatched)
+    for module in net.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+    with pytest.raises(RuntimeError, match="no forward"):
+        second.loss(detached)
+
+
+@both_passes
+def test_placebo(passes):
+    """As many judged pairs as conflict, but others; known from seed and step alone; the statistics stay the true ones."""
+    net, batch = make_net(), make_batch(tokens=40, padding=6, unlabelled=6)
+    config = {"passes": passes, "router_only": True}
+    truth = run(net, batch, **config)
+
+    def picks(seed, steps=2):
+        stgc = STGC(net, STGCConfig(select="random", seed=seed, **config))
+        return [train_step(stgc, net, batch) for _ in range(steps)]
+
+    for result in picks(seed=1):
+        for a, b in zip(result.verdicts, truth.verdicts, strict=True):
+            assert torch.equal(a.conflict_TK, b.conflict_TK) and torch.equal(a.similarity_TK, b.similarity_TK)
+            assert a.picked_TK.sum() == b.conflict_TK.sum() > 0
+            assert not (a.picked_TK & ~b.judged_TK).any() and not torch.equal(a.picked_TK, b.conflict_TK)
+        for a, b in zip(result.stats, truth.stats, strict=True):
+            assert a | {"conflict_loss": None} == b | {"conflict_loss": None}
+    drawn = [torch.stack([v.picked_TK for v in result.verdicts]) for result in (*picks(1), *picks(1), *picks(2))]
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    assert not any(torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 4), (1, 5)))
+    assert not torch.equal(drawn[0][0], drawn[0][1])  # nor do two layers share a draw
+
+
+def test_draw_placebo_is_uniform():
+    """Each judged pair gets its turn as often as any other."""
+    judged_TK = torch.rand(20, 2) < 0.7
+    conflict_TK = judged_TK & (torch.rand(20, 2) < 0.4)
+    share_TK = torch.stack([draw_placebo(conflict_TK, judged_TK, seed) for seed in range(2000)]).float().mean(0)
+    p = (conflict_TK.sum() / judged_TK.sum()).item()
+    assert not share_TK[~judged_TK].any()
+    assert (share_TK[judged_TK] - p).abs().max() < 5 * math.sqrt(p * (1 - p) / 2000)  # five standard deviations
+
+
+def test_best_other_expert():
+    """The highest cosine among the experts that the token is not on, even when its own are higher or all others negative."""
+    cos_TKE = torch.tensor([[[0.9, 0.1, 0.3, 0.2], [0.9, -0.1, -0.3, 0.8]], [[-0.1, -0.9, 0.5, -0.2], [0.1, 0.2, 0.0, 0.3]]])
+    assert best_other_expert(cos_TKE, torch.tensor([[0, 3], [2, 3]])).tolist() == [[2, 1], [0, 1]]
+
+
+def test_state_dict():
+    """A resumed run judges at the same steps, and its placebo draws the same pairs."""
+    net, batches = make_net(), [make_batch(tokens=30) for _ in range(5)]
+    config = STGCConfig(select="random", every=2)
+    stgc = STGC(net, config)
+    whole = [train_step(stgc, net, batch) for batch in batches]
+    stgc = STGC(net, config)
+    for batch in batches[:3]:
+        train_step(stgc, net, batch)
+    resumed = STGC(net, config)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(stgc.state_dict())))
+    for batch, expected in zip(batches[3:], whole[3:], strict=True):
+        result = train_step(resumed, net, batch)
+        same_grads(result.grads, expected.grads)
+    same_verdicts(result.verdicts, expected.verdicts)
+
+
+# ---- 4. Who gets gradient ----
+
+
+@pytest.mark.parametrize("term", [{"beta": 0.0, "alpha": 1.0}, {"alpha": 0.0, "beta": 1.0}], ids=["balance", "conflict"])
+@pytest.mark.parametrize("passes, router_only", [("two", False), ("two", True), ("one", None)])
+def test_who_gets_gradient(passes, router_only, term):
+    """Held to the router, both losses move routers alone, bit by bit; else they also reach what lies below a later router,
+    but never what lies above the last: its experts and the head."""
+    net, batch = make_net(), make_batch()
+    result = run(net, batch, passes=passes, router_only=router_only, **term)
+    without = run(net, batch, passes=passes, router_only=router_only, conflict_loss="none", alpha=0.0)
+    moved = {name for name, grad in result.grads.items() if not torch.equal(grad, without.grads[name])}
+    routers = {"layers.0.router.weight", "layers.1.router.weight"}
+    features = {"x_TD"} | {name for name in result.grads if name.startswith("layers.0.experts")}
+    assert moved == routers | (set() if router_only is not False else features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conflict_loss_gradient(kind):
+    """gradcheck with the mask fixed, and the closed forms. ce: onehot(e) - softmax(-z), so a step lowers z_e, the right sign."""
+    logits_TE = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    ids_TK, target_TK, picked_TK = logits_TE.topk(2).indices, torch.randint(5, (6, 2)), torch.rand(6, 2) < 0.5
+    assert torch.autograd.gradcheck(lambda z_TE: conflict_loss(kind, z_TE, ids_TK, picked_TK, target_TK), logits_TE)
+    (grad_TE,) = torch.autograd.grad(conflict_loss(kind, logits_TE, ids_TK, picked_TK, target_TK), logits_TE)
+    expected_TE = torch.zeros(6, 5, dtype=torch.float64)
+    for t, k in picked_TK.nonzero().tolist():
+        z_E, e, eye_EE = logits_TE[t].detach(), ids_TK[t, k], torch.eye(5, dtype=torch.float64)
+        p_E = z_E.softmax(0)
+        closed = {"ce": eye_EE[e] - (-z_E).softmax(0), "mse": 2 * p_E[e] ** 2 * (eye_EE[e] - p_E), "reroute": p_E - eye_EE[target_TK[t, k]]}
+        expected_TE[t] += closed[kind]
+    close(grad_TE, expected_TE, atol=1e-15)
+    assert not conflict_loss(kind, logits_TE, ids_TK, torch.zeros_like(picked_TK), target_TK).any()
+
+
+def test_balance_loss_gradient():
+    """gradcheck, the closed form E / T * p (f - f.p), and 1 for even loads whatever the scores."""
+    logits_TE, keep_T = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.arange(6) != 2
+    load_E, tokens = torch.tensor([3.0, 0.0, 1.0, 5.0, 1.0], dtype=torch.float64), keep_T.sum()
+    assert torch.autograd.gradcheck(lambda z_TE: balance_loss(z_TE, keep_T, load_E, tokens), logits_TE)
+    (grad_TE,) = torch.autograd.grad(balance_loss(logits_TE, keep_T, load_E, tokens), logits_TE)
+    p_TE, f_E = logits_TE.detach().softmax(-1), load_E / 10
+    close(grad_TE, 5 / 5 * p_TE * (f_E - (p_TE @ f_E).unsqueeze(1)) * keep_T.unsqueeze(1), atol=1e-15)
+    close(balance_loss(logits_TE, keep_T, torch.full((5,), 2.0, dtype=torch.float64), tokens).item(), 1.0)
+
+
+# ---- 5. Robustness ----
+
+
+@both_passes
+@both_gradients
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
+def test_copies_are_unwatched_and_whole(clone, passes, gradients):
+    """Between a watched forward and its backward: the copy takes no graph along, and the original does not notice."""
+    net, batch = make_net(), make_batch()
+    config = {"passes": passes, "gradients": gradients}
+    expected, stgc = run(net, batch, **config), STGC(net, STGCConfig(**config))
+    net.zero_grad()
+    total = stgc.loss(main_loss(net, batch))
+    twin = clone(net)
+    total.backward()
+    assert all(torch.equal(parameter.grad, expected.grads[name]) for name, parameter in net.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(twin(*batch[::2]), net(*batch[::2]))
+    same_grads(run(twin, batch, **config).grads, expected.grads)
+    assert all(layer.watch is None for layer in twin.layers)
+
+
+@both_passes
+@both_gradients
+def test_autocast(passes, gradients):
+    """bf16 products, but router, means and cosines in float32: most flags are float32's, and parameters get float32 gradients."""
+    net, batch = make_net(dtype=torch.float32), make_batch(tokens=60, dtype=torch.float32)
+    config = {"passes": passes, "gradients": gradients, "router_only": True}
+    expected, stgc = run(net, batch, **config), STGC(net, STGCConfig(**config))
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net.layers[0](batch.x_TD).dtype == torch.bfloat16
+        assert route(net.layers[0].router, batch.x_TD.bfloat16(), 2).logits_TE.dtype == torch.float32
+        total = stgc.loss(main_loss(net, batch))
+    total.backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+    for verdict, truth in zip(stgc.verdicts, expected.verdicts, strict=True):
+        assert verdict.similarity_TK.dtype == torch.float32
+        assert (verdict.conflict_TK == truth.conflict_TK).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_in_is_dtype_out(dtype):
+    """Half precision is widened where it matters, float64 is never narrowed."""
+    net, batch = make_net(dtype=dtype), make_batch(dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for gradients in GRADIENTS:
+        for passes in PASSES:
+            result = run(net, batch, passes=passes, gradients=gradients)
+            assert net(*batch[::2]).dtype == dtype and all(grad.dtype == dtype for grad in result.grads.values())
+            assert all(grad.isfinite().all() for grad in result.grads.values())
+            assert all(verdict.similarity_TK.dtype == wide for verdict in result.verdicts)
+
+
+@both_passes
+@both_gradients
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_changes_nothing(passes, gradients, every):
+    """Non-reentrant checkpointing runs each layer again in backward; flags, losses, gradients and placebo are those without it."""
+    net, batches = make_net(), [make_batch(tokens=20) for _ in range(3)]
+    config = STGCConfig(passes=passes, gradients=gradients, every=every, select="random")
+    expected = [train_step(stgc, net, batch) for stgc in [STGC(net, config)] for batch in batches]
+    net.call = lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False)
+    results = [train_step(stgc, net, batch) for stgc in [STGC(net, config)] for batch in batches]
+    for a, b in zip(results, expected, strict=True):
+        same_grads(a.grads, b.grads)
+        same_verdicts(a.verdicts, b.verdicts)
+        assert a.stats == b.stats and a.total == b.total
+
+
+@both_passes
+def test_reentrant_checkpointing_is_refused(passes):
+    """It runs the forward without gradients: nothing could be judged, and saying nothing would train without the loss."""
+    net, batch = make_net(), make_batch()
+    stgc = STGC(net, STGCConfig(passes=passes))
+    net.call = lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=True)
+    x_TD = batch.x_TD.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        stgc.loss(main_loss(net, batch._replace(x_TD=x_TD)))
+
+
+BACKENDS = ["aot_eager"]
+if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):  # inductor writes C++
+    BACKENDS.append(pytest.param("inductor", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend):
+    """torch.compile, unwatched and watched in both passes: the same loss, flags and gradients, whatever the graph breaks."""
+    net, batch = make_net(), make_batch()
+    x_TD = batch.x_TD.clone().requires_grad_()
+    (grad_TD,) = torch.autograd.grad(main_loss(net, batch._replace(x_TD=x_TD)), x_TD)
+    configs = [{"passes": passes, "gradients": gradients} for passes in PASSES for gradients in GRADIENTS]
+    expected = [run(net, batch, **config) for config in configs]
+    torch._dynamo.reset()
+    net.compile(backend=backend)
+    for config, truth in zip([*configs, None], [*expected, None], strict=True):
+        if config is None:
+            close(torch.autograd.grad(main_loss(net, batch._replace(x_TD=x_TD)), x_TD)[0], grad_TD)
+            continue
+        result = run(net, batch, **config)
+        close(result.total, truth.total)
+        same_grads(result.grads, truth.grads)
+        same_verdicts(result.verdicts, truth.verdicts)
+    torch._dynamo.reset()
+
+
+@both_passes
+@pytest.mark.parametrize("router", [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 4))], ids=["bias", "mlp"])
+def test_any_router(router, passes):
+    """Whatever maps x_TD to logits_TE is trained by the three losses like the linear one."""
+    net, batch = make_net(), make_batch()
+    for layer in net.layers:
+        layer.router = copy.deepcopy(router).double()
+    grads = run(net, batch, passes=passes).grads
+    main_only = run(net, batch, passes=passes, conflict_loss="none", alpha=0.0).grads
+    assert all(torch.equal(grads[name], main_only[name]) is False for name in grads if "router" in name)
+
+
+KERNELS = [("dense", torch.float64, 1e-12)] + [("grouped_mm", torch.float32, 1e-4)] * hasattr(F, "grouped_mm")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kernel, dtype, tolerance", KERNELS)
+def test_kernels_agree(kernel, dtype, tolerance, gated, monkeypatch):
+    """CUDA's ways to the experts' products, run here: outputs, flags and gradients of the loop over slices, padding and all."""
+    net, batch = make_net(dtype=dtype, gated=gated), make_batch(tokens=24, padding=5, dtype=dtype)
+    for passes in PASSES:
+        for gradients in GRADIENTS:
+            results = []
+            for name in ("slices", kernel):
+                monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_, name=name: name)
+                results.append(run(net, batch, passes=passes, gradients=gradients, alpha=0.1))
+            same_grads(results[1].grads, results[0].grads, rtol=tolerance, atol=tolerance)
+            same_verdicts(results[1].verdicts, results[0].verdicts, rtol=tolerance, atol=tolerance)
+            close(results[1].total, results[0].total, rtol=tolerance)
+
+
+@both_passes
+@both_gradients
+def test_two_runs_are_bit_identical(passes, gradients):
+    """No atomics in random order: the backward gathers rows where index_add would scatter them."""
+    net, batch = make_net(dtype=torch.float32), make_batch(tokens=200, dtype=torch.float32)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(net, batch, passes=passes, gradients=gradients) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first.total == second.total
+    assert all(torch.equal(grad, second.grads[name]) for name, grad in first.grads.items())
+
+
+def test_shapes_and_masks():
+    """(B, L, D) is T tokens; padding comes out as zeros; `layer.mask` stands in for the argument once."""
+    (layer,), (x_TD, _, keep_T) = make_net(num_layers=1).layers, make_batch(tokens=12)
+    out_TD = layer(x_TD, keep_T)
+    close(layer(x_TD.view(3, 4, 8), keep_T.view(3, 4).long()), out_TD.view(3, 4, 8))
+    assert not out_TD[~keep_T].any() and out_TD[keep_T].all()
+    layer.mask = keep_T
+    assert torch.equal(layer(x_TD), out_TD) and layer.mask is None and layer(x_TD).all()
+    close(layer(x_TD[keep_T]), out_TD[keep_T])
+
+
+# ---- 6. Errors ----
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"conflict_loss": "kl"},
+        {"passes": "three"},
+        {"gradients": "all"},
+        {"select": "best"},
+        {"tau": math.nan},
+        {"alpha": math.inf},
+        {"beta": math.nan},
+        {"every": 0},
+        {"every": -1, "conflict_loss": "none"},
+        {"passes": "one", "router_only": False},
+    ],
+    ids=str,
+)
+def test_bad_configurations(bad):
+    """The first bad field is named, at once, not at step 1000."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        STGCConfig(**bad)
+
+
+def test_other_errors():
+    """Each error says what to do about it."""
+    net, (x_TD, _, keep_T) = make_net(), make_batch()
+    for top_k in (0, 5):
+        with pytest.raises(ValueError, match="top_k"):
+            MoELayer(Experts(4, 8, 12), top_k=top_k)
+    for layers in ((2,), (-1,)):
+        with pytest.raises(ValueError, match="layers"):
+            STGC(net, STGCConfig(layers=layers))
+    with pytest.raises(ValueError, match="mask"):
+        net(x_TD, keep_T[1:])
+    with pytest.raises(ValueError, match="no stgc.MoELayer"):
+        STGC(nn.Linear(2, 2))
+    stgc = STGC(net)
+    with pytest.raises(RuntimeError, match="no forward"):
+        stgc.loss(torch.zeros((), requires_grad=True))
+    stgc.loss(net(x_TD).sum())
+    with pytest.raises(RuntimeError, match="no forward"):
+        stgc.loss(torch.zeros((), requires_grad=True))
+
+
+# ---- 7. No synchronisation with the host on CUDA ----
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what would make a CPU wait for a GPU: numbers read from tensors, and shapes that depend on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount", "repeat_interleave")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, name
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]), "boolean indexing"
+        return func(*args, **kwargs or {})
+
+
+@both_passes
+@both_gradients
+@pytest.mark.parametrize("kernel", [case[0] for case in KERNELS])
+def test_nothing_waits_for_the_gpu(kernel, passes, gradients, monkeypatch):
+    """The CUDA path, run here: no .item(), .tolist() or boolean indexing from the forward to the end of backward."""
+    net, batch = make_net(dtype=torch.float32), make_batch(dtype=torch.float32)
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read")
+
+    def step(**config):
+        stgc = STGC(net, STGCConfig(passes=passes, gradients=gradients, **config))
+        with NoSync(), monkeypatch.context() as patch:
+            for name in ("tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                patch.setattr(torch.Tensor, name, refuse)
+            stgc.loss(main_loss(net, batch)).backward()
+
+    with pytest.raises(AssertionError):  # the loop over slices reads where each expert's rows end, so the guard works
+        step()
+    monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_: kernel)
+    for kind in (*KINDS, "none"):
+        step(conflict_loss=kind)
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.gpu
+    @both_passes
+    def test_no_synchronisation_on_cuda(passes):
+        """CUDA itself counts: bf16 through grouped_mm, float64 through the dense products (there is no grouped one)."""
+        for dtype, gradients in ((torch.bfloat16, "bias"), (torch.float64, "bias"), (torch.float64, "weight")):
+            net = make_net(d_ff=16, dtype=dtype).cuda()
+            batch = Batch(*(t.cuda() for t in make_batch(dtype=dtype)))
+            stgc = STGC(net, STGCConfig(passes=passes, gradients=gradients))
+            for mode in ("default", "error"):  # the first step warms up
+                torch.cuda.set_sync_debug_mode(mode)
+                try:
+                    stgc.loss(main_loss(net, batch)).backward()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.gpu
+    @both_passes
+    @both_gradients
+    def test_cuda_equals_cpu(passes, gradients):
+        """float64 on both."""
+        net, batch = make_net(), make_batch()
+        expected = run(net, batch, passes=passes, gradients=gradients)
+        result = run(net.cuda(), Batch(*(t.cuda() for t in batch)), passes=passes, gradients=gradients)
+        same_grads({name: grad.cpu() for name, grad in result.grads.items()}, expected.grads)
+        same_verdicts([type(v)(*(t.cpu() for t in v)) for v in result.verdicts], expected.verdicts)
