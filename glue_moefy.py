@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 
 from lab.cli import Parser, UserError, hub_is_reachable, number, run_main
 
@@ -44,25 +43,25 @@ def make_parser() -> Parser:
     # Mixture-of-Experts
     parser.add_argument("--num-experts", type=number(int, 1), default=8, help="experts per MoE layer")
     parser.add_argument("--top-k", type=number(int, 1), default=2, help="experts per token")
-    parser.add_argument("--moe-layers", default="10", help="encoder layers, from 0: indices as 1,3,5, or every-second, or all")
+    parser.add_argument("--moe-layers", default="10", help="from 0: indices as 1,3,5, or every-second, or all")
     parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="copies of the FFN, or parts of it")
-    parser.add_argument("--router", choices=["linear", "cosine"], default="linear", help="cosine: DynMoE's, with bounded logits")
+    parser.add_argument("--router", choices=["linear", "cosine"], default="linear", help="cosine: bounded logits")
     # method; the meaning of each is in stgc.STGCConfig
     parser.add_argument(
         "--conflict-loss", choices=["none", "ce", "mse", "reroute"], default="ce", help="none: the MoE baseline"
     )
     parser.add_argument(
-        "--select", choices=["conflict", "random"], default="conflict", help="random: the placebo, as many pairs drawn at random"
+        "--select", choices=["conflict", "random"], default="conflict", help="random: the placebo, as many pairs at random"
     )
     parser.add_argument("--passes", choices=["two", "one"], default="two", help="two: as the paper; one: no extra backward")
-    parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="whose token gradients are compared")
-    parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this mean cosine")
+    parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="token gradients to compare")
+    parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this cosine")
     parser.add_argument("--beta", type=number(float, 0), default=1.0, help="weight of the conflict loss")
     parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the balance loss")
     parser.add_argument("--every", type=number(int, 1), default=1, help="judge the tokens at each k-th step")
     # training
     parser.add_argument("--epochs", type=number(int, 1), default=10, help="at most; see --patience")
-    parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs than this without gain on dev")
+    parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help="sentence pairs per step, over all processes")
     parser.add_argument("--lr", type=number(float, 0), default=3e-5, help="peak of AdamW's rate; falls linearly, no warm-up")
     parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="one full run each")
@@ -131,6 +130,7 @@ from transformers.utils import logging
 
 from lab import figures, moefication, toy
 from lab.metrics import GlueMetric
+from lab.report import score_rows, spread
 from lab.runs import RunFolder, RunLog, check_losses, claim_folder, make_accelerator, peak_memory_bytes, stats_line
 from stgc import STGC, STGCConfig
 
@@ -177,14 +177,14 @@ def load_task(args):
         try:
             dataset = load_dataset("parquet", data_files=files)
         except (OSError, ValueError, DatasetGenerationError) as error:
-            raise UserError(f"{where} cannot be read as Parquet ({str(error).splitlines()[0]}): fetch the files again") from None
+            raise UserError(f"{where} is no readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
     for split in ("train", "validation"):
         missing = [column for column in (*task.columns, "label") if column not in dataset[split].column_names]
         if missing:
-            raise UserError(f"{where}: {split} has no column {missing[0]!r}; {args.task} needs {', '.join(task.columns)}, label")
+            raise UserError(f"{where}: {split} has no column {missing[0]!r}; it needs {', '.join(task.columns)}, label")
         wrong = set(dataset[split]["label"]) - set(range(task.num_labels))
         if wrong:
-            raise UserError(f"{where}: {split} has the label {wrong.pop()}; those of {args.task} are 0 to {task.num_labels - 1}")
+            raise UserError(f"{where}: {split} has the label {wrong.pop()}; use 0 to {task.num_labels - 1}")
     return {"train": dataset["train"], "validation": dataset["validation"]}
 
 
@@ -194,7 +194,9 @@ def load_model(args, config_only: bool = False):
         raise UserError(f"--model {args.model} has no config.json: give a folder that save_pretrained wrote, or a hub name")
     labels = TASKS[args.task].num_labels
     if config_only:
-        return from_hub("the model", "--model", args.model, lambda: AutoConfig.from_pretrained(args.model, num_labels=labels))
+        return from_hub(
+            "the model", "--model", args.model, lambda: AutoConfig.from_pretrained(args.model, num_labels=labels)
+        )
     load = partial(AutoModelForSequenceClassification.from_pretrained, args.model, num_labels=labels, dtype=torch.float32)
     return from_hub("the model", "--model", args.model, load)
 
@@ -203,10 +205,15 @@ def make_spec(args, config) -> moefication.MoESpec:
     """What becomes of which layers, checked against the dense model's config."""
     try:
         spec = moefication.MoESpec(args.moe_layers, args.num_experts, args.top_k, args.experts, router=args.router)
-        return moefication.check_spec(spec, config)
+        spec = moefication.check_spec(spec, config)
     except ValueError as error:
         flags = (("layers=", "--moe-layers"), ("neurons", "--num-experts"), ("", "--model"))
         raise UserError(f"{next(flag for word, flag in flags if word in str(error))}: {error}") from None
+    if args.max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {args.max_length}: the model has {config.max_position_embeddings} positions; lower it"
+        )
+    return spec
 
 
 def tokenize(splits, task: Task, tokenizer, max_length: int):
@@ -245,7 +252,7 @@ def evaluate(model, loader, accelerator, metric) -> tuple[dict, list[int]]:
     return metric.compute(), everything
 
 
-def train_one(args, seed: int, variant: str, config: STGCConfig, source: Source, spec, encoded, folder: Path, accelerator) -> dict:
+def train_one(args, seed, variant, config, source, spec, encoded, folder, accelerator) -> dict:
     """One run: one variant, one seed. Returns its entry of results.json; its curve is in <variant>-s<seed>.jsonl."""
     set_seed(seed)  # the head, the router and dropout; a variant sees the same data in the same order
     model = moefication.moefy(source.load_model(seed), replace(spec, seed=seed))
@@ -255,7 +262,7 @@ def train_one(args, seed: int, variant: str, config: STGCConfig, source: Source,
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     model, optimizer, train, dev, schedule = accelerator.prepare(model, optimizer, train, dev, schedule)
     stgc = STGC(model, config)
-    metric, task = GlueMetric(TASKS[args.task].metrics), TASKS[args.task]
+    metric = GlueMetric(TASKS[args.task].metrics)
     log = RunLog(folder / f"{variant}-s{seed}.jsonl", steps, f"{variant} seed {seed}", accelerator.is_main_process)
     best = last = None
     losses, step, waited, seconds, samples = [], 0, 0, 0.0, 0
@@ -294,7 +301,7 @@ def train_one(args, seed: int, variant: str, config: STGCConfig, source: Source,
         stgc.detach()
     collapsed = len(set(predictions)) == 1
     if collapsed:
-        print(f"collapse: {variant} seed {seed} answers every dev example with class {predictions[0]}: the majority score, not a result")
+        print(f"collapse: {variant}, seed {seed}: every dev example gets class {predictions[0]}; this score is no result")
     if args.save_model and accelerator.is_main_process:
         target = folder / f"model-{variant}-s{seed}"
         accelerator.unwrap_model(model).save_pretrained(target)
@@ -317,7 +324,8 @@ def train_one(args, seed: int, variant: str, config: STGCConfig, source: Source,
 def real_source(args) -> Source:
     tokenizer = from_hub("the tokenizer", "--model", args.model, lambda: AutoTokenizer.from_pretrained(args.model))
     config = load_model(args, config_only=True)
-    return Source(args.task, "folder" if args.data_dir else "hub", config, lambda seed: load_model(args), tokenizer, load_task(args))
+    kind = "folder" if args.data_dir else "hub"
+    return Source(args.task, kind, config, lambda seed: load_model(args), tokenizer, load_task(args))
 
 
 def toy_source(args) -> Source:
@@ -325,23 +333,21 @@ def toy_source(args) -> Source:
     splits = toy.make_pairs(TASKS[args.task].columns)
     pretrained, tokenizer = toy.tiny_bert(splits)
     toy.pretrain(pretrained, tokenizer)
-    return Source(f"toy-{args.task}", "toy", pretrained.config, lambda seed: toy.with_new_head(pretrained), tokenizer, splits)
+    return Source(
+        f"toy-{args.task}", "toy", pretrained.config, lambda seed: toy.with_new_head(pretrained), tokenizer, splits
+    )
 
 
-def summarize(runs: list[dict]) -> str:
-    """A table: a row per variant, mean ± sample standard deviation over its seeds."""
-    rows = [f"{'variant':<16}{'best on dev':>18}{'last epoch':>18}{'conflict ratio':>20}{'samples/s':>11}  seeds"]
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        mine = [run for run in runs if run["variant"] == variant]
-        scores = {key: [100 * run[key]["score"] for run in mine] for key in ("best", "last")}
-        cells = [f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}" for values in scores.values()]
-        ratios = [run["conflict_ratio"] for run in mine if run["conflict_ratio"]]
-        ratio = " -> ".join(f"{mean(ends):.3f}" for ends in zip(*ratios, strict=True)) if ratios else "-"
-        speed = mean(run["samples_per_second"] for run in mine)
-        collapsed = sum(run["collapsed"] for run in mine)
-        note = f", {collapsed} collapsed" if collapsed else ""
-        rows.append(f"{variant:<16}{cells[0]:>18}{cells[1]:>18}{ratio:>20}{speed:>11.1f}  {len(mine)}{note}")
-    return "\n".join(rows)
+def summarize(record: dict) -> str:
+    """A table for the terminal: a row per variant, mean ± standard deviation over its seeds, in %."""
+    lines = [f"{'variant':<16}{'best on dev':>16}{'last epoch':>16}{'conflict ratio':>20}{'samples/s':>11}  seeds"]
+    for row in score_rows(record):
+        note = f", {row['collapsed']} collapsed" if row["collapsed"] else ""
+        lines.append(
+            f"{row['variant']:<16}{spread(row['best']):>16}{spread(row['last']):>16}{row['conflict_ratio']:>20}"
+            f"{row['samples_per_second']:>11.1f}  {row['seeds']}{note}"
+        )
+    return "\n".join(lines)
 
 
 def main(args) -> None:
@@ -360,25 +366,27 @@ def main(args) -> None:
     source = toy_source(args) if args.toy else real_source(args)
     spec = make_spec(args, source.config)
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
-    splits = {name: split.select(range(min(len(split), limits[name] or len(split)))) for name, split in source.splits.items()}
+    splits = source.splits
+    splits = {name: split.select(range(min(len(split), limits[name] or len(split)))) for name, split in splits.items()}
     encoded = tokenize(splits, TASKS[args.task], source.tokenizer, args.max_length)
 
     folder = Path(args.output_dir or f"runs/{source.name}-{list(variants)[-1]}")
     claim_folder(folder, args.overwrite)
     data = {"train": len(splits["train"]), "dev": len(splits["validation"]), "source": source.kind}
     record = RunFolder(folder, source.name, vars(args) | {"output_dir": str(folder)}, data, accelerator)
-    print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {args.model if not args.toy else 'tiny BERT'}; {spec}")
+    print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
+    print(f"{spec}\n{method}")
     with torch.device("meta"):  # shapes only
-        shapes = moefication.moefy(AutoModelForSequenceClassification.from_config(source.config), replace(spec, split="contiguous"))
-    parameters = moefication.count_parameters(shapes)
+        shapes = AutoModelForSequenceClassification.from_config(source.config)
+        parameters = moefication.count_parameters(moefication.moefy(shapes, replace(spec, split="contiguous")))
     print(f"parameters: {parameters.total / 1e6:.1f} M in all, {parameters.active / 1e6:.1f} M active per token")
-    print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds} {method}")
+    print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
     for seed in args.seeds:
         for variant, config in variants.items():
             run = train_one(args, seed, variant, config, source, spec, encoded, folder, accelerator)
             record.add(run)
             figures.plot_run(folder, source.name)
-    print(f"\n{source.name}, mean score in % (± standard deviation over seeds)\n{summarize(record.record['runs'])}")
+    print(f"\n{source.name}, mean score in % (± standard deviation over seeds)\n{summarize(record.record)}")
     print(f"\nwritten: {folder}/results.json, {folder}/curves.png")
 
 

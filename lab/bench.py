@@ -5,8 +5,8 @@
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
 
 A step is forward, losses, backward and AdamW. All variants take turns within each round, so that what slows the machine
-slows them all; reported are medians over rounds of the ratio to "moe" (the MoE model with its balance loss, unwatched for
-conflicts) in the same round. Peak memory is what the allocator held at most while a model was built and trained for two steps.
+slows them all; reported are medians over rounds of the ratio to "moe" (the MoE model with its balance loss and no STGC) in
+the same round. Peak memory is the most that the allocator held while a model was built and trained for two steps.
 """
 
 import gc
@@ -50,7 +50,9 @@ class GradientMemory:
     weight_gib: float
 
 
-def gradient_memory(linears: list[tuple[int, int]], moe_layers: int, tokens: int = 1000, bytes_per_number: int = 2) -> GradientMemory:
+def gradient_memory(
+    linears: list[tuple[int, int]], moe_layers: int, tokens: int = 1000, bytes_per_number: int = 2
+) -> GradientMemory:
     """The paper's memory table (sec. 6.4): `tokens` gradients of each linear (in, out) of an expert, in `moe_layers` layers.
 
     One pass stores neither: a layer's gradients are compared while the backward holds them anyway.
@@ -153,7 +155,9 @@ def main() -> None:
             if turn >= 2:  # two rounds to warm up
                 seconds[bench.name].append(taken)
     rows = {}
-    print(f"\n{args.size} BERT, MoE in layer(s) {layers}, {args.batch_size} x {args.length}, {device}, {args.threads} threads, fp32")
+    print(
+        f"\n{args.size} BERT, MoE in layer(s) {layers}, {args.batch_size} x {args.length}, {device}, {args.threads} threads"
+    )
     print(f"  {'variant':<30}{'step':>10}{'ratio to moe':>14}{'middle half':>16}{'peak memory':>13}")
     for name in names:
         ratios = [taken / base for taken, base in zip(seconds[name], seconds["moe"], strict=True)]

@@ -14,7 +14,13 @@ matplotlib.use("Agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-STYLES = [("#1b1b1b", "-", "o"), ("#d1495b", "--", "s"), ("#2e86ab", "-.", "^"), ("#8f6bb3", ":", "D"), ("#3a7d44", "-", "v")]
+STYLES = [
+    ("#1b1b1b", "-", "o"),
+    ("#d1495b", "--", "s"),
+    ("#2e86ab", "-.", "^"),
+    ("#8f6bb3", ":", "D"),
+    ("#3a7d44", "-", "v"),
+]
 PANELS = [
     ("loss", "training loss"),
     ("conflict_ratio", "conflict ratio\n(flagged / all pairs)"),
@@ -55,8 +61,8 @@ def smooth(values: list[float]) -> np.ndarray:
 
 
 def plot_run(folder: Path, title: str) -> Path:
-    """Loss, conflict ratio, consistency, load and dev score of every run in the folder: a thin line per seed, a thick one for
-    the mean of each variant's seeds. Returns the path of the PNG, `curves.png`."""
+    """Loss, conflict ratio, consistency, load and dev score of every run in the folder: a thin line per seed, a thick one
+    for the mean of each variant's seeds. Returns the path of the PNG, `curves.png`."""
     curves = read_curves(folder)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(3.3 * len(PANELS), 3.1), constrained_layout=True)
     for axis, (key, label) in zip(axes, PANELS, strict=True):
@@ -82,8 +88,47 @@ def plot_run(folder: Path, title: str) -> Path:
     return path
 
 
+def draw_idea(path: Path) -> None:
+    """The method in one picture: gradients of the tokens on one expert, their mean, and which of them conflict with it."""
+    rng = np.random.default_rng(3)
+    angles = np.concatenate([rng.normal(0.55, 0.45, 9), [2.45, 2.9, -1.75]])
+    grads = rng.uniform(0.55, 1.0, len(angles))[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    mean_grad = grads.mean(0)
+    conflict = grads @ mean_grad < 0
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), constrained_layout=True)
+    for grad, flagged in zip(grads, conflict, strict=True):
+        colour, style = ("#d1495b", (0, (3, 2))) if flagged else ("#2e86ab", "-")
+        arrow = {"arrowstyle": "-|>", "color": colour, "linestyle": style, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
+        left.annotate("", xy=grad, xytext=(0, 0), arrowprops=arrow)
+    thick = {"arrowstyle": "-|>", "color": "#1b1b1b", "linewidth": 4, "shrinkA": 0, "shrinkB": 0}
+    left.annotate("", xy=mean_grad * 1.9, xytext=(0, 0), arrowprops=thick)
+    border = np.array([-mean_grad[1], mean_grad[0]]) / np.linalg.norm(mean_grad)
+    left.plot(*np.stack([-1.15 * border, 1.15 * border], axis=1), color="#777777", linewidth=1, linestyle=":")
+    left.text(*(mean_grad * 2.0), "mean", fontsize=11, weight="bold")
+    left.text(-1.7, 1.05, "dashed: cosine with the\nmean below 0: conflict", color="#d1495b", fontsize=10, va="top")
+    left.set(xlim=(-1.7, 1.35), ylim=(-1.1, 1.1), title="token gradients on one expert, one arrow per token", aspect="equal")
+    left.axis("off")
+
+    logits = np.array([2.0, 0.4, -0.3, 0.9])
+    push = -0.9 * (np.eye(4)[0] - np.exp(-logits) / np.exp(-logits).sum())
+    x = np.arange(4)
+    right.bar(x - 0.19, logits, 0.36, color="#b9c4cc", edgecolor="#1b1b1b", label="before")
+    right.bar(x + 0.19, logits + push, 0.36, color="#d1495b", edgecolor="#1b1b1b", hatch="//", label="after a few steps")
+    right.axhline(0, color="#1b1b1b", linewidth=0.8)
+    right.set_xticks(x, ["expert 0\n(it conflicts here)", "expert 1", "expert 2", "expert 3"])
+    right.set(title="router logits of a conflicting token, pushed by CE(-z, 0)", ylabel="logit")
+    right.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a run's output folder")
-    folder = parser.parse_args().folder
-    print(plot_run(folder, json.loads((folder / "results.json").read_text())["name"]))
+    parser.add_argument("folder", type=Path, help="a run's output folder; or, with --idea, the PNG to write")
+    parser.add_argument("--idea", action="store_true", help="draw the README's picture of the method instead")
+    args = parser.parse_args()
+    if args.idea:
+        draw_idea(args.folder)
+    else:
+        print(plot_run(args.folder, json.loads((args.folder / "results.json").read_text())["name"]))

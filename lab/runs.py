@@ -152,7 +152,7 @@ class RunLog:
 
 
 def stats_line(stats: list[dict]) -> dict:
-    """STGC's statistics for a curve: the means over the MoE layers under their own names, and each layer's under `layers`."""
+    """STGC's statistics for a curve: means over the MoE layers under their own names, and each layer under `layers`."""
     names = ["balance_loss", "conflict_ratio", "judged_ratio", "consistency", "consistency_std", "conflict_loss"]
     found = {name: [layer[name] for layer in stats if name in layer] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items() if values} | {"layers": stats}

@@ -8,6 +8,7 @@ only the premise depends on the label: who reads the hypothesis alone is left wi
     model, tokenizer = tiny_bert(pairs, seed=0)                 # a BertForSequenceClassification with a pretrained encoder
 """
 
+import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -142,25 +143,29 @@ KINDS = [one_of_two_clauses, who_did_it, what_kind, same_meaning, negation, how_
 
 
 def sentence_pairs(seed: int, entailed_only: bool = False) -> Iterator[tuple[str, str, bool]]:
-    """Endless (premise, hypothesis, entailed) without repetition: the kinds in turn, both labels of a kind alternating."""
-    rng, seen, count = random.Random(seed), set(), 0
-    while True:
-        kind = KINDS[count % len(KINDS)]
+    """Endless (premise, hypothesis, entailed): the kinds in turn, the labels alternating within each. Pairs may repeat."""
+    rng = random.Random(seed)
+    for count in itertools.count():
         entailed = entailed_only or count // len(KINDS) % 2 == 0
-        pair = tuple(f"{sentence}." for sentence in kind(rng, entailed))
-        if pair not in seen:
-            seen.add(pair)
-            count += 1
-            yield *pair, entailed
+        premise, hypothesis = KINDS[count % len(KINDS)](rng, entailed)
+        yield f"{premise}.", f"{hypothesis}.", entailed
 
 
 def make_pairs(task_columns: Sequence[str] = ("sentence1", "sentence2"), num_train: int = 2000, num_dev: int = 400, seed: int = 0) -> DatasetDict:
     """Splits train and validation with RTE's columns; no pair occurs twice, whichever the split. Deterministic under `seed`."""
     columns = {name: Value("string") for name in task_columns}
     features = Features({**columns, "label": ClassLabel(names=LABEL_NAMES), "idx": Value("int32")})
-    stream, rng, splits = sentence_pairs(seed), random.Random(seed), {}
+    stream, rng, splits, seen = sentence_pairs(seed), random.Random(seed), {}, set()
     for split, size in (("train", num_train), ("validation", num_dev)):
-        rows = [next(stream) for _ in range(size)]
+        rows = []
+        for i in range(size):
+            slot = [i % len(KINDS), i // len(KINDS) % 2 == 0]
+            rows.append(None)
+            for _ in range(1000):
+                pair = KINDS[slot[0]](rng, slot[1])
+                if pair not in seen: break
+            else: raise ValueError
+            seen.add(pair); rows[-1] = (pair[0]+".", pair[1]+".", slot[1])
         rng.shuffle(rows)
         premises, hypotheses, entailed = zip(*rows)
         table = dict(zip(task_columns, (premises, hypotheses)), label=[int(not e) for e in entailed], idx=range(size))

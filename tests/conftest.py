@@ -38,10 +38,10 @@ class Net(nn.Module):
         super().__setstate__(state | {"call": lambda layer, *inputs: layer(*inputs)})
 
 
-def make_net(num_layers=2, top_k=2, normalize=True, scale=1.0, num_experts=4, d_ff=12, dtype=torch.float64, **experts) -> Net:
+def make_net(num_layers=2, top_k=2, normalize=True, scale=1.0, d_ff=12, dtype=torch.float64, **experts) -> Net:
     layers = []
     for _ in range(num_layers):
-        stacked = Experts(num_experts, 8, d_ff, dtype=dtype, **experts)
+        stacked = Experts(4, 8, d_ff, dtype=dtype, **experts)
         layers.append(MoELayer(stacked, top_k=top_k, normalize=normalize, scale=scale))
         layers[-1].router.weight.data *= 4  # clear choices, far from a tie
     return Net(layers, classes=3)

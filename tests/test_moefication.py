@@ -301,6 +301,20 @@ def test_masks_that_cannot_be_read_are_refused():
         attention(torch.randn(1, 3, 16, dtype=torch.float64), torch.ones(1, 1, 3, 5, dtype=torch.bool))
 
 
+def test_a_mask_serves_one_forward_and_all_rows():
+    moe = moefy(make_model(), MoESpec("1", num_experts=4))
+    batch = make_batch()
+    full = {"input_ids": batch["input_ids"]}
+    expected = moe(**full).logits
+    moe_layers(moe)[0].mask = torch.zeros(3, 9, dtype=torch.bool)  # as a forward leaves it that fails in the attention
+    assert torch.equal(moe(**full).logits, expected)
+    seen = []
+    moe_layers(moe)[0].register_forward_hook(lambda layer, args, out: seen.append(out.abs().sum(-1) > 0))
+    keep_L = torch.arange(9) < 5
+    moe(**full, attention_mask=keep_L.expand(1, 1, 9, 9))  # one mask for the three rows
+    assert torch.equal(seen[0], keep_L.expand(3, 9))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_checkpointing_gives_the_same_gradients(attention):
     moe = moefy(make_model(attention=attention), MoESpec("1,3", num_experts=4, experts="split", seed=1)).train()
@@ -456,6 +470,7 @@ def test_a_saved_model_gives_the_same_logits_bit_for_bit(family, spec, tmp_path)
     loaded = load_moefied(tmp_path / "moe")
     assert torch.equal(torch.get_rng_state(), state)
     assert type(loaded) is type(model) and not loaded.training and loaded.num_labels == 3
+    assert loaded.config.model_type == model.config.model_type == f"moefied-{family}"
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
     assert all(p.requires_grad for p in loaded.parameters())
     batch = make_batch()

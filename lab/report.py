@@ -1,0 +1,83 @@
+"""The tables of README.md, generated from the records in results/: `python -m lab.report` writes them anew.
+
+A gap within the spread is no difference: no cell is emphasised, and what collapsed or failed stays in the table.
+"""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """mean ± sample standard deviation."""
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def score_rows(record: dict) -> list[dict]:
+    """One row per variant of a run's record; scores in %."""
+    rows = []
+    for variant in dict.fromkeys(run["variant"] for run in record["runs"]):
+        runs = [run for run in record["runs"] if run["variant"] == variant]
+        row = {"variant": variant, "seeds": len(runs), "collapsed": sum(run["collapsed"] for run in runs)}
+        row |= {key: [100 * run[key]["score"] for run in runs] for key in ("best", "last")}
+        for key in ("conflict_ratio", "consistency"):
+            ends = [run[key] for run in runs if run[key]]
+            row[key] = " → ".join(f"{mean(values):.3f}" for values in zip(*ends, strict=True)) if ends else "-"
+        row["samples_per_second"] = mean(run["samples_per_second"] for run in runs)
+        rows.append(row)
+    return rows
+
+
+def results_table(records: list[dict]) -> str:
+    """Markdown: dev scores of recorded runs, and the command of each."""
+    lines = [
+        "| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    commands = []
+    for record in records:
+        for row in score_rows(record):
+            setting = f"{record['config']['router']} router, beta {record['config']['beta']:g}"
+            lines.append(
+                f"| {record['name']} | {row['variant']}, {setting} "
+                f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
+                f"| {row['collapsed']} of {row['seeds']} |"
+            )
+        commands.append(f"    {record['command']}")
+    return "\n".join([*lines, "", *commands])
+
+
+def bench_table(record: dict) -> str:
+    """Markdown: step time and memory against the MoE model without STGC."""
+    lines = ["| variant | step time | middle half of the rounds | peak memory |", "| --- | --- | --- | --- |"]
+    for name, row in record["variants"].items():
+        low, high = row["ratio_quartiles"]
+        lines.append(f"| {name} | {row['ratio']:.3f}x | {low:.3f} to {high:.3f} | {row['peak_ratio']:.3f}x |")
+    return "\n".join([*lines, "", f"    {record['command']}"])
+
+
+def sections() -> dict[str, str]:
+    """Marker -> generated text."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*/results.json"))}
+    texts = {"results": results_table(list(found.values()))}
+    for path in sorted((ROOT / "results").glob("bench*.json")):
+        texts[path.stem] = bench_table(json.loads(path.read_text()))
+    return texts
+
+
+def render(readme: str) -> str:
+    """README.md with each generated section, between <!-- NAME --> and <!-- /NAME -->, as results/ has it."""
+    for name, text in sections().items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if start in readme:
+            before, rest = readme.split(start)
+            readme = f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text()))
