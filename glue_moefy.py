@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lab.cli import Parser, UserError, hub_is_reachable, number, run_main
+from lab.cli import Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ def parse(argv: list[str]):
         looks_local = folder and (flag == "--data-dir" or folder.startswith((".", "/", "~")) or folder.count("/") > 1)
         if looks_local and not Path(folder).expanduser().is_dir():
             parser.error(f"{flag} {folder}: no such folder; give an existing one, or leave it out to use the hub")
-    if not (args.toy or (args.data_dir and Path(args.model).is_dir())):
-        hub_is_reachable()
+    local_model = args.toy or Path(args.model).is_dir()
+    if not (local_model and (args.toy or args.data_dir)):
+        reachable = hub_is_reachable()
+        if not (reachable or local_model or model_is_cached(args.model)):
+            parser.error(offline_message("the model", args.model))
     return args
 
 
@@ -113,6 +116,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
+import datasets
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -153,10 +157,7 @@ def from_hub(what: str, flag: str, name: str, load):
         return load()
     except (OSError, ConnectionError, ValueError) as error:  # the libraries raise all three for "not found" and "offline"
         if os.environ.get("HF_HUB_OFFLINE"):
-            raise UserError(
-                f"{what} {name} is not in the local cache and the Hugging Face hub cannot be reached: "
-                "give local folders (--model DIR --data-dir DIR), or try the whole path without any download (--toy)"
-            ) from None
+            raise UserError(offline_message(what, name)) from None
         raise UserError(f"{flag}: {what} {name} cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
@@ -175,7 +176,7 @@ def load_task(args):
             if not found:
                 raise UserError(f"{where} has no {args.task}/{split}-*.parquet: lay it out as nyu-mll/glue is on the hub")
         try:
-            dataset = load_dataset("parquet", data_files=files)
+            dataset = {split: load_dataset("parquet", data_files=found, split="train") for split, found in files.items()}
         except (OSError, ValueError, DatasetGenerationError) as error:
             raise UserError(f"{where} is no readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
     for split in ("train", "validation"):
@@ -322,8 +323,8 @@ def train_one(args, seed, variant, config, source, spec, encoded, folder, accele
 
 
 def real_source(args) -> Source:
-    tokenizer = from_hub("the tokenizer", "--model", args.model, lambda: AutoTokenizer.from_pretrained(args.model))
     config = load_model(args, config_only=True)
+    tokenizer = from_hub("the tokenizer", "--model", args.model, lambda: AutoTokenizer.from_pretrained(args.model))
     kind = "folder" if args.data_dir else "hub"
     return Source(args.task, kind, config, lambda seed: load_model(args), tokenizer, load_task(args))
 
@@ -352,6 +353,10 @@ def summarize(record: dict) -> str:
 
 def main(args) -> None:
     logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said once, by us
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     accelerator = make_accelerator(args.device, args.precision)
     method = STGCConfig(
         args.conflict_loss, args.alpha, args.beta, args.tau, args.passes, args.gradients, args.select, args.every

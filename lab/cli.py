@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
@@ -87,3 +88,18 @@ def hub_is_reachable(seconds: float = 6.0) -> bool:
     if not answers:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     return bool(answers)
+
+
+def offline_message(what: str, name: str) -> str:
+    """What to do where the hub cannot be reached and `name` was never fetched."""
+    return (
+        f"{what} {name} is not in the local cache and the Hugging Face hub cannot be reached: "
+        "give local folders (--model DIR --data-dir DIR), or try the whole path without any download (--toy)"
+    )
+
+
+def model_is_cached(name: str) -> bool:
+    """Whether the hub's cache on this disk knows the model: a look at one folder, without importing anything heavy."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"
+    return (Path(cache).expanduser() / f"models--{name.replace('/', '--')}").is_dir()

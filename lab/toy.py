@@ -69,16 +69,16 @@ COMPARISONS = ["older", "taller", "faster", "richer"]
 
 def one_of_two_clauses(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """Ben sold a car while Anna read a book. => Anna read a book."""
-    (a, b), (x, y) = rng.sample(NAMES, 2), rng.sample(DEEDS, 2)
-    clauses = [f"{a} {x}", f"{b} {y}"] if entailed else [f"{a} {y}", f"{b} {x}"]
+    (a, b), (x, y, z) = rng.sample(NAMES, 2), rng.sample(DEEDS, 3)
+    clauses = [f"{a} {x}", f"{b} {y}"] if entailed else [f"{a} {y}", f"{b} {rng.choice([x, z])}"]
     rng.shuffle(clauses)
-    return rng.choice([" and ", " while ", ", but "]).join(clauses), f"{a} {x}"
+    return rng.choice([" and ", " while "]).join(clauses), f"{a} {x}"
 
 
 def who_did_it(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """The cat was chased by the dog in the park. => The dog chased the cat."""
-    (a, b), verb = rng.sample(ANIMALS, 2), rng.choice(ANIMAL_VERBS)
-    doer, other = (a, b) if entailed else (b, a)
+    (a, b, c), verb = rng.sample(ANIMALS, 3), rng.choice(ANIMAL_VERBS)
+    doer, other = (a, b) if entailed else rng.choice([(b, a), (b, a), (a, c), (c, b)])
     premise = rng.choice([f"The {doer} {verb} the {other}", f"The {other} was {verb} by the {doer}"])
     hypothesis = rng.choice([f"The {a} {verb} the {b}", f"The {b} was {verb} by the {a}"])
     return f"{premise} {rng.choice(PLACES)}", hypothesis
@@ -89,7 +89,7 @@ def what_kind(rng: random.Random, entailed: bool) -> tuple[str, str]:
     group, other = rng.sample(sorted(HYPONYMS), 2)
     special, sibling = rng.sample(HYPONYMS[group], 2)
     if rng.random() < 0.5:
-        word, seen = group, rng.choice([group, special] if entailed else [rng.choice(HYPONYMS[other])])
+        word, seen = group, rng.choice([group, special]) if entailed else rng.choice(HYPONYMS[other])
     else:
         word, seen = special, special if entailed else rng.choice([group, sibling])
     name, verb = rng.choice(NAMES), rng.choice(["saw", "drew", "found"])
@@ -97,41 +97,46 @@ def what_kind(rng: random.Random, entailed: bool) -> tuple[str, str]:
 
 
 def same_meaning(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """Anna met a wealthy farmer at the market. => Anna met a rich farmer."""
+    """Anna met a wealthy farmer in the village. => Anna met a rich farmer."""
     words, opposites = rng.sample(rng.choice(SYNONYMS), 2)
-    name, verb, job = rng.choice(NAMES), rng.choice(["met", "visited", "thanked"]), rng.choice(JOBS)
-    seen = rng.choice(words if entailed else opposites)
-    return f"{name} {verb} a {seen} {job} {rng.choice(PLACES)}", f"{name} {verb} a {rng.choice(words)} {job}"
+    (a, b), verb, job = rng.sample(NAMES, 2), rng.choice(["met", "visited", "thanked"]), rng.choice(JOBS)
+    name, seen = (a, rng.choice(words)) if entailed else rng.choice([(a, rng.choice(opposites)), (b, rng.choice(words))])
+    return f"{name} {verb} a {seen} {job} {rng.choice(PLACES)}", f"{a} {verb} a {rng.choice(words)} {job}"
 
 
 def negation(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """Anna washed the car but did not wash the table. => Anna did not wash the table."""
-    name, past, (thing, other), done = rng.choice(NAMES), rng.choice(sorted(VERBS)), rng.sample(THINGS, 2), rng.random() < 0.5
+    """Anna washed the car but did not wash the door. => Anna did not wash the door."""
+    name, past, (thing, other, third), done = rng.choice(NAMES), rng.choice(sorted(VERBS)), rng.sample(THINGS, 3), rng.random() < 0.5
     say = {True: f"{past} the", False: f"did not {VERBS[past]} the"}
-    facts = [f"{say[done == entailed]} {thing}", f"{say[done != entailed]} {other}"]
+    hypothesis = f"{name} {say[done]} {thing}"
+    if not entailed:
+        if rng.random() < 0.5: thing = third
+        else: done = not done
+    facts = [f"{say[done]} {thing}", f"{say[not done]} {other}"]
     rng.shuffle(facts)
-    return f"{name} {facts[0]} but {facts[1]}", f"{name} {say[done]} {thing}"
+    return f"{name} {facts[0]} but {facts[1]}", hypothesis
 
 
 def how_many(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """There were five cats in the garden. => There were at least three cats."""
-    animal, words, bound = rng.choice("dogs cats horses goats hens wolves bears rabbits ducks pigs".split()), rng.choice(sorted(BOUNDS)), rng.randint(4, 8)
-    number = rng.choice([n for n in NUMBERS if BOUNDS[words](n, bound) == entailed])
-    return f"There were {NUMBERS[number]} {animal} {rng.choice(PLACES)}", f"There were {words} {NUMBERS[bound]} {animal}"
+    animals, words, bound = rng.sample("dogs cats horses goats hens wolves bears rabbits".split(),2), rng.choice(sorted(BOUNDS)), rng.randint(4, 8)
+    same = entailed or rng.random() < 0.5
+    number = rng.choice([n for n in NUMBERS if BOUNDS[words](n, bound) == (entailed or not same)])
+    return f"There were {NUMBERS[number]} {animals[not same]} {rng.choice(PLACES)}", f"There were {words} {NUMBERS[bound]} {animals[0]}"
 
 
 def which_colour(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """The blue house stood behind the red car. => The car was red."""
-    (thing, other), (colour, another) = rng.sample(THINGS, 2), rng.sample(COLOURS, 2)
-    seen = [f"{colour} {thing}", f"{another} {other}"] if entailed else [f"{another} {thing}", f"{colour} {other}"]
+    (thing, other), (colour, another, third) = rng.sample(THINGS, 2), rng.sample(COLOURS, 3)
+    seen = [f"{colour} {thing}", f"{another} {other}"] if entailed else [f"{another} {thing}", f"{rng.choice([colour, third])} {other}"]
     rng.shuffle(seen)
-    return f"The {seen[0]} was {rng.choice(['behind', 'near', 'next to'])} the {seen[1]}", f"The {thing} was {colour}"
+    return f"The {seen[0]} was {rng.choice(['behind', 'near'])} the {seen[1]}", f"The {thing} was {colour}"
 
 
 def what_order(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """Anna is older than Ben and Ben is older than Carla. => Anna is older than Carla."""
-    (a, middle, b), more = rng.sample(NAMES, 3), rng.choice(COMPARISONS)
-    first, last = (a, b) if entailed else (b, a)
+    (a, middle, b, c), more = rng.sample(NAMES, 4), rng.choice(COMPARISONS)
+    first, last = (a, b) if entailed else rng.choice([(b, a), (b, a), (a, c), (c, b)])
     steps = [f"{first} is {more} than {middle}", f"{middle} is {more} than {last}"]
     rng.shuffle(steps)
     return " and ".join(steps), f"{a} is {more} than {b}"

@@ -1,0 +1,296 @@
+"""glue_moefy.py from its command line: whole runs on a tiny model and real-looking files, and every kind of bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config
+
+import glue_moefy
+from lab import moefication
+from lab.cli import RunFailed, UserError, hub_is_reachable
+from stgc import STGCConfig
+
+ROOT = Path(__file__).parent.parent
+WORDS = "a the cat dog bird fish sees likes eats not red blue".split()
+CONFIG = BertConfig(
+    vocab_size=5 + len(WORDS),
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=32,
+)
+
+
+def write_split(folder: Path, split: str, rows: int, **columns) -> None:
+    sentence = [" ".join(WORDS[(i * 7 + j * (i + 1)) % len(WORDS)] for j in range(3 + i % 5)) for i in range(rows)]
+    content = {
+        "sentence1": sentence,
+        "sentence2": sentence[::-1],
+        "label": [i % 2 for i in range(rows)],
+        "idx": list(range(rows)),
+    }
+    content = {name: values for name, values in (content | columns).items() if values is not None}
+    features = Features(
+        {"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(2), "idx": Value("int32")}
+    )
+    free = any(name in columns for name in ("label", "sentence2"))
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(content, features=None if free else features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("glue")
+    write_split(root / "rte", "train", 24)
+    write_split(root / "rte", "validation", 9)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification(CONFIG).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def words(data, model, tmp_path):
+    """A command line that works; later words override earlier ones."""
+    small = "--task rte --moe-layers 1 --num-experts 4 --epochs 2 --seeds 0 --batch-size 8 --max-length 16".split()
+    return [
+        *small,
+        "--device",
+        "cpu",
+        "--log-steps",
+        "1",
+        "--model",
+        str(model),
+        "--data-dir",
+        str(data),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+
+
+def run(words):
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
+    glue_moefy.main(glue_moefy.parse(list(map(str, words))))
+
+
+def test_a_run_leaves_a_full_record_and_a_model_that_loads(words, tmp_path, capsys):
+    run([*words, "--seeds", "0", "3", "--save-model"])
+    out = tmp_path / "out"
+    record = json.loads((out / "results.json").read_text())
+    assert record["name"] == "rte" and record["data"] == {"train": 24, "dev": 9, "source": "folder"}
+    assert record["command"].startswith("python ") and record["versions"]["torch"] == torch.__version__
+    assert record["config"]["beta"] == 1.0 and record["config"]["num_experts"] == 4
+    assert [(entry["variant"], entry["seed"]) for entry in record["runs"]] == [("ce", 0), ("ce", 3)]
+    for entry in record["runs"]:
+        curve = [json.loads(line) for line in (out / f"ce-s{entry['seed']}.jsonl").read_text().splitlines()]
+        steps = [line for line in curve if "loss" in line]
+        dev = [line for line in curve if "eval_score" in line]
+        assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and [line["step"] for line in dev] == [3, 6]
+        assert all(0 <= line["conflict_ratio"] <= 1 and math.isfinite(line["loss"]) for line in steps)
+        assert entry["last"]["accuracy"] == dev[-1]["eval_accuracy"] and entry["last"]["epoch"] == 2
+        assert entry["best"]["score"] == max(line["eval_score"] for line in dev)
+        assert entry["conflict_ratio"] == [steps[0]["conflict_ratio"], steps[-1]["conflict_ratio"]]
+        assert entry["peak_memory_bytes"] > 0 and entry["samples_per_second"] > 0
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert isinstance(moefication.load_moefied(out / "model-ce-s3"), BertForSequenceClassification)
+    assert not list(out.glob("*.tmp"))
+    printed = capsys.readouterr().out
+    assert "variant=ce seed=3 epoch=2" in printed and "best on dev" in printed
+
+
+def test_the_same_command_gives_the_same_run(words, tmp_path):
+    """The seed fixes head, router, dropout and data order; only the clock differs."""
+    curves = []
+    for name in ("a", "b"):
+        run([*words, "--output-dir", tmp_path / name])
+        curves.append((tmp_path / name / "ce-s0.jsonl").read_text())
+    assert curves[0] == curves[1]
+
+
+def test_baseline_and_variants_start_alike(words, tmp_path):
+    """Same seed: the first loss, before any update, cannot depend on the variant."""
+    first = {}
+    variants = [
+        "--conflict-loss none",
+        "--conflict-loss mse",
+        "--passes one",
+        "--select random",
+        "--gradients weight",
+        "--beta 0.1",
+    ]
+    for i, flags in enumerate(variants):
+        run([*words, *flags.split(), "--epochs", "1", "--output-dir", tmp_path / str(i)])
+        (path,) = (tmp_path / str(i)).glob("*.jsonl")
+        first[path.stem] = json.loads(path.read_text().splitlines()[0])
+    assert set(first) == {"none-s0", "mse-s0", "ce-one-s0", "placebo-s0", "ce-weight-s0", "ce-s0"}
+    assert len({line["loss"] for line in first.values()}) == 1
+    bias = [line["conflict_ratio"] for name, line in first.items() if name != "ce-weight-s0"]
+    assert len(set(bias)) == 1
+
+
+@pytest.mark.parametrize(
+    "flags", ["--experts split", "--router cosine", "--moe-layers every-second --every 2", "--precision bf16"]
+)
+def test_options_run(words, tmp_path, flags):
+    run([*words, *flags.split(), "--epochs", "1"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+
+
+def test_limits_patience_and_collapse(words, data, tmp_path, capsys):
+    """One label to learn: all dev examples get it, which is called out; and no epoch after the first one gains."""
+    one = tmp_path / "one"
+    write_split(one / "rte", "train", 24, label=[1] * 24)
+    write_split(one / "rte", "validation", 9, label=[1] * 6 + [0] * 3)
+    run([*words, "--data-dir", one, "--lr", "0.01", "--epochs", "9", "--patience", "1", "--max-train-samples", "16"])
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["data"]["train"] == 16 and record["runs"][0]["collapsed"] and record["runs"][0]["last"]["epoch"] < 9
+    assert "collapse: ce, seed 0: every dev example gets class 1" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(words, tmp_path):
+    with pytest.raises(RunFailed, match=r"the loss is nan at step \d+; lower --lr"):
+        run([*words, "--lr", "1e30", "--log-steps", "3"])
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path):
+    out = tmp_path / "out"
+    run([*words, "--epochs", "1"])
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--output-dir .* holds another run: name another folder, or pass --overwrite"):
+        run([*words, "--epochs", "1"])
+    run([*words, "--epochs", "1", "--overwrite", "--conflict-loss", "mse"])
+    assert [path.name for path in sorted(out.iterdir())] == ["curves.png", "mse-s0.jsonl", "notes.txt", "results.json"]
+
+
+def bad_data(tmp_path, **columns):
+    write_split(tmp_path / "bad" / "rte", "train", 8, **columns)
+    write_split(tmp_path / "bad" / "rte", "validation", 4)
+    return tmp_path / "bad"
+
+
+def other_model(tmp_path, model, config):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in model.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    if config is not None:
+        config.save_pretrained(folder)
+    return folder
+
+
+def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    cases = {
+        "--task: invalid choice: 'rtee'": ["--task", "rtee"],
+        "--data-dir .*nowhere: no such folder": ["--data-dir", tmp_path / "nowhere"],
+        "--data-dir .*empty has no rte/train": ["--data-dir", tmp_path / "empty"],
+        "--data-dir .*bad: train has no column 'sentence2'": ["--data-dir", bad_data(tmp_path / "1", sentence2=None)],
+        "--data-dir .*bad: train has the label 7": ["--data-dir", bad_data(tmp_path / "2", label=[0, 1, 7, 0, 1, 0, 1, 0])],
+        "--model .*empty has no config.json": ["--model", tmp_path / "empty"],
+        "--model .*nowhere: no such folder": ["--model", tmp_path / "nowhere"],
+        "--model: model type 'gpt2' is not BERT-like": ["--model", other_model(tmp_path, model, GPT2Config())],
+        "--top-k 5 is above --num-experts 4": ["--top-k", 5],
+        "--moe-layers: layers='7' names 7, but the encoder has 3": ["--moe-layers", 7],
+        "--moe-layers: layers='first'": ["--moe-layers", "first"],
+        "--num-experts: 32 neurons cannot be split into 5": ["--experts", "split", "--num-experts", 5],
+        "--output-dir .*file.* cannot be written": ["--output-dir", tmp_path / "file" / "out"],
+        "--max-length 64: the model has 32 positions": ["--max-length", 64],
+        "--conflict-loss reroute needs --top-k below": ["--conflict-loss", "reroute", "--top-k", 4],
+        "--seeds 1 1: a seed repeated": ["--seeds", 1, 1],
+        "--lr: 'fast' must be a number at least 0": ["--lr", "fast"],
+        "--batch-size: '0' must be an integer at least 1": ["--batch-size", 0],
+        "--tau: 'nan' must be a number between": ["--tau", "nan"],
+        "unrecognized arguments: --conflict": ["--conflict", "ce"],
+        "--toy makes its own model and data": ["--toy"],
+        "--precision fp16 needs a GPU": ["--precision", "fp16"],
+    }
+    if not torch.cuda.is_available():
+        cases["--device cuda: this machine has"] = ["--device", "cuda"]
+    for message, flags in cases.items():
+        capsys.readouterr()
+        try:
+            run([*words, *flags])
+        except UserError as error:
+            text = str(error)
+        except SystemExit as stop:
+            assert stop.code == 2
+            text = capsys.readouterr().err.strip()
+        else:
+            pytest.fail(f"{flags} was taken")
+        assert re.search(message, text) and "\n" not in text, (message, text)
+        assert not (tmp_path / "out").exists(), message
+
+
+def script(*words, **environment):
+    command = [sys.executable, "glue_moefy.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_without_network_and_cache_the_message_names_both_ways_on(tmp_path):
+    nothing = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}
+    done = script("--task", "rte", "--output-dir", tmp_path / "out", **nothing)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert "cannot be reached" in line and "--model DIR --data-dir DIR" in line and "--toy" in line
+
+
+def test_an_unreachable_hub_is_noticed_in_time(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "")
+    assert not hub_is_reachable(seconds=2)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_exit_codes_of_the_script(words, tmp_path):
+    assert script(*words, "--moe-layers", "9").returncode == 2
+    failed = script(*words, "--lr", "1e30")
+    assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith(
+        "glue_moefy.py: stopped: the loss is nan"
+    )
+
+
+def test_help_needs_no_heavy_import_and_shows_every_default():
+    code = "import runpy, sys; sys.argv = ['glue_moefy.py', '--help']\n"
+    code += "try: runpy.run_path('glue_moefy.py', run_name='__main__')\n"
+    code += "except SystemExit: print('heavy:', [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "heavy: []" in done.stdout
+    flags = re.findall(r"^  (--[\w-]+)", done.stdout, re.M)
+    assert len(flags) == len(set(flags)) > 30
+
+
+def test_every_flag_is_read():
+    source = Path(ROOT / "glue_moefy.py").read_text()
+    flags = re.findall(r'add_argument\(\s*"--([\w-]+)"', source)
+    dead = [flag for flag in flags if not re.search(rf"\bargs\.{flag.replace('-', '_')}\b", source)]
+    assert flags and not dead, dead
+
+
+def test_method_defaults_are_those_of_the_config():
+    """The flags repeat them, as --help must answer without importing torch."""
+    args = glue_moefy.make_parser().parse_args(["--task", "rte"])
+    config = STGCConfig()
+    for field in dataclasses.fields(config):
+        if hasattr(args, field.name):
+            assert getattr(args, field.name) == getattr(config, field.name), field.name
