@@ -76,8 +76,7 @@ class Bench:
         model = BertForSequenceClassification(config)
         self.stgc = None
         if stgc_config is not None:
-            layers = moefication.parse_layers(moe_layers, config.num_hidden_layers)
-            model = moefication.moefy(model, moefication.MoESpec(layers=layers))
+            model = moefication.moefy(model, moefication.MoESpec(moe_layers))
             self.stgc = STGC(model, stgc_config)
         self.model = model.to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-5, fused=device.type != "mps")

@@ -42,6 +42,7 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+from transformers.initialization import no_init_weights
 
 from lab.baselines import CosineRouter
 from stgc import Experts, MoELayer, Router
@@ -375,8 +376,9 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         model_class = getattr(transformers, (saved["architectures"] or ["none"])[0], None)
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             raise ValueError(f"its architecture, {saved['architectures']}, is not in transformers")
-        with torch.random.fork_rng(devices=[]):
+        with no_init_weights():  # every one is read; drawing random ones first would take most of the time
             model = model_class(config)
+        model.tie_weights()
         install(model, replace(spec, split="contiguous"))  # which neuron went where is in the weights
         own = model.state_dict(keep_vars=True)
         for name, value in load_file(folder / "model.safetensors").items():
