@@ -331,12 +331,11 @@ def real_source(args) -> Source:
 
 def toy_source(args) -> Source:
     """Generated pairs, and a tiny BERT that is pretrained on generated text once and copied for each run."""
-    splits = toy.make_pairs(TASKS[args.task].columns)
-    pretrained, tokenizer = toy.tiny_bert(splits)
-    toy.pretrain(pretrained, tokenizer)
-    return Source(
-        f"toy-{args.task}", "toy", pretrained.config, lambda seed: toy.with_new_head(pretrained), tokenizer, splits
-    )
+    columns = TASKS[args.task].columns
+    splits = toy.make_pairs(columns)
+    pretrained, tokenizer = toy.pretrain(splits, columns)
+    load = lambda seed: toy.with_new_head(pretrained)  # noqa: E731
+    return Source(f"toy-{args.task}", "toy", pretrained.config, load, tokenizer, splits)
 
 
 def summarize(record: dict) -> str:

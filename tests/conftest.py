@@ -1,4 +1,4 @@
-"""What the tests share: a seed, one thread, and a small network of MoE layers with a batch for it."""
+"""What the tests share: a seed, one thread, a small network of MoE layers with a batch for it, and comparisons."""
 
 from typing import NamedTuple
 
@@ -87,3 +87,26 @@ def run(net: nn.Module, batch: Batch, loss_scale: float = 1.0, **config) -> Run:
     result = train_step(stgc, net, batch, loss_scale)
     stgc.detach()
     return result
+
+
+def close(actual, expected, rtol=1e-9, atol=1e-12):
+    """Equal up to float64 rounding; `atol` is relative to the largest entry, since entries that cancel keep its rounding."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), expected, rtol=rtol, atol=atol * scale)
+
+
+def same_grads(actual: dict, expected: dict, rtol=1e-9, atol=1e-12):
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        try:
+            close(actual[name], grad, rtol, atol)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from None
+
+
+def same_verdicts(actual: list, expected: list, rtol=1e-9, atol=1e-12):
+    for a, b in zip(actual, expected, strict=True):
+        close(a.similarity_TK, b.similarity_TK, rtol, atol)
+        for name in ("judged_TK", "conflict_TK", "picked_TK"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name

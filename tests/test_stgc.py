@@ -16,8 +16,9 @@ import weakref
 import pytest
 import reference
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
-from conftest import Batch, main_loss, make_batch, make_net, run, train_step
+from conftest import Batch, close, main_loss, make_batch, make_net, run, same_grads, same_verdicts, train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -39,29 +40,6 @@ from stgc import (
 PASSES, GRADIENTS, KINDS = ("two", "one"), ("bias", "weight"), ("ce", "mse", "reroute")
 both_passes = pytest.mark.parametrize("passes", PASSES)
 both_gradients = pytest.mark.parametrize("gradients", GRADIENTS)
-
-
-def close(actual, expected, rtol=1e-9, atol=1e-12):
-    """Equal up to float64 rounding; `atol` is relative to the largest entry, since entries that cancel keep its rounding."""
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), expected, rtol=rtol, atol=atol * scale)
-
-
-def same_grads(actual: dict, expected: dict, rtol=1e-9, atol=1e-12):
-    assert actual.keys() == expected.keys()
-    for name, grad in expected.items():
-        try:
-            close(actual[name], grad, rtol, atol)
-        except AssertionError as error:
-            raise AssertionError(f"gradient of {name}: {error}") from None
-
-
-def same_verdicts(actual: list, expected: list, rtol=1e-9, atol=1e-12):
-    for a, b in zip(actual, expected, strict=True):
-        close(a.similarity_TK, b.similarity_TK, rtol, atol)
-        for name in ("judged_TK", "conflict_TK", "picked_TK"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 # ---- 1. The oracle ----
@@ -699,7 +677,7 @@ if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):  # ind
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compile(backend):
+def test_compile(backend, monkeypatch):
     """torch.compile, watched and then not: the same loss, flags and gradients, whatever the graph breaks.
 
     The first backward of compiled code decides whether it may be run with retain_graph=True, as two passes do: else torch
@@ -708,6 +686,7 @@ def test_compile(backend):
     net, batch = make_net(num_layers=1), make_batch()
     configs = [{"passes": "two", "gradients": "bias"}, {"passes": "one", "gradients": "weight"}]
     expected, plain = [run(net, batch, **config) for config in configs], main_loss(net, batch).item()
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes for so little
     torch._dynamo.reset()
     net.compile(backend=backend)
     for config, truth in zip(configs, expected, strict=True):

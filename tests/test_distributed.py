@@ -1,0 +1,81 @@
+"""Two processes with half a batch each do what one does with the whole batch: gloo on the CPU, all cases in one spawn."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import Batch, close, make_batch, make_net, run, same_grads
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from stgc import STGC, STGCConfig
+
+CASES = {
+    f"{passes} {gradients} {kind}{' ddp' * wrapped}": (
+        {"passes": passes, "gradients": gradients, "conflict_loss": kind, "alpha": 0.1},
+        wrapped,
+    )
+    for passes in ("two", "one")
+    for gradients, kind in (("bias", "ce"), ("weight", "ce"), ("bias", "reroute"))
+    for wrapped in (False, True)
+}
+
+
+def net_and_halves():
+    """As many labelled tokens in each half, so that the mean of their losses is the whole batch's; not as many real ones."""
+    torch.manual_seed(0)
+    return make_net(), make_batch(padding=2, unlabelled=2), make_batch(padding=4, unlabelled=0)
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    found = {}
+    for name, (config, wrapped) in CASES.items():
+        net, *halves = net_and_halves()
+        x_TD, labels_T, keep_T = halves[rank]
+        model = DistributedDataParallel(net) if wrapped else net
+        stgc = STGC(model, STGCConfig(**config))
+        stgc.loss(F.cross_entropy(model(x_TD, keep_T), labels_T)).backward()
+        if not wrapped:  # what DistributedDataParallel does
+            for parameter in net.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= 2
+        grads = {key: parameter.grad for key, parameter in net.named_parameters()}
+        stats = [{key: value for key, value in row.items() if key != "layer"} for row in stgc.stats()]
+        found[name] = {"grads": grads, "verdicts": [verdict._asdict() for verdict in stgc.verdicts], "stats": stats}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(name, ranks):
+    """Flags, statistics and averaged gradients: else means and losses are those of a process, not of the global batch."""
+    net, *halves = net_and_halves()
+    expected = run(net, Batch(*(torch.cat(both) for both in zip(*halves, strict=True))), **CASES[name][0])
+    expected.grads.pop("x_TD")
+    results = [rank[name] for rank in ranks]
+    for i, truth in enumerate(expected.verdicts):
+        both = {key: torch.cat([result["verdicts"][i][key] for result in results]) for key in truth._fields}
+        close(both["similarity_TK"], truth.similarity_TK)
+        for key in ("judged_TK", "conflict_TK", "picked_TK"):
+            assert torch.equal(both[key], getattr(truth, key)), key
+        assert all(mask_TK.any() for mask_TK in truth.conflict_TK.chunk(2))  # there is something to agree on
+    for result in results:
+        same_grads(result["grads"], expected.grads)
+        for row, truth in zip(result["stats"], expected.stats, strict=True):
+            assert row.keys() == truth.keys() - {"layer"}
+            for key, value in row.items():
+                close(value, truth[key])
