@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -119,7 +120,8 @@ def peak_bytes(*arguments) -> int:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in events))  # allocations and frees, in order
 
 
 def main() -> None:
