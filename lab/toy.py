@@ -127,6 +127,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     frame = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"}
     tokenizer.post_processor = processors.TemplateProcessing(**frame, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {f"{name.strip('[]').lower()}_token": name for name in special}
+    names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
 
 
