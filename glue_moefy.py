@@ -45,7 +45,12 @@ def make_parser() -> Parser:
     parser.add_argument("--top-k", type=number(int, 1), default=2, help="experts per token")
     parser.add_argument("--moe-layers", default="10", help="from 0: indices as 1,3,5, or every-second, or all")
     parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="copies of the FFN, or parts of it")
-    parser.add_argument("--router", choices=["linear", "cosine"], default="linear", help="cosine: bounded logits")
+    parser.add_argument(
+        "--router",
+        choices=["linear", "cosine"],
+        default="cosine",
+        help="linear: the paper's; cosine: DynMoE's, bounded logits",
+    )
     # method; the meaning of each is in stgc.STGCConfig
     parser.add_argument(
         "--conflict-loss", choices=["none", "ce", "mse", "reroute"], default="ce", help="none: the MoE baseline"
