@@ -370,8 +370,8 @@ class LayerStep:
     Linears are counted in the order of the forward. With bias gradients a linear's are compared at once and not kept.
     """
 
-    def __init__(self, stgc: "STGC", index: int, judged: bool, routing: Routing, logits_TE: Tensor, pairs: Pairs, keep_T):
-        self.stgc, self.index, self.judged, self.config = stgc, index, judged, stgc.config
+    def __init__(self, stgc: "STGC", index: int, judged: bool, replay: bool, routing: Routing, logits_TE, pairs, keep_T):
+        self.stgc, self.index, self.judged, self.replay, self.config = stgc, index, judged, replay, stgc.config
         self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
         self.num_linears, self.inputs = 0, []  # inputs: of each linear, for weight gradients
         self.edges, self.weight_edges = [], []  # two passes: where the linears' outputs and weights hang in the graph
@@ -383,7 +383,9 @@ class LayerStep:
         if not self.judged or self.config.passes == "two":
             return x_SD, weights
         tapped = weights if self.config.gradients == "weight" else []
-        self.stgc.conflicts[self.index], x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *tapped)
+        conflict, x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *tapped)
+        if not self.replay:
+            self.stgc.conflicts[self.index] = conflict
         return x_SD, tapped or weights
 
     def tap(self, a_SI: Tensor, w_EIO: Tensor, out_SO: Tensor) -> None:
@@ -538,7 +540,7 @@ class STGC:
             self.forward_step = self.step
         judged = i in self.chosen and self.config.every > 0 and self.forward_step % self.config.every == 0
         logits_TE = widen(self.layers[i].router(x_TD.detach())) if self.config.router_only else routing.logits_TE
-        step = LayerStep(self, i, judged, routing, logits_TE, pairs, keep_T)
+        step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
         if not replay:
             self.steps[i] = step
         return step
