@@ -447,27 +447,28 @@ def test_detach_and_takeover(passes):
         second.loss(detached)
 
 
-@both_passes
-def test_placebo(passes):
+def test_placebo():
     """As many judged pairs as conflict, but others; known from seed and step alone; the statistics stay the true ones."""
     net, batch = make_net(), make_batch(tokens=40, padding=6, unlabelled=6)
-    config = {"passes": passes, "router_only": True}
-    truth = run(net, batch, **config)
+    truth = run(net, batch, router_only=True)
 
-    def picks(seed, steps=2):
-        stgc = STGC(net, STGCConfig(select="random", seed=seed, **config))
-        return [train_step(stgc, net, batch) for _ in range(steps)]
+    def two_steps(seed, passes="two"):
+        stgc = STGC(net, STGCConfig(select="random", seed=seed, passes=passes, router_only=True))
+        return [train_step(stgc, net, batch) for _ in range(2)]
 
-    for result in picks(seed=1):
+    results = [*two_steps(1), *two_steps(1, passes="one"), *two_steps(2)]
+    for result in results:
         for a, b in zip(result.verdicts, truth.verdicts, strict=True):
-            assert torch.equal(a.conflict_TK, b.conflict_TK) and torch.equal(a.similarity_TK, b.similarity_TK)
+            assert torch.equal(a.conflict_TK, b.conflict_TK)
+            close(a.similarity_TK, b.similarity_TK)
             assert a.picked_TK.sum() == b.conflict_TK.sum() > 0
             assert not (a.picked_TK & ~b.judged_TK).any() and not torch.equal(a.picked_TK, b.conflict_TK)
         for a, b in zip(result.stats, truth.stats, strict=True):
-            assert a | {"conflict_loss": None} == b | {"conflict_loss": None}
-    drawn = [torch.stack([v.picked_TK for v in result.verdicts]) for result in (*picks(1), *picks(1), *picks(2))]
+            for key in ("conflict_ratio", "consistency", "consistency_std", "judged_ratio"):
+                close(a[key], b[key])
+    drawn = [torch.stack([verdict.picked_TK for verdict in result.verdicts]) for result in results]
     assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
-    assert not any(torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 4), (1, 5)))
+    assert not any(torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 4), (1, 5)))  # another step, another seed
     assert not torch.equal(drawn[0][0], drawn[0][1])  # nor do two layers share a draw
 
 
