@@ -31,14 +31,25 @@ def score_rows(record: dict) -> list[dict]:
     return rows
 
 
+def merge(records: list[dict]) -> list[dict]:
+    """Records that differ in seeds and folder only become one, with the runs of all."""
+    merged: dict[str, dict] = {}
+    for record in records:
+        config = {key: value for key, value in record["config"].items() if key not in ("seeds", "output_dir", "overwrite")}
+        one = merged.setdefault(json.dumps([record["name"], config]), record | {"runs": [], "command": []})
+        one["runs"] = one["runs"] + record["runs"]
+        one["command"] = [*one["command"], record["command"]]
+    return list(merged.values())
+
+
 def results_table(records: list[dict]) -> str:
-    """Markdown: dev scores of recorded runs, and the command of each."""
+    """Markdown: dev scores of recorded runs, and the commands that made them."""
     lines = [
         "| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     commands = []
-    for record in records:
+    for record in merge(records):
         for row in score_rows(record):
             setting = f"{record['config']['router']} router, beta {record['config']['beta']:g}"
             lines.append(
@@ -46,7 +57,7 @@ def results_table(records: list[dict]) -> str:
                 f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
                 f"| {row['collapsed']} of {row['seeds']} |"
             )
-        commands.append(f"    {record['command']}")
+        commands += [f"    {command}" for command in record["command"]]
     return "\n".join([*lines, "", *commands])
 
 

@@ -58,6 +58,8 @@ def test_tables_show_mean_and_spread_and_collapses():
     assert report.spread(none["best"]) == "62.0 ± 2.8" and report.spread([50.0]) == "50.0"
     assert (ce["collapsed"], ce["seeds"]) == (1, 2) and none["conflict_ratio"] == "0.250 → 0.500"
     record |= {"name": "toy-rte", "command": "python x.py --y", "config": {"router": "linear", "beta": 1.0}}
+    again = record | {"runs": [entry("ce", 2, 0.8)], "config": record["config"] | {"seeds": [2]}}
+    assert "| toy-rte | ce, linear router, beta 1 | 60.0 ± 17.3 |" in report.results_table([record, again])
     table = report.results_table([record])
     assert "| toy-rte | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
 
@@ -70,12 +72,12 @@ def test_readme_shows_what_the_records_say():
 
 
 def test_recorded_runs_are_complete():
-    """What results/ holds is reproducible: command, commit, versions, and a curve and an entry per seed."""
+    """What results/ holds is reproducible: command, commit, versions, and a curve for each run it lists."""
     for path in ROOT.glob("results/*/results.json"):
         record = json.loads(path.read_text())
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]) and record["dirty"] is False, path
         assert record["command"].startswith("python glue_moefy.py") and record["versions"]["torch"], path
-        assert sorted(run["seed"] for run in record["runs"]) == sorted(record["config"]["seeds"]), path
+        assert record["runs"] and {run["seed"] for run in record["runs"]} <= set(record["config"]["seeds"]), path
         for run in record["runs"]:
             assert (path.parent / f"{run['variant']}-s{run['seed']}.jsonl").exists()
         assert (path.parent / "curves.png").exists()
