@@ -552,19 +552,19 @@ def test_balance_loss_gradient():
 @both_gradients
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
 def test_copies_are_unwatched_and_whole(clone, passes, gradients):
-    """Between a watched forward and its backward: the copy takes no graph along, and the original does not notice."""
+    """Between a watched forward and its loss: the copy takes no graph along, and the original does not notice."""
     net, batch = make_net(), make_batch()
     config = {"passes": passes, "gradients": gradients}
     expected, stgc = run(net, batch, **config), STGC(net, STGCConfig(**config))
     net.zero_grad()
-    total = stgc.loss(main_loss(net, batch))
+    main = main_loss(net, batch)
     twin = clone(net)
-    total.backward()
+    assert all(layer.watch is None for layer in twin.layers)
+    stgc.loss(main).backward()
     assert all(torch.equal(parameter.grad, expected.grads[name]) for name, parameter in net.named_parameters())
     with torch.no_grad():
         assert torch.equal(twin(*batch[::2]), net(*batch[::2]))
     same_grads(run(twin, batch, **config).grads, expected.grads)
-    assert all(layer.watch is None for layer in twin.layers)
 
 
 @both_passes
@@ -719,6 +719,11 @@ KERNELS = [("dense", torch.float64, 1e-12)] + [("grouped_mm", torch.float32, 1e-
 def test_kernels_agree(kernel, dtype, tolerance, gated, monkeypatch):
     """CUDA's ways to the experts' products, run here: loss, flags and gradients are those of the loop, padding or not."""
     net, batch = make_net(dtype=dtype, gated=gated), make_batch(tokens=24, padding=5, dtype=dtype)
+    with torch.no_grad():
+        expected_TD = net.layers[0](*batch[::2])
+        monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_: kernel)
+        close(net.layers[0](*batch[::2]), expected_TD, tolerance, tolerance)
+        assert not net.layers[0](*batch[::2])[~batch.keep_T].any()
     for passes in PASSES:
         for gradients in GRADIENTS:
             results = []
