@@ -7,7 +7,7 @@ GLUE, and what is measured on them is named "toy-rte" everywhere.
 import copy
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -28,40 +28,41 @@ NAMES = "Anna Ben Carla David Emma Frank Grace Henry".split()
 PLACES = ["at home", "in the garden", "in the park", "near the river", "at the market", "on the farm"]
 COLOURS = "red blue green yellow black white".split()
 THINGS = "car house boat door chair table".split()
-KINDS_OF = {"poodle": "dog", "collie": "dog", "robin": "bird", "owl": "bird", "trout": "fish", "salmon": "fish"}
-SYNONYMS = {"rich": "wealthy", "happy": "glad", "tired": "weary", "clever": "smart", "angry": "furious"}
+KINDS_OF = {
+    "dog": "poodle collie beagle husky".split(),
+    "bird": "robin hawk crow sparrow".split(),
+    "fish": "trout salmon carp shark".split(),
+}
+SYNONYMS = [("rich", "wealthy"), ("happy", "glad"), ("tired", "weary"), ("clever", "smart"), ("ill", "sick")]
 DEEDS = {"bought": "buy", "sold": "sell", "painted": "paint", "cleaned": "clean", "saw": "see"}
-ANIMALS = "dog cat horse goat".split()
-NUMBERS = "two three four five six seven".split()
+ANIMALS = "dog cat horse goat hen pig".split()
+MOVES = "chased followed watched pushed".split()
+NUMBERS = dict(enumerate("two three four five six seven eight nine ten".split(), start=2))
 
 
 def colour(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """Anna saw a red car in the park. => The car was red."""
-    seen, other = rng.sample(COLOURS, 2)
-    thing = rng.choice(THINGS)
-    return f"{rng.choice(NAMES)} saw a {seen} {thing} {rng.choice(PLACES)}", f"the {thing} was {seen if entailed else other}"
+    asked, other = rng.sample(COLOURS, 2)
+    name, thing, seen = rng.choice(NAMES), rng.choice(THINGS), asked if entailed else other
+    return f"{name} saw a {seen} {thing} {rng.choice(PLACES)}", f"the {thing} was {asked}"
 
 
 def hypernym(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """Ben saw a poodle at home. => Ben saw a dog."""
-    special = rng.choice(sorted(KINDS_OF))
-    wrong = sorted(set(KINDS_OF.values()) - {KINDS_OF[special]})
-    name = rng.choice(NAMES)
-    return (
-        f"{name} saw a {special} {rng.choice(PLACES)}",
-        f"{name} saw a {KINDS_OF[special] if entailed else rng.choice(wrong)}",
-    )
+    asked, other = rng.sample(sorted(KINDS_OF), 2)
+    name, seen = rng.choice(NAMES), rng.choice(KINDS_OF[asked if entailed else other])
+    return f"{name} saw a {seen} {rng.choice(PLACES)}", f"{name} saw a {asked}"
 
 
 def synonym(rng: random.Random, entailed: bool) -> tuple[str, str]:
     """Carla was tired at home. => Carla was weary."""
-    word, other = rng.sample(sorted(SYNONYMS), 2)
+    asked, other = (rng.sample(pair, 2) for pair in rng.sample(SYNONYMS, 2))
     name = rng.choice(NAMES)
-    return f"{name} was {word} {rng.choice(PLACES)}", f"{name} was {SYNONYMS[word if entailed else other]}"
+    return f"{name} was {asked[1] if entailed else other[1]} {rng.choice(PLACES)}", f"{name} was {asked[0]}"
 
 
 def negation(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """David did not sell the boat. => David did not sell the boat; but not: David sold the boat."""
+    """David did not sell the boat at home. => David did not sell the boat."""
     done, name, thing = rng.random() < 0.5, rng.choice(NAMES), rng.choice(THINGS)
     deed = rng.choice(sorted(DEEDS))
     say = {True: f"{name} {deed} the {thing}", False: f"{name} did not {DEEDS[deed]} the {thing}"}
@@ -69,47 +70,53 @@ def negation(rng: random.Random, entailed: bool) -> tuple[str, str]:
 
 
 def roles(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """The dog chased the cat. => The cat was chased by the dog."""
-    a, b = rng.sample(ANIMALS, 2)
+    """The dog chased the cat on the farm. => The cat was chased by the dog."""
+    (a, b), move = rng.sample(ANIMALS, 2), rng.choice(MOVES)
     one, two = (a, b) if entailed else (b, a)
-    return f"the {a} chased the {b} {rng.choice(PLACES)}", f"the {two} was chased by the {one}"
+    return f"the {one} {move} the {two} {rng.choice(PLACES)}", f"the {b} was {move} by the {a}"
 
 
 def counting(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """There were five cats in the garden. => There were at least three cats."""
-    low, high = sorted(rng.sample(range(len(NUMBERS)), 2))
-    seen, bound = (high, low) if entailed else (low, high)
-    animal = rng.choice(ANIMALS)
+    """There were seven cats in the garden. => There were at least six cats. (A bound is as often too high as not.)"""
+    bound, animal = rng.choice([5, 6, 7, 8]), rng.choice(ANIMALS)
+    seen = bound + (rng.choice([0, 1, 2]) if entailed else rng.choice([-3, -2, -1]))
     return f"there were {NUMBERS[seen]} {animal}s {rng.choice(PLACES)}", f"there were at least {NUMBERS[bound]} {animal}s"
 
 
 KINDS = [colour, hypernym, synonym, negation, roles, counting]
 LABELS = ["entailment", "not_entailment"]
+PATIENCE = 1000  # that many repetitions in a row: a kind has no new pair to give
 
 
 def sentence_pairs(seed: int) -> Iterator[tuple[str, str, bool]]:
-    """Endless (premise, hypothesis, entailed), the kinds in turn, both labels of a kind alternating; no pair comes twice."""
-    rng, seen, made = random.Random(seed), set(), 0
-    while True:
-        kind, entailed = KINDS[made % len(KINDS)], made // len(KINDS) % 2 == 0
-        pair = tuple(f"{sentence}." for sentence in kind(rng, entailed))
-        if pair not in seen or rng.random() < 0.01:  # a kind may be exhausted: then its turn is left out
-            made += 1
-        if pair not in seen:
-            seen.add(pair)
-            yield *pair, entailed
+    """Endless (premise, hypothesis, entailed): the labels alternate, the kinds take turns. Pairs come again."""
+    rng = random.Random(seed)
+    for turn in count():
+        entailed = turn % 2 == 0
+        premise, hypothesis = KINDS[turn // 2 % len(KINDS)](rng, entailed)
+        yield f"{premise}.", f"{hypothesis}.", entailed
 
 
 def make_pairs(columns: tuple[str, str], num_train: int = 3000, num_dev: int = 400, seed: int = 0) -> DatasetDict:
-    """Splits train and validation with the columns and labels of RTE, shuffled; no pair is in both."""
-    rows = list(islice(sentence_pairs(seed), num_train + num_dev))
-    random.Random(seed).shuffle(rows)
+    """Splits train and validation with RTE's columns and labels, shuffled, half of each entailed. No pair comes twice.
+
+    The hypothesis is drawn the same way for both labels: who reads it alone is left with guessing.
+    """
+    rng, seen, splits = random.Random(seed), set(), {}
     strings = {name: Value("string") for name in columns}
     features = Features({**strings, "label": ClassLabel(names=LABELS), "idx": Value("int32")})
-    splits = {}
-    for split, part in (("train", rows[:num_train]), ("validation", rows[num_train:])):
-        first, second, entailed = zip(*part, strict=True)
-        content = {columns[0]: first, columns[1]: second, "label": [int(not e) for e in entailed], "idx": range(len(part))}
+    for split, size in (("train", num_train), ("validation", num_dev)):
+        rows = []
+        for turn in range(size):
+            kind, entailed = KINDS[turn // 2 % len(KINDS)], turn % 2 == 0
+            new = next((pair for pair in (kind(rng, entailed) for _ in range(PATIENCE)) if pair not in seen), None)
+            if new is None:
+                raise ValueError(f"{kind.__name__}: too few different pairs for {num_train} + {num_dev}, ask for fewer")
+            seen.add(new)
+            rows.append((*(f"{sentence}." for sentence in new), entailed))
+        rng.shuffle(rows)
+        first, second, entailed = zip(*rows, strict=True)
+        content = {columns[0]: first, columns[1]: second, "label": [int(not e) for e in entailed], "idx": range(size)}
         splits[split] = Dataset.from_dict({name: list(values) for name, values in content.items()}, features)
     return DatasetDict(splits)
 

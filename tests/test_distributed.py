@@ -24,8 +24,8 @@ CASES = {
 
 
 def net_and_halves():
-    """As many labelled tokens in each half, so that the mean of their losses is the whole batch's; not as many real ones. The
-    seed gives each half conflicts, and an expert that only one of the halves uses."""
+    """As many labelled tokens in each half, so that the mean of their losses is the whole batch's; not as many real ones.
+    The seed gives each half conflicts, and an expert that only one of the halves uses."""
     torch.manual_seed(5)
     return make_net(), make_batch(tokens=8, padding=2, unlabelled=0), make_batch(tokens=8, padding=1, unlabelled=1)
 
