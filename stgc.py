@@ -1,8 +1,7 @@
 """STGC: token gradient conflict in Mixture-of-Experts, in one file.
 
-Paper: Yang et al., "Solving Token Gradient Conflict in Mixture-of-Experts for Large Vision-Language Model", ICLR 2025,
-arXiv:2406.19905. "eq." and "sec." always mean that paper. Three tags keep it and us apart: PAPER (the line that is the
-equation), CHOICE (the paper is silent), DIFFERS (we depart from it, knowingly).
+Paper: Yang et al., ICLR 2025, arXiv:2406.19905; "eq." and "sec." always mean it. Three tags keep it and us apart: PAPER (the
+line that is the equation), CHOICE (the paper is silent), DIFFERS (we depart from it, knowingly).
 
   T tokens                    K experts per token       S = T*K pairs (token, expert), the unit that is judged
   E experts in a layer        D hidden size             F expert ffn size            I, O  in and out of one linear
@@ -126,19 +125,17 @@ def sort_pairs(expert_ids_TK: Tensor, keep_T: Tensor, num_experts: int, dtype: t
     return Pairs(order_S, order_S.argsort(), onehot_SE, torch.searchsorted(ids_S, experts_E, right=True))
 
 
-class TakeRows(torch.autograd.Function):
-    """x[index], each row taken `times` times. The backward gathers too: an index_add would need atomics, in random order."""
+class Permute(torch.autograd.Function):
+    """x[index], its backward grad[inverse]: autograd's own would be an index_add, whose atomics add in random order."""
 
     @staticmethod
-    def forward(ctx, x, index, back_index, times):
-        ctx.save_for_backward(back_index)
-        ctx.times = times
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.index_select(0, ctx.saved_tensors[0])
-        return (grad if ctx.times == 1 else grad.unflatten(0, (-1, ctx.times)).sum(1)), None, None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def matmul_kernel(x_SI: Tensor, w_EIO: Tensor) -> str:
@@ -203,9 +200,7 @@ class Experts(nn.Module):
 
         def linear(i, a_SI, b_EO):
             out_SO = grouped_linear(a_SI, weights[i], b_EO, pairs)
-            if step is not None:
-                step.tap(a_SI, weights[i], out_SO)
-            return out_SO
+            return out_SO if step is None else step.tap(a_SI, weights[i], out_SO)
 
         if self.gated:
             gate_SF = linear(0, x_SD, self.b_gate_EF)
@@ -244,9 +239,9 @@ class MoELayer(nn.Module):
         routing = route(self.router, x_TD, self.top_k, self.normalize, self.scale)
         pairs = sort_pairs(routing.expert_ids_TK, keep_T, self.experts.num_experts, routing.logits_TE.dtype)
         step = None if self.watch is None else self.watch(x_TD, routing, pairs, keep_T)
-        x_SD = TakeRows.apply(x_TD, pairs.order_S // self.top_k, pairs.inverse_S, self.top_k)
-        y_SD = self.experts(x_SD, pairs, step)
-        y_TKD = TakeRows.apply(y_SD, pairs.inverse_S, pairs.order_S, 1).unflatten(0, (-1, self.top_k))
+        x_SD = x_TD.unsqueeze(1).expand(-1, self.top_k, -1).flatten(0, 1)
+        y_SD = self.experts(Permute.apply(x_SD, pairs.order_S, pairs.inverse_S), pairs, step)
+        y_TKD = Permute.apply(y_SD, pairs.inverse_S, pairs.order_S).unflatten(0, (-1, self.top_k))
         weights_TK1 = (routing.weights_TK * keep_T.unsqueeze(1)).unsqueeze(2)
         return (y_TKD * weights_TK1.to(y_TKD.dtype)).sum(1).reshape(x.shape)
 
@@ -261,20 +256,12 @@ class MoELayer(nn.Module):
 # speak of. At the last linear it is the gradient before the routing weight, so it contains the factor w_e.
 
 
-class Compared(NamedTuple):
-    """One linear's gradients against the mean gradients of the experts."""
+def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambda t: t) -> tuple[Tensor, Tensor, Tensor]:
+    """cos_SE(g_n, gbar_e) for every expert e, norm_S, and consistency_E (sec. 4.3). PAPER eq. 7 and 11.
 
-    cos_SE: Tensor  # with the mean of every expert; 0 where either has no direction
-    norm_S: Tensor
-    consistency_E: Tensor  # mean of the cosine matrix of each expert's pairs, in [0, 1] (sec. 4.3)
-
-
-def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable[[Tensor], Tensor] = lambda t: t) -> Compared:
-    """cos(g_n, gbar_e) for every expert e. PAPER eq. 7 and 11; at the pair's own expert, one term of eq. 12.
-
-    A zero gradient has no direction and adds nothing to the sums; the scale of the loss cancels. The mean of an N x N
-    cosine matrix, diagonal included, is the squared norm of the mean unit vector. `all_reduce` sums over processes, which
-    makes each mean the global batch's.
+    At the pair's own expert the cosine is one term of eq. 12. A zero gradient has no direction, cosine 0, and adds nothing
+    to the sums; the scale of the loss cancels. Consistency, in [0, 1], is the mean of the cosine matrix of an expert's pairs,
+    diagonal included: the squared norm of their mean unit vector. `all_reduce` sums over processes: means are global.
     """
     grad_SO = widen(grad_SO.detach())
     tiny = torch.finfo(grad_SO.dtype).tiny
@@ -284,7 +271,7 @@ def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable[[Tensor
     sum_EO, unit_sum_EO = all_reduce(torch.cat([onehot_SE, unit_SE], dim=1).T @ grad_SO).chunk(2)
     count_E = all_reduce(alive_S @ onehot_SE).clamp_min(1)
     cos_SE = grad_SO @ F.normalize(sum_EO, dim=-1, eps=tiny).T / norm_S.clamp_min(tiny).unsqueeze(1)
-    return Compared(cos_SE, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1))
+    return cos_SE, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1)
 
 
 def weight_cosine(grad_SO: Tensor, a_SI: Tensor, weight_grad_EIO: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -365,67 +352,51 @@ def balance_loss(logits_TE: Tensor, keep_T: Tensor, load_E: Tensor, num_tokens: 
 
 
 class LayerStep:
-    """One forward of a watched layer: takes in its token gradients as they come, and judges its pairs.
-
-    Linears are counted in the order of the forward. With bias gradients a linear's are compared at once and not kept.
-    """
+    """One forward of a watched layer: taps its linears in their order, takes in the token gradients, judges the pairs."""
 
     def __init__(self, stgc: "STGC", index: int, judged: bool, replay: bool, routing: Routing, logits_TE, pairs, keep_T):
         self.stgc, self.index, self.judged, self.replay, self.config = stgc, index, judged, replay, stgc.config
         self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
-        self.num_linears, self.inputs = 0, []  # inputs: of each linear, for weight gradients
-        self.edges, self.weight_edges = [], []  # two passes: where the linears' outputs and weights hang in the graph
-        self.compared: dict[int, Compared] = {}
-        self.grads: dict[int, Tensor] = {}  # for weight gradients, until those are known
+        self.whole = self.config.gradients == "weight"
+        self.inputs, self.edges = [], []  # of each linear; edges: where outputs (and weights) hang in the graph
+        self.compared, self.grads = {}, {}  # linear -> what compare_to_means found, and the gradients if they are needed on
 
     def enter(self, x_SD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Before the first linear."""
         if not self.judged or self.config.passes == "two":
             return x_SD, weights
-        tapped = weights if self.config.gradients == "weight" else []
-        conflict, x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *tapped)
+        conflict, x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *(weights if self.whole else []))
         if not self.replay:
             self.stgc.conflicts[self.index] = conflict
         return x_SD, tapped or weights
 
-    def tap(self, a_SI: Tensor, w_EIO: Tensor, out_SO: Tensor) -> None:
+    def tap(self, a_SI: Tensor, w_EIO: Tensor, out_SO: Tensor) -> Tensor:
         """At the output of each linear."""
-        if not self.judged:
-            return
-        if not out_SO.requires_grad or (self.config.gradients == "weight" and not w_EIO.requires_grad):
-            raise RuntimeError("no gradient reaches these experts: unfreeze them, or leave them out of STGCConfig.layers")
-        if self.config.gradients == "weight":
-            self.inputs.append(a_SI.detach())
-        if self.config.passes == "one":  # no edges here: the graph would hold this object, and this object the graph
-            out_SO.register_hook(partial(self.see, self.num_linears))
-        else:
-            self.edges.append(get_gradient_edge(out_SO))
-            self.weight_edges += [get_gradient_edge(w_EIO)] if self.config.gradients == "weight" else []
-        self.num_linears += 1
+        if self.judged:
+            if not (out_SO.requires_grad and (w_EIO.requires_grad or not self.whole)):
+                raise RuntimeError("no gradient reaches these experts: unfreeze them, or leave them out of STGCConfig.layers")
+            if self.config.passes == "one":  # no edges: the graph would hold this object, and this object the graph
+                out_SO.register_hook(partial(self.see, len(self.inputs)))
+            else:
+                self.edges += [get_gradient_edge(tensor) for tensor in (out_SO, w_EIO)[: 1 + self.whole]]
+            self.inputs.append(a_SI.detach() if self.whole else None)
+        return out_SO
 
     def see(self, linear: int, grad_SO: Tensor) -> None:
-        """The gradient of the main loss at the output of a linear."""
+        """The gradient of the main loss at the output of a linear: compared at once, and kept for whole weights only."""
         with torch.no_grad(), torch.autocast(grad_SO.device.type, enabled=False):
             self.compared[linear] = compare_to_means(grad_SO, self.pairs, self.stgc.all_reduce)
-        if self.config.gradients == "weight":
-            self.grads[linear] = grad_SO.detach()
+        self.grads |= {linear: grad_SO.detach()} if self.whole else {}
 
     def close(self, logits_TE: Tensor, weight_grads: Sequence[Tensor]) -> Tensor:
-        """All gradients are in: flags the pairs, and returns the conflict loss, differentiable in logits_TE. PAPER eq. 12.
+        """All gradients are in: judges the pairs, and returns the conflict loss, differentiable in logits_TE.
 
-        A layer that the main loss did not reach has no gradients: it is not judged.
+        A layer that the main loss did not reach has no gradients, and is not judged.
         """
         if not self.compared:
             return logits_TE.sum() * 0.0
         with torch.no_grad(), torch.autocast(logits_TE.device.type, enabled=False):
-            compared = [self.compared[i] for i in range(len(self.compared))]
-            if self.config.gradients == "weight":
-                sums = [self.stgc.all_reduce(widen(grad_EIO)) for grad_EIO in weight_grads]
-                terms = [weight_cosine(self.grads[i], a_SI, sums[i], self.pairs) for i, a_SI in enumerate(self.inputs)]
-            else:
-                terms = [((c.cos_SE * self.pairs.onehot_SE).sum(-1), c.norm_S) for c in compared]
-            cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
-            verdict, num_picked = self.decide(cos_LS.mean(0), (norm_LS > 0).any(0), compared)
+            verdict, num_picked = self.judge(weight_grads)
         if self.config.conflict_loss == "none":
             return logits_TE.sum() * 0.0
         loss = conflict_loss(self.config.conflict_loss, logits_TE, self.expert_ids_TK, verdict.picked_TK, verdict.target_TK)
@@ -433,31 +404,37 @@ class LayerStep:
         self.stgc.numbers[self.index]["conflict_loss"] = self.stgc.all_reduce(loss.detach()) / self.stgc.num_processes
         return loss
 
-    def decide(self, similarity_S: Tensor, judged_S: Tensor, compared: list[Compared]) -> tuple[Verdict, Tensor]:
-        """Flags, statistics, and the number of picked pairs over all processes. PAPER definition 1."""
+    def judge(self, weight_grads: Sequence[Tensor]) -> tuple[Verdict, Tensor]:
+        """Flags, statistics, and the number of picked pairs over all processes. PAPER eq. 12 and definition 1."""
         ids_TK, onehot_SE, all_reduce = self.expert_ids_TK, self.pairs.onehot_SE, self.stgc.all_reduce
+        cos_LSE, norm_LS, consistency_LE = (torch.stack(t) for t in zip(*(self.compared[i] for i in sorted(self.compared))))
+        cos_LS = (cos_LSE * onehot_SE).sum(-1)
+        if self.whole:
+            sums = [all_reduce(widen(grad_EIO)) for grad_EIO in weight_grads]
+            terms = [weight_cosine(self.grads[i], a_SI, sums[i], self.pairs) for i, a_SI in enumerate(self.inputs)]
+            cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
         similarity_TK, judged_TK, cos_TKE = (
             rows_S.index_select(0, self.pairs.inverse_S).unflatten(0, ids_TK.shape)
-            for rows_S in (similarity_S, judged_S, compared[-1].cos_SE)
+            for rows_S in (cos_LS.mean(0), (norm_LS > 0).any(0), cos_LSE[-1])
         )
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
             seed = hash((self.config.seed, self.stgc.forward_step, self.index, self.stgc.rank))
             picked_TK = draw_placebo(conflict_TK, judged_TK, seed)
-        verdict = Verdict(similarity_TK, judged_TK, conflict_TK, picked_TK, best_other_expert(cos_TKE, ids_TK))
-        counts = torch.stack([t.sum().to(onehot_SE.dtype) for t in (picked_TK, conflict_TK, judged_TK, onehot_SE)])
-        num_picked, num_conflicts, num_judged, num_pairs = all_reduce(counts)
-        used_E = (all_reduce(judged_S.to(onehot_SE.dtype) @ onehot_SE) > 0).to(onehot_SE.dtype)
-        share_E = used_E / used_E.sum().clamp_min(1)
-        consistency_E = torch.stack([c.consistency_E for c in compared]).mean(0)
-        mean = (share_E * consistency_E).sum()
-        self.stgc.verdicts[self.index] = verdict
+        judged_SE = onehot_SE * (norm_LS > 0).any(0).unsqueeze(1)
+        counts = [picked_TK.sum(), conflict_TK.sum(), judged_SE.sum(), onehot_SE.sum()]
+        sums = all_reduce(torch.cat([torch.stack(counts).to(onehot_SE.dtype), judged_SE.sum(0)]))
+        (num_picked, num_conflicts, num_judged, num_pairs), used_E = sums[:4], (sums[4:] > 0).to(sums.dtype)
+        share_E, consistency_E = used_E / used_E.sum().clamp_min(1), consistency_LE.mean(0)
+        consistency = (share_E * consistency_E).sum()
         self.stgc.numbers[self.index] |= {
             "conflict_ratio": num_conflicts / num_pairs.clamp_min(1),
             "judged_ratio": num_judged / num_pairs.clamp_min(1),
-            "consistency": mean,
-            "consistency_std": (share_E * (consistency_E - mean).square()).sum().sqrt(),
+            "consistency": consistency,
+            "consistency_std": (share_E * (consistency_E - consistency).square()).sum().sqrt(),
         }
+        verdict = Verdict(similarity_TK, judged_TK, conflict_TK, picked_TK, best_other_expert(cos_TKE, ids_TK))
+        self.stgc.verdicts[self.index] = verdict
         return verdict, num_picked
 
 
@@ -575,13 +552,14 @@ class STGC:
 
     def first_backward(self, main_loss: Tensor, judged: list[LayerStep]) -> None:
         """The paper's extra backward (sec. 3.2): activation gradients of the main loss only, no parameter is touched."""
-        edges = [edge for step in judged for edge in step.edges + step.weight_edges]
-        grads = iter(torch.autograd.grad(main_loss, edges, retain_graph=True, allow_unused=True))
+        edges = [edge for step in judged for edge in step.edges]
+        all_grads = iter(torch.autograd.grad(main_loss, edges, retain_graph=True, allow_unused=True))
         for step in judged:
-            for linear, grad_SO in enumerate([next(grads) for _ in step.edges]):
+            grads = [next(all_grads) for _ in step.edges]
+            for linear, grad_SO in enumerate(grads[:: 1 + step.whole]):
                 if grad_SO is not None:
                     step.see(linear, grad_SO)
-            self.conflicts[step.index] = step.close(step.logits_TE, [next(grads) for _ in step.weight_edges])
+            self.conflicts[step.index] = step.close(step.logits_TE, grads[1::2] if step.whole else [])
 
     def balance(self, step: LayerStep) -> Tensor:
         load_E = self.all_reduce(step.pairs.onehot_SE.sum(0))
