@@ -260,8 +260,8 @@ def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambd
     """cos_SE(g_n, gbar_e) for every expert e, norm_S, and consistency_E (sec. 4.3). PAPER eq. 7 and 11.
 
     At the pair's own expert the cosine is one term of eq. 12. A zero gradient has no direction, cosine 0, and adds nothing
-    to the sums; the scale of the loss cancels. Consistency, in [0, 1], is the mean of the cosine matrix of an expert's pairs,
-    diagonal included: the squared norm of their mean unit vector. `all_reduce` sums over processes: means are global.
+    to the sums; the scale of the loss cancels. Consistency, in [0, 1], is the mean of the cosine matrix of an expert's
+    pairs, diagonal included: the squared norm of their mean unit vector. `all_reduce` sums over processes: global means.
     """
     grad_SO = widen(grad_SO.detach())
     tiny = torch.finfo(grad_SO.dtype).tiny
@@ -374,7 +374,7 @@ class LayerStep:
         """At the output of each linear."""
         if self.judged:
             if not (out_SO.requires_grad and (w_EIO.requires_grad or not self.whole)):
-                raise RuntimeError("no gradient reaches these experts: unfreeze them, or leave them out of STGCConfig.layers")
+                raise RuntimeError("no gradient reaches these experts: unfreeze them or leave them out of STGCConfig.layers")
             if self.config.passes == "one":  # no edges: the graph would hold this object, and this object the graph
                 out_SO.register_hook(partial(self.see, len(self.inputs)))
             else:
@@ -578,12 +578,11 @@ class STGC:
         """
         rows = []
         for name, layer, numbers in zip(self.names, self.layers, self.numbers, strict=True):
-            row = {"layer": name} | {key: value.tolist() for key, value in numbers.items()}
-            row |= {"balance_loss_if_even": 1.0} if "balance_loss" in row else {}
-            if "conflict_loss" in row:
-                size = layer.experts.num_experts
-                row["conflict_loss_if_uniform"] = size**-2 if self.config.conflict_loss == "mse" else math.log(size)
-            rows.append(row)
+            size = layer.experts.num_experts
+            uniform = size**-2 if self.config.conflict_loss == "mse" else math.log(size)
+            neutral = {"balance_loss_if_even": 1.0, "conflict_loss_if_uniform": uniform}
+            neutral = {key: value for key, value in neutral.items() if key.partition("_if_")[0] in numbers}
+            rows.append({"layer": name} | {key: value.tolist() for key, value in numbers.items()} | neutral)
         return rows
 
 
@@ -594,33 +593,30 @@ def demo(seed: int = 0) -> None:
     """Four tasks want different answers to the same content, and one small MoE layer serves them all: their tokens conflict.
     All is trained first, then the router on the conflict loss alone, as in the paper's statistical verification."""
     torch.manual_seed(seed)
-    num_tokens, num_tasks, d_model = 256, 4, 16
-    answers_DC = torch.randn(d_model - num_tasks, num_tasks)
-    moe, head = MoELayer(Experts(4, d_model, 32)), nn.Linear(d_model, num_tasks)
+    tasks, size = 4, 16
+    answers_DC, head = torch.randn(size - tasks, tasks), nn.Linear(size, tasks)
 
-    def train(moe, config, parameters, steps, lr, alone):
+    def train(title, moe, config, parameters, steps, lr):
         torch.manual_seed(seed)
         stgc, optimizer, rows = STGC(moe, config), torch.optim.AdamW(parameters, lr), []
         for _ in range(steps):
-            task_T = torch.randint(num_tasks, (num_tokens,))
-            x_TD = torch.cat([F.one_hot(task_T, num_tasks), torch.randn(num_tokens, d_model - num_tasks)], dim=1)
-            label_T = ((x_TD[:, num_tasks:] @ answers_DC).argmax(-1) + task_T) % num_tasks
+            task_T = torch.randint(tasks, (256,))
+            x_TD = torch.cat([F.one_hot(task_T, tasks), torch.randn(256, size - tasks)], dim=1)
+            label_T = ((x_TD[:, tasks:] @ answers_DC).argmax(-1) + task_T) % tasks
             main_loss = F.cross_entropy(head(x_TD + moe(x_TD)), label_T)
             loss = stgc.loss(main_loss)
-            (loss - main_loss if alone else loss).backward()
+            (loss if config.conflict_loss == "none" else loss - main_loss).backward()
             optimizer.step()
             optimizer.zero_grad()
-            rows.append([stgc.stats()[0][key] for key in ("conflict_ratio", "consistency")] + [main_loss.item()])
-        return [sum(column) / 10 for column in zip(*rows[-10:], strict=True)]
+            rows.append((*(stgc.stats()[0][key] for key in ("conflict_ratio", "consistency")), main_loss.item()))
+        print("{:<34}{:>14.3f}{:>13.3f}{:>11.3f}".format(title, *(sum(column) / 10 for column in zip(*rows[-10:]))))
 
-    line = "{:<34}{:>14.3f}{:>13.3f}{:>11.3f}".format
     print(f"{'':<34}conflict ratio  consistency  main loss")
-    parameters = [*moe.parameters(), *head.parameters()]
-    print(line("without STGC: trained", *train(moe, STGCConfig("none"), parameters, 200, 3e-3, alone=False)))
-    for name, kind, select in (("ce", "ce", "conflict"), ("reroute", "reroute", "conflict"), ("placebo", "ce", "random")):
+    moe = MoELayer(Experts(4, size, 32))
+    train("without STGC: trained", moe, STGCConfig("none"), [*moe.parameters(), *head.parameters()], 200, 3e-3)
+    for title, kind, select in (("ce", "ce", "conflict"), ("reroute", "reroute", "conflict"), ("placebo", "ce", "random")):
         moved, config = copy.deepcopy(moe), STGCConfig(kind, alpha=0.0, select=select)
-        row = train(moved, config, moved.router.parameters(), 150, 1e-2, alone=True)
-        print(line(f"then its router on {name} alone", *row))
+        train(f"then its router on {title} alone", moved, config, moved.router.parameters(), 150, 1e-2)
     print("The placebo gives the same loss to as many random pairs; what it reaches as well is not due to the selection.")
 
 
