@@ -5,7 +5,7 @@ Variants differ by line style and marker as well as by colour, so that a grey pr
 
 import argparse
 import json
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +13,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
+
+from lab.compare import select_rows
 
 STYLES = [
     ("#1b1b1b", "-", "o"),
@@ -88,6 +90,47 @@ def plot_run(folder: Path, title: str) -> Path:
     return path
 
 
+def plot_comparison(folder: Path, records: list[dict], select: str = "best", metric: str = "score") -> Path:
+    """A panel per record: a point per seed over its variants, the points of a seed joined by a thin line, since variants are
+    compared seed by seed; a short bar at each variant's mean; hollow where a run collapsed. `select`: see lab.compare.
+    Under `last` rows of several learning rates stand side by side, joined within a rate. Writes folder/comparison.png."""
+    panels = [select_rows(record, select) for record in records]
+    widths = [1 + 0.75 * len(rows) for rows in panels]
+    size = (2.2 + sum(widths), 3.6)  # the legend stands to the right
+    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False, constrained_layout=True)
+    seeds = sorted({seed for rows in panels for row in rows for seed in row.scores})
+    styles = dict(zip(seeds, cycle(STYLES)))
+    for axis, record, rows in zip(axes[0], records, panels, strict=True):
+        for x, row in enumerate(rows):
+            for seed, value in row.of(metric).items():
+                colour, _, marker = styles[seed]
+                face = "white" if seed in row.collapsed else colour
+                axis.plot(x, value, marker, color=colour, markerfacecolor=face, markersize=6)
+            mean = np.mean(list(row.of(metric).values()))
+            axis.plot([x - 0.3, x + 0.3], [mean, mean], "-", color="#1b1b1b", linewidth=2.2, zorder=1.5)
+        rates = [None] if select == "best" else sorted({row.lr for row in rows})
+        for rate, seed in product(rates, seeds):
+            joined = [x for x, row in enumerate(rows) if seed in row.scores and rate in (None, row.lr)]
+            values = [rows[x].of(metric)[seed] for x in joined]
+            axis.plot(joined, values, "-", color="#999999", linewidth=0.8, zorder=1)
+        axis.set_xticks(range(len(rows)), [row.label.replace(", ", "\n") for row in rows], rotation=30, fontsize=9)
+        axis.set(title=record["name"], xlim=(-0.6, len(rows) - 0.4))
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25, axis="y")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(f"dev {metric} in % ({select})")
+    for seed, (colour, _, marker) in styles.items():
+        axes[0][0].plot([], [], marker, color=colour, label=f"seed {seed}")
+    axes[0][0].plot([], [], "-", color="#1b1b1b", linewidth=2.2, label="mean")
+    if any(row.collapsed for rows in panels for row in rows):
+        axes[0][0].plot([], [], "o", color="#1b1b1b", markerfacecolor="white", label="hollow: collapsed")
+    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
+    path = folder / "comparison.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def draw_idea(path: Path) -> None:
     """The method in one picture: gradients of the tokens on one expert, their mean, and which of them conflict with it."""
     rng = np.random.default_rng(3)
@@ -131,4 +174,7 @@ if __name__ == "__main__":
     if args.idea:
         draw_idea(args.folder)
     else:
-        print(plot_run(args.folder, json.loads((args.folder / "results.json").read_text())["name"]))
+        record = json.loads((args.folder / "results.json").read_text())
+        print(plot_run(args.folder, record["name"]))
+        if len({run["variant"] for run in record["runs"]}) > 1:
+            print(plot_comparison(args.folder, [record]))

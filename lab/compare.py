@@ -1,0 +1,195 @@
+"""Variants side by side, from records alone: paired differences over seeds, and the paper's table with ours below.
+
+A seed fixes the data order and the initial weights, so variants are compared seed by seed, in a 95 % t-interval of the mean
+difference. Each interval stands alone: of twenty, one misses by chance. All functions take `select`:
+
+  best   the best epoch on dev, and per variant the learning rate whose best epochs have the highest mean score. This is how
+         the published rows were made. It picks the luckiest of several on the set it is then measured on, so it flatters.
+  last   the last epoch. Nothing is selected: several learning rates are rows of their own, each against its own baseline.
+"""
+
+from math import sqrt
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+from lab.report import spread
+
+BASELINE = "none"
+FIRST = ("dense", BASELINE)  # the rows that come before the others
+COLUMNS = {"cola": "CoLA", "mrpc": "MRPC", "qnli": "QNLI", "mnli": "MNLI", "rte": "RTE"}
+PUBLISHED = {  # the paper's GLUE table: the five columns, then Avg
+    "MoE-8Top2 (DynMoE's)": (64.5, 90.2, 92.4, 86.7, 74.9, 81.7),
+    "DynMoE": (65.2, 90.6, 92.6, 86.4, 73.4, 81.6),
+    "MoE-8Top2 (re-run)": (64.5, 90.0, 93.4, 86.9, 72.9, 81.5),
+    "+ STGC": (66.8, 91.2, 93.8, 87.6, 74.7, 82.8),
+}
+
+
+class Paired(NamedTuple):
+    """Another variant minus the baseline, over the seeds that both have."""
+
+    mean: float
+    low: float | None  # 95 % t-interval; None where the seeds give none
+    high: float | None
+    wins: int
+    ties: int
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        if self.low is None or self.high is None:
+            return "one seed, no interval" if self.seeds == 1 else "no spread, no interval"
+        return "no difference" if self.low <= 0 <= self.high else ("better" if self.low > 0 else "worse")
+
+
+def paired(baseline: dict[int, float], other: dict[int, float]) -> Paired:
+    """seed -> score of two variants, in any unit, as the mean of their differences and its interval.
+
+    Differences below 1e-9 are ties. One seed gives no interval; nor do several whose differences are equal and not 0:
+    dev scores come in steps of one example, so a spread of 0 is chance and would make any gap certain. All ties are the
+    interval [0, 0]. ValueError where no seed is shared.
+    """
+    shared = sorted(baseline.keys() & other.keys())
+    if not shared:
+        raise ValueError(f"no seed in common: the baseline has {sorted(baseline)}, the other {sorted(other)}")
+    gaps = [round(other[seed] - baseline[seed], 9) for seed in shared]
+    wins, ties = sum(gap > 0 for gap in gaps), gaps.count(0)
+    low = high = None
+    if len(set(gaps)) > 1:
+        half = float(student.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / sqrt(len(gaps))
+        low, high = mean(gaps) - half, mean(gaps) + half
+    elif len(gaps) > 1 and ties:
+        low = high = 0.0
+    return Paired(mean(gaps), low, high, wins, ties, len(gaps))
+
+
+class Row(NamedTuple):
+    """One variant as it is printed: all its seeds, at one learning rate."""
+
+    variant: str
+    lr: float
+    label: str  # the variant, with its rate where the record tried several
+    scores: dict[int, dict[str, float]]  # seed -> metrics in [0, 1], Matthews in [-1, 1]
+    collapsed: set[int]  # seeds that answer one class
+
+    def of(self, metric: str) -> dict[int, float]:
+        """seed -> the metric in %."""
+        return {seed: 100 * scores[metric] for seed, scores in self.scores.items()}
+
+
+def in_order(variants) -> list[str]:
+    """Each variant once: `dense` and the baseline, then the others as they come."""
+    return sorted(dict.fromkeys(variants), key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+
+
+def select_rows(record: dict, select: str) -> list[Row]:
+    """The rows of a record; see the module's docstring for `select`.
+
+    `best` chooses among the rates with the most of the variant's seeds (all of them, unless runs are missing); of equal
+    ones the lowest. `last` orders by rate first. ValueError for another `select`, no runs, or a run that is there twice.
+    """
+    if select not in ("best", "last"):
+        raise ValueError(f"select={select!r}: use best or last")
+    grid: dict[tuple[str, float], dict[int, dict]] = {}
+    for run in sorted(record["runs"], key=lambda run: run["seed"]):
+        runs = grid.setdefault((run["variant"], run["lr"]), {})
+        if run["seed"] in runs:
+            raise ValueError(f"{record['name']}: {run['variant']}, seed {run['seed']}, lr {run['lr']:g} is there twice")
+        runs[run["seed"]] = run
+    if not grid:
+        raise ValueError(f"{record['name']} has no runs to compare")
+    rates, variants = sorted({lr for _, lr in grid}), in_order(run["variant"] for run in record["runs"])
+    keys = [(variant, lr) for lr in rates for variant in variants if (variant, lr) in grid]
+    if select == "best":
+        rank = {key: (len(runs), mean(run["best"]["score"] for run in runs.values()), -key[1]) for key, runs in grid.items()}
+        keys = [max((key for key in keys if key[0] == variant), key=rank.get) for variant in variants]
+    rows = []
+    for variant, lr in keys:
+        scores = {seed: run[select] for seed, run in grid[variant, lr].items()}
+        collapsed = {seed for seed, run in grid[variant, lr].items() if run["collapsed"]}
+        rows.append(Row(variant, lr, variant if len(rates) == 1 else f"{variant}, lr {lr:g}", scores, collapsed))
+    return rows
+
+
+def metric_names(record: dict) -> list[str]:
+    """The task's metrics; `score`, their mean, only where it is not one of them (accuracy of RTE, or matched of MNLI)."""
+    entries = [run[select] for run in record["runs"] for select in ("best", "last")]
+    names = [name for name in entries[0] if name not in ("epoch", "score")]
+    return names + ["score"] * (not any(all(entry[name] == entry["score"] for entry in entries) for name in names))
+
+
+def layout(lines: list[list[str]], markdown: bool) -> str:
+    """Cells as aligned columns, or as a Markdown table; the first line is the header. Empty columns are left out."""
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    lines = [list(line) for line in zip(*columns, strict=True)]
+    if markdown:
+        lines.insert(1, ["---"] * len(columns))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def comparison_table(record: dict, select: str = "best", markdown: bool = False) -> str:
+    """Per metric and variant, in %: mean ± sample standard deviation, difference from `none`, seeds won, verdict.
+
+    The line above the table says which selection it prints. Differences are left out where there is nothing to compare
+    with: no `none`, no other variant, no shared seed.
+    """
+    rows = select_rows(record, select)
+    bases = [row for row in rows if row.variant == BASELINE]  # under `last` one per learning rate
+    lines = [["metric", "variant", "seeds", "mean ± std", f"minus {BASELINE} [95 %]", "won", "verdict", "collapsed"]]
+    for metric in metric_names(record):
+        for row in rows:
+            values, base = row.of(metric), next((one for one in bases if select == "best" or one.lr == row.lr), None)
+            line = [metric, row.label, str(len(values)), spread(list(values.values())), "", "", ""]
+            if row.variant != BASELINE and base and base.scores.keys() & values.keys():
+                gap = paired(base.of(metric), values)
+                interval = "" if gap.low is None else f" [{gap.low:+.1f}, {gap.high:+.1f}]"
+                won = f"{gap.wins} of {gap.seeds}" + (f", {gap.ties} tied" if gap.ties else "")
+                line[4:] = [f"{gap.mean:+.1f}{interval}", won, gap.verdict]
+            lines.append([*line, f"{len(row.collapsed)} collapsed" if row.collapsed else ""])
+    rates, seeds = (sorted({run[key] for run in record["runs"]}) for key in ("lr", "seed"))
+    how = "last epoch, nothing selected" if select == "last" else "best epoch on dev"
+    if select == "best" and len(rates) > 1:
+        how += f", best learning rate on dev of {' '.join(f'{lr:g}' for lr in rates)}"
+    title = f"{record['name']}, in %, {how}; seeds: {' '.join(map(str, seeds))}"
+    return "\n".join([title, *[""] * markdown, layout(lines, markdown)])
+
+
+def paper_table(records: dict[str, dict], select: str = "best", markdown: bool = False) -> str:
+    """The paper's GLUE table, published rows first, ours below; scores in % (Matthews, mean of accuracy and F1, accuracy).
+
+    A task without a record of all its data is "-", and so is Avg then. Records of other or partial data (qnli-12k, toy-rte;
+    `--max-train-samples`) are listed below it with their scores. The keys of `records` do not matter, the names in the
+    records do: ValueError where two would fill the same column.
+    """
+    ours: dict[str, dict[str, list[float]]] = {}  # row -> task -> scores
+    notes: dict[bool, list[str]] = {True: [], False: []}
+    for record in records.values():
+        config, name = record.get("config", {}), record["name"]
+        whole = name in COLUMNS and not (config.get("max_train_samples") or config.get("max_eval_samples"))
+        if whole and any(name in row for row in ours.values()):
+            raise ValueError(f"several records are named {name}: merge them, or print one at a time")
+        texts = []
+        for row in select_rows(record, select):
+            scores = list(row.of("score").values())
+            count = f"seeds: {len(scores)}" + (f", collapsed: {len(row.collapsed)}" if row.collapsed else "")
+            texts.append(f"{row.label}{'' if whole else ' ' + spread(scores)} ({count})")
+            if whole:
+                ours.setdefault(row.variant if select == "best" else row.label, {})[name] = scores
+        notes[whole].append(f"- {name}, {config.get('model', 'model not recorded')}: {'; '.join(texts)}")
+    lines = [["row", *COLUMNS.values(), "Avg"]]
+    lines += [[f"published: {name}", *(f"{value:.1f}" for value in row)] for name, row in PUBLISHED.items()]
+    for name in in_order(ours):
+        cells = [spread(ours[name][task]) if task in ours[name] else "-" for task in COLUMNS]
+        average = "-" if "-" in cells else f"{mean(mean(scores) for scores in ours[name].values()):.1f}"
+        lines.append([f"ours: {name}", *cells, average])
+    how = "best epoch and best tried learning rate" if select == "best" else "last epoch, nothing selected, so lower by that"
+    text = [layout(lines, markdown), ""]
+    text += ["Published: BERT-large, best epoch and learning rate on dev; a std published there is the population one."]
+    text += [f"Ours: {how}; ± is the sample std.", "", *notes[True]]
+    if notes[False]:
+        text += ["", "Other or partial data, not to be held against these columns:", "", *notes[False]]
+    return "\n".join(text).rstrip()
