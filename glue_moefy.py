@@ -1,45 +1,54 @@
-"""Turns a pretrained BERT into a Mixture-of-Experts and fine-tunes it on a GLUE task, with or without STGC.
+"""Turns a pretrained BERT into a Mixture-of-Experts and fine-tunes it on GLUE tasks, with or without STGC.
 
   python glue_moefy.py --task rte --toy                        nothing downloaded, three minutes on a laptop CPU
   python glue_moefy.py --task rte                              BERT-large and RTE from the Hugging Face hub
-  python glue_moefy.py --task rte --conflict-loss none         the baseline: the balance loss only
+  python glue_moefy.py --task rte --compare                    the baseline, STGC and the placebo, seed by seed
+  python glue_moefy.py --task all --variants dense,none,ce     the paper's five tasks and its table
   python glue_moefy.py --task rte --model DIR --data-dir DIR   local folders instead of the hub
+  python glue_moefy.py --task rte ... --resume                 goes on where a run was stopped
+  accelerate launch --num_processes 2 glue_moefy.py ...        several processes or GPUs
 
-The run is written to --output-dir: results.json, a curve per run as JSON lines, a plot.
+  python glue_moefy.py --predict FILE --run RUN                what a model saved by --save-model answers
+  python glue_moefy.py --inspect RUN                           how it routes, token by token
+
+A run is written to --output-dir: results.json, a curve per run as JSON lines, plots.
 """
 
-import os
+import re
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from lab.cli import Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
+from lab.cli import Interrupted, Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
+from lab.tasks import PAPER, TASKS, Task
 
-
-@dataclass(frozen=True)
-class Task:
-    """One row of GLUE."""
-
-    columns: tuple[str, ...]  # one sentence or two
-    num_labels: int
-    metrics: tuple[str, ...]  # their mean is the score
-
-
-TASKS = {"rte": Task(("sentence1", "sentence2"), 2, ("accuracy",))}
-
+VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
+COMPARED = ["none", "ce", "placebo"]
 TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 3e-4, "max_length": 64, "seeds": [0]}
+FREE = {"seeds", "variants", "compare", "lrs", "resume", "overwrite", "output_dir", "save_steps", "save_model", "report_to"}
+
+
+def words(text: str) -> list[str]:
+    """An argparse type: `a,b` is two words."""
+    return [word for word in text.split(",") if word]
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="glue_moefy.py", description=__doc__)
     # what
-    parser.add_argument("--task", choices=list(TASKS), required=True, help="GLUE task")
+    parser.add_argument("--task", choices=[*TASKS, "all"], help="GLUE task; all: the paper's five and its table")
     parser.add_argument("--toy", action="store_true", help="tiny BERT and generated sentence pairs, nothing downloaded")
     parser.add_argument("--model", default="google-bert/bert-large-cased", help="hub name or folder of a BERT-like encoder")
     parser.add_argument("--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue there")
+    parser.add_argument("--compare", action="store_true", help="train several --variants with the same seeds, and compare")
+    parser.add_argument(
+        "--variants",
+        type=words,
+        nargs="+",
+        help="dense, none, ce, mse, reroute, placebo (ce on random pairs); -one: one pass, -weight: weight gradients; "
+        f"default of --compare: {','.join(COMPARED)}",
+    )
     # Mixture-of-Experts
     parser.add_argument("--num-experts", type=number(int, 1), default=8, help="experts per MoE layer")
     parser.add_argument("--top-k", type=number(int, 1), default=2, help="experts per token")
@@ -65,10 +74,13 @@ def make_parser() -> Parser:
     parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the balance loss")
     parser.add_argument("--every", type=number(int, 1), default=1, help="judge the tokens at each k-th step")
     # training
-    parser.add_argument("--epochs", type=number(int, 1), default=10, help="at most; see --patience")
+    parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, for the large tasks 3")
     parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help="sentence pairs per step, over all processes")
     parser.add_argument("--lr", type=number(float, 0), default=3e-5, help="peak of AdamW's rate; falls linearly, no warm-up")
+    parser.add_argument(
+        "--lrs", type=number(float, 0), nargs="+", help="several rates instead, a run each; best: best on dev"
+    )
     parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="one full run each")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--max-train-samples", type=number(int, 1), help="use the first n training examples")
@@ -77,24 +89,66 @@ def make_parser() -> Parser:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the forward and backward")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
     parser.add_argument("--log-steps", type=number(int, 1), default=10, help="write the curve at each n-th step")
+    parser.add_argument("--save-steps", type=number(int, 1), help="checkpoint at each n-th step, not only after each epoch")
+    parser.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="a tracker beside the curves")
     parser.add_argument("--output-dir", help="folder of the run; default: runs/<task>-<variant>")
+    parser.add_argument("--resume", action="store_true", help="go on with what --output-dir holds; finished runs are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     parser.add_argument("--save-model", action="store_true", help="keep each run's last model, as model-<variant>-s<seed>")
+    # use of a saved model
+    parser.add_argument(
+        "--predict", metavar="FILE", help="csv, tsv, jsonl or parquet with the task's sentences; needs --run"
+    )
+    parser.add_argument("--run", help="output folder of a run with --save-model, or a model folder in it, for --predict")
+    parser.add_argument("--output", metavar="FILE", help="where --predict writes; default: <name>.predictions.<ending>")
+    parser.add_argument("--inspect", metavar="RUN", help="print experts and conflicts of example sentences, token by token")
     return parser
 
 
 def parse(argv: list[str]):
-    """The options, checked as far as they can be without loading anything."""
+    """The options, checked as far as they can be without loading anything. `args.variants` is the list of what to train."""
     parser = make_parser()
     if "--toy" in argv:
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
+    if args.predict or args.inspect:
+        if args.predict and (args.inspect or not args.run):
+            parser.error("--predict FILE needs --run RUN (a run with --save-model), and no --inspect")
+        return args
+    if args.task is None:
+        parser.error(f"--task is needed: one of {', '.join(TASKS)}, or all")
+    for flag in ("run", "output"):
+        if getattr(args, flag):
+            parser.error(f"--{flag} goes with --predict: leave it out, or add --predict FILE")
     if args.top_k > args.num_experts:
         parser.error(f"--top-k {args.top_k} is above --num-experts {args.num_experts}: lower one or raise the other")
-    if args.conflict_loss == "reroute" and args.top_k == args.num_experts:
-        parser.error("--conflict-loss reroute needs --top-k below --num-experts: else no expert is left to go to")
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed repeated is the same run again; name each once")
+    if args.compare or args.variants:
+        args.compare, args.variants = True, sum(args.variants or [COMPARED], [])
+        for name in ("conflict_loss", "select", "passes", "gradients"):
+            if getattr(args, name) != parser.get_default(name):
+                flag = f"--{name.replace('_', '-')}"
+                parser.error(
+                    f"{flag} is part of a variant's name here, as ce-one-weight: leave it out, or leave out --variants"
+                )
+    else:
+        chosen = variant_name(args)
+        args.variants = ["none", chosen] if args.toy and not chosen.startswith("none") else [chosen]
+    for name in args.variants:
+        if not VARIANT.fullmatch(name):
+            parser.error(f"--variants {name}: unknown; see --help for the names and endings")
+        if "reroute" in name and args.top_k == args.num_experts:
+            flag = "--variants" if args.compare else "--conflict-loss"
+            parser.error(f"{flag} {name} needs --top-k below --num-experts: else no expert is left to go to")
+    for flag, values in (("--seeds", args.seeds), ("--variants", args.variants), ("--lrs", args.lrs or [])):
+        if len(set(values)) < len(values):
+            shown = " ".join(map(str, values))
+            parser.error(
+                f"{flag} {shown}: {'a seed' if flag == '--seeds' else 'one'} repeated is the same run again; name each once"
+            )
+    if args.resume and args.overwrite:
+        parser.error("--resume keeps what --output-dir holds and --overwrite replaces it: choose one")
+    if args.toy and args.task != "rte":
+        parser.error(f"--toy makes pairs in the format of rte: use --task rte, or {args.task} without --toy")
     if args.toy and (args.data_dir or args.model != parser.get_default("model")):
         parser.error("--toy makes its own model and data: leave out --model and --data-dir, or leave out --toy")
     for flag, folder in (("--data-dir", args.data_dir), ("--model", args.model if "/" in args.model else None)):
@@ -109,12 +163,28 @@ def parse(argv: list[str]):
     return args
 
 
-def variant_name(conflict_loss: str, args) -> str:
-    """Names a run in files and tables: none, ce, mse, reroute, placebo; -one for one pass, -weight for weight gradients."""
-    name = conflict_loss
+def variant_name(args) -> str:
+    """What the method's flags make, as `--variants` names it, in files and tables too."""
+    name = args.conflict_loss
     if args.select == "random" and name != "none":
         name = "placebo" if name == "ce" else f"placebo-{name}"
     return name + ("-one" if args.passes == "one" else "") + ("-weight" if args.gradients == "weight" else "")
+
+
+def run_key(args, variant: str, lr: float, seed: int) -> str:
+    """Names one run's files."""
+    return f"{variant}-lr{lr:g}-s{seed}" if args.lrs else f"{variant}-s{seed}"
+
+
+def variant_options(name: str) -> dict | None:
+    """The STGCConfig options that a variant's name stands for; None for `dense`."""
+    _, kind, one, weight = VARIANT.fullmatch(name).groups()
+    if kind is None:
+        return None
+    loss = "ce" if kind == "placebo" else kind.removeprefix("placebo-")
+    select = "random" if kind.startswith("placebo") else "conflict"
+    passes, gradients = "one" if one else "two", "weight" if weight else "bias"
+    return {"conflict_loss": loss, "select": select, "passes": passes, "gradients": gradients}
 
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes are answered at once
@@ -123,88 +193,44 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
 # ruff: noqa: E402
 import datasets
 import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    get_linear_schedule_with_warmup,
-    set_seed,
-)
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
-from lab import figures, moefication, toy
+from lab import compare, figures, glue, moefication, runs, toy, use
 from lab.metrics import GlueMetric
-from lab.report import score_rows, spread
-from lab.runs import RunFolder, RunLog, check_losses, claim_folder, make_accelerator, peak_memory_bytes, stats_line
+from lab.report import score_rows
 from stgc import STGC, STGCConfig
 
 
 @dataclass
-class Source:
-    """Where a run's model and data come from: the hub, folders, or the toy."""
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors and random numbers."""
 
-    name: str  # of the run: rte, or toy-rte
-    kind: str  # hub | folder | toy
-    config: object  # the dense model's, of transformers
-    load_model: Callable[[int], torch.nn.Module]  # seed -> dense classifier
-    tokenizer: object
-    splits: dict  # train and validation, checked
-
-
-def from_hub(what: str, flag: str, name: str, load):
-    """Runs `load`; where the hub or its cache cannot give `name`, UserError names the ways on."""
-    try:
-        return load()
-    except (OSError, ConnectionError, ValueError) as error:  # the libraries raise all three for "not found" and "offline"
-        if os.environ.get("HF_HUB_OFFLINE"):
-            raise UserError(offline_message(what, name)) from None
-        raise UserError(f"{flag}: {what} {name} cannot be loaded ({str(error).splitlines()[0]})") from None
+    epoch: int = 1  # the one that goes on
+    batch: int = 0  # done of it
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0  # of training, without evaluation
+    losses: list[float] = field(default_factory=list)  # since the last logged step
+    lines: int = 0  # of the curve
+    best: dict | None = None
+    last: dict | None = None
+    waited: int = 0  # epochs without gain
+    answer: float | None = None  # the only one that the dev examples got; None: they differ
 
 
-def load_task(args):
-    """The splits train and validation, checked. UserError names what is wrong with them."""
-    task = TASKS[args.task]
-    if args.data_dir is None:
-        where = "nyu-mll/glue"
-        dataset = from_hub("the data set", "--data-dir", where, lambda: load_dataset(where, args.task))
-    else:
-        where = f"--data-dir {args.data_dir}"
-        root = Path(args.data_dir).expanduser()
-        folder = root / args.task if (root / args.task).is_dir() else root
-        files = {split: sorted(map(str, folder.glob(f"{split}-*.parquet"))) for split in ("train", "validation")}
-        for split, found in files.items():
-            if not found:
-                raise UserError(f"{where} has no {args.task}/{split}-*.parquet: lay it out as nyu-mll/glue is on the hub")
-        try:
-            dataset = {split: load_dataset("parquet", data_files=found, split="train") for split, found in files.items()}
-        except (OSError, ValueError, DatasetGenerationError) as error:
-            raise UserError(f"{where} is no readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
-    for split in ("train", "validation"):
-        missing = [column for column in (*task.columns, "label") if column not in dataset[split].column_names]
-        if missing:
-            raise UserError(f"{where}: {split} has no column {missing[0]!r}; it needs {', '.join(task.columns)}, label")
-        wrong = set(dataset[split]["label"]) - set(range(task.num_labels))
-        if wrong:
-            raise UserError(f"{where}: {split} has the label {wrong.pop()}; use 0 to {task.num_labels - 1}")
-    return {"train": dataset["train"], "validation": dataset["validation"]}
+@dataclass(frozen=True)
+class Job:
+    """What all runs on one task share."""
 
-
-def load_model(args, config_only: bool = False):
-    """The dense classifier (its head drawn from the global seed), or only its config."""
-    if Path(args.model).is_dir() and not (Path(args.model) / "config.json").is_file():
-        raise UserError(f"--model {args.model} has no config.json: give a folder that save_pretrained wrote, or a hub name")
-    labels = TASKS[args.task].num_labels
-    if config_only:
-        return from_hub(
-            "the model", "--model", args.model, lambda: AutoConfig.from_pretrained(args.model, num_labels=labels)
-        )
-    load = partial(AutoModelForSequenceClassification.from_pretrained, args.model, num_labels=labels, dtype=torch.float32)
-    return from_hub("the model", "--model", args.model, load)
+    args: object
+    name: str  # of the task
+    task: Task
+    source: glue.Source
+    spec: moefication.MoESpec
+    encoded: dict
+    folder: Path
+    accelerator: object
 
 
 def make_spec(args, config) -> moefication.MoESpec:
@@ -222,137 +248,235 @@ def make_spec(args, config) -> moefication.MoESpec:
     return spec
 
 
-def tokenize(splits, task: Task, tokenizer, max_length: int):
-    """input_ids, attention_mask, labels (and token_type_ids where the model has them); batches are padded, not this."""
-
-    def encode(rows):
-        return tokenizer(*(rows[column] for column in task.columns), truncation=True, max_length=max_length)
-
-    encoded = {}
-    for split, dataset in splits.items():
-        dataset = dataset.rename_column("label", "labels")
-        unused = [column for column in dataset.column_names if column != "labels"]
-        encoded[split] = dataset.map(encode, batched=True, remove_columns=unused, desc=f"tokenize {split}")
-    return encoded
-
-
-def make_loaders(args, encoded, tokenizer, seed: int):
-    """Train batches of similar length in an order drawn from the seed, dev batches in file order; padded per batch."""
-    collate = DataCollatorWithPadding(tokenizer)
-    lengths = [len(ids) for ids in encoded["train"]["input_ids"]]
-    sampler = LengthGroupedSampler(args.batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
-    train = DataLoader(encoded["train"], args.batch_size, sampler=sampler, collate_fn=collate)
-    return train, DataLoader(encoded["validation"], 2 * args.batch_size, collate_fn=collate)
+def make_config(args, variant: str) -> STGCConfig | None:
+    """The method's options of a variant; None for `dense`."""
+    options = variant_options(variant)
+    if options is None:
+        return None
+    # the baseline measures its conflicts at logged steps only: it owes the method no extra backward
+    every = args.log_steps if options["conflict_loss"] == "none" else args.every
+    return STGCConfig(alpha=args.alpha, beta=args.beta, tau=args.tau, every=every, **options)
 
 
 @torch.no_grad()
-def evaluate(model, loader, accelerator, metric) -> tuple[dict, list[int]]:
-    """The task's scores on dev, and the predictions."""
+def evaluate(model, loaders: dict, accelerator, task: Task) -> tuple[dict, float | None]:
+    """The task's metrics on dev, and the answer that every example of the first split got, if it is one."""
     model.eval()
-    everything = []
-    for batch in loader:
-        predictions = model(**batch).logits.argmax(-1)
-        predictions, labels = accelerator.gather_for_metrics((predictions, batch["labels"]))
-        metric.add_batch(predictions=predictions, references=labels)
-        everything += predictions.tolist()
-    return metric.compute(), everything
+    scores, answer = {}, None
+    for split, loader in loaders.items():
+        metric, answers = GlueMetric(task.metrics), set()
+        for batch in loader:
+            logits = model(**batch).logits
+            predictions = logits.squeeze(-1).float() if task.num_labels == 1 else logits.argmax(-1)
+            predictions, labels = accelerator.gather_for_metrics((predictions, batch["labels"]))
+            metric.add_batch(predictions=predictions, references=labels)
+            answers |= set(predictions.tolist())
+        found = metric.compute()
+        scores |= {f"{name}_mm": found[name] for name in task.metrics} if scores else found
+        if split == task.dev[0] and len(answers) == 1 < len(loader.dataset):
+            (answer,) = answers
+    return scores, answer
 
 
-def train_one(args, seed, variant, config, source, spec, encoded, folder, accelerator) -> dict:
-    """One run: one variant, one seed. Returns its entry of results.json; its curve is in <variant>-s<seed>.jsonl."""
+def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
+    """One run: one variant, one learning rate, one seed. Returns its entry of results.json."""
+    args, accelerator = job.args, job.accelerator
+    name = run_key(args, variant, lr, seed)
+    config = make_config(args, variant)
     set_seed(seed)  # the head, the router and dropout; a variant sees the same data in the same order
-    model = moefication.moefy(source.load_model(seed), replace(spec, seed=seed))
-    train, dev = make_loaders(args, encoded, source.tokenizer, seed)
+    model = job.source.load_model()
+    if config is not None:
+        model = moefication.moefy(model, replace(job.spec, seed=seed))
+    train, dev, order = glue.make_loaders(job.encoded, job.source.tokenizer, args.batch_size)
     steps = args.epochs * len(train)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
-    model, optimizer, train, dev, schedule = accelerator.prepare(model, optimizer, train, dev, schedule)
-    stgc = STGC(model, config)
-    metric = GlueMetric(TASKS[args.task].metrics)
-    log = RunLog(folder / f"{variant}-s{seed}.jsonl", steps, f"{variant} seed {seed}", accelerator.is_main_process)
-    best = last = None
-    losses, step, waited, seconds, samples = [], 0, 0, 0.0, 0
+    model, optimizer, train, schedule = accelerator.prepare(model, optimizer, train, schedule)
+    dev = {split: accelerator.prepare(loader) for split, loader in dev.items()}
+    stgc = None if config is None else STGC(model, config)
+
+    checkpoints = runs.Checkpoints(job.folder / runs.CHECKPOINTS / name, accelerator, model, optimizer, schedule)
+    saved = checkpoints.load() if args.resume else None
+    at = Progress(**saved) if saved else Progress()
+    if stgc:
+        stgc.step = at.step
+    board = job.folder / "tensorboard" / name if args.report_to == "tensorboard" else None
+    log = runs.RunLog(job.folder / f"{name}.jsonl", steps, accelerator.is_main_process, at.step, at.lines, board)
+    losses = [torch.tensor(value, device=accelerator.device) for value in at.losses]
+
+    def save():
+        at.losses, at.lines = runs.check_losses(losses, at.step), len(log.lines)
+        checkpoints.save(at.step, asdict(at))
+
     try:
-        for epoch in range(1, args.epochs + 1):
-            model.train()
-            start = time.perf_counter()
-            for batch in train:
-                main_loss = model(**batch).loss
-                loss = stgc.loss(main_loss, grad_scale=accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
-                accelerator.backward(loss)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                losses.append(main_loss.detach())
-                samples += len(batch["labels"]) * accelerator.num_processes
-                if step % args.log_steps == 0 or step == steps - 1:
-                    values = check_losses(losses, step + 1)
-                    losses = []
-                    line = {"step": step + 1, "epoch": epoch, "loss": sum(values) / len(values)} | stats_line(stgc.stats())
-                    log.step(line, loss=line["loss"], conflict=line.get("conflict_ratio", 0.0))
-                else:
-                    log.step()
-                step += 1
-            seconds += time.perf_counter() - start
-            last, predictions = evaluate(model, dev, accelerator, metric)
-            log.write({"step": step, "epoch": epoch} | {f"eval_{name}": value for name, value in last.items()})
-            shown = {name: log.lines[-2][name] for name in ("loss", "conflict_ratio") if name in log.lines[-2]}
-            log.say(variant=variant, seed=seed, epoch=epoch, step=step, **shown, **last)
-            waited = 0 if best is None or last["score"] > best["score"] else waited + 1
-            best = last | {"epoch": epoch} if waited == 0 else best
-            if waited > args.patience:
-                break
+        with runs.StopSignal(accelerator) as stop:
+            while at.epoch <= args.epochs and at.waited <= args.patience:
+                model.train()
+                order.manual_seed(1_000_000 * seed + at.epoch)
+                start = time.perf_counter()
+                for batch in accelerator.skip_first_batches(train, at.batch) if at.batch else train:
+                    if saved:  # not before the first batch is made
+                        checkpoints.restore_random()
+                        saved = None
+                    main_loss = model(**batch).loss
+                    loss = main_loss
+                    if stgc:
+                        scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                        loss = stgc.loss(main_loss, grad_scale=scale)
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    losses.append(main_loss.detach())
+                    at.samples += len(batch["labels"]) * accelerator.num_processes
+                    at.step, at.batch = at.step + 1, at.batch + 1
+                    if at.step % args.log_steps == 1 % args.log_steps or at.step == steps:
+                        values, losses = runs.check_losses(losses, at.step), []
+                        line = {"step": at.step, "epoch": at.epoch, "loss": sum(values) / len(values)}
+                        line |= runs.stats_line(stgc.stats()) if stgc else {}
+                        log.step(line, loss=line["loss"], conflict=line.get("conflict_ratio", 0.0))
+                    else:
+                        log.step()
+                    stopped = stop.agreed(at.step)
+                    if stopped or (args.save_steps and at.step % args.save_steps == 0):
+                        at.seconds, start = at.seconds + time.perf_counter() - start, time.perf_counter()
+                        save()
+                    if stopped:
+                        raise Interrupted(f"{name} is saved at step {at.step}; the same command with --resume goes on there")
+                at.seconds += time.perf_counter() - start
+                at.last, at.answer = evaluate(model, dev, accelerator, job.task)
+                log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in at.last.items()})
+                logged = next((line for line in reversed(log.lines) if "loss" in line), {})
+                shown = {key: logged[key] for key in ("loss", "conflict_ratio") if key in logged}
+                log.say(task=job.name, variant=variant, seed=seed, epoch=at.epoch, step=at.step, **shown, **at.last)
+                at.last["epoch"] = at.epoch
+                at.waited = 0 if at.best is None or at.last["score"] > at.best["score"] else at.waited + 1
+                at.best = at.last if at.waited == 0 else at.best
+                at.epoch, at.batch = at.epoch + 1, 0
+                save()
     finally:
         log.close()
-        stgc.detach()
-    collapsed = len(set(predictions)) == 1
-    if collapsed:
-        print(f"collapse: {variant}, seed {seed}: every dev example gets class {predictions[0]}; this score is no result")
-    if args.save_model and accelerator.is_main_process:
-        target = folder / f"model-{variant}-s{seed}"
-        accelerator.unwrap_model(model).save_pretrained(target)
-        source.tokenizer.save_pretrained(target)
+        if stgc:
+            stgc.detach()
+    if at.answer is not None and accelerator.is_main_process:
+        kind = "the number" if job.task.num_labels == 1 else "class"
+        print(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {at.answer}; this score is no result")
+    if args.save_model:
+        save_model(job, name, model)
     return {
         "variant": variant,
         "seed": seed,
-        "lr": args.lr,
-        "best": best,
-        "last": last | {"epoch": epoch},
+        "lr": lr,
+        "best": at.best,
+        "last": at.last,
         "conflict_ratio": log.tenths("conflict_ratio"),
         "consistency": log.tenths("consistency"),
-        "seconds": round(seconds, 2),
-        "samples_per_second": round(samples / seconds, 2),
-        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-        "collapsed": collapsed,
+        "seconds": round(at.seconds, 2),
+        "samples_per_second": round(at.samples / at.seconds, 2),
+        "peak_memory_bytes": runs.peak_memory_bytes(accelerator.device),
+        "collapsed": at.answer is not None,
     }
 
 
-def real_source(args) -> Source:
-    config = load_model(args, config_only=True)
-    tokenizer = from_hub("the tokenizer", "--model", args.model, lambda: AutoTokenizer.from_pretrained(args.model))
-    kind = "folder" if args.data_dir else "hub"
-    return Source(args.task, kind, config, lambda seed: load_model(args), tokenizer, load_task(args))
+def save_model(job: Job, name: str, model) -> None:
+    """model-<name>: weights and tokenizer in transformers' format, and the card that --predict and --inspect read."""
+    weights = job.accelerator.get_state_dict(model)
+    if not job.accelerator.is_main_process:
+        return
+    split = job.source.splits[job.task.dev[0]]
+    examples = [{key: split[i][key] for key in (*job.task.columns, "label")} for i in range(min(8, len(split)))]
+    labels = glue.label_names(split, job.task)
+    with runs.replaced_folder(job.folder / f"model-{name}") as target:
+        job.accelerator.unwrap_model(model).save_pretrained(target, state_dict=weights)
+        job.source.tokenizer.save_pretrained(target)
+        shared = (job.task.columns, job.task.num_labels, job.args.max_length, labels, examples)
+        use.write_task_card(target, job.source.name, *shared)
 
 
-def toy_source(args) -> Source:
+def toy_source() -> glue.Source:
     """Generated pairs, and a tiny BERT that is pretrained on generated text once and copied for each run."""
-    columns = TASKS[args.task].columns
+    columns = TASKS["rte"].columns
     splits = toy.make_pairs(columns)
     pretrained, tokenizer = toy.pretrain(splits, columns)
-    load = lambda seed: toy.with_new_head(pretrained)  # noqa: E731
-    return Source(f"toy-{args.task}", "toy", pretrained.config, load, tokenizer, splits)
+    return glue.Source("toy-rte", "toy", pretrained.config, lambda: toy.with_new_head(pretrained), tokenizer, splits)
 
 
 def summarize(record: dict) -> str:
-    """A table for the terminal: a row per variant, mean ± standard deviation over its seeds, in %."""
-    lines = [f"{'variant':<16}{'best on dev':>16}{'last epoch':>16}{'conflict ratio':>20}{'samples/s':>11}  seeds"]
+    """Scores of all variants, as the best epoch and as the last one; then what the conflicts did."""
+    lines = [compare.comparison_table(record, "best"), "", compare.comparison_table(record, "last"), ""]
     for row in score_rows(record):
-        note = f", {row['collapsed']} collapsed" if row["collapsed"] else ""
-        lines.append(
-            f"{row['variant']:<16}{spread(row['best']):>16}{spread(row['last']):>16}{row['conflict_ratio']:>20}"
-            f"{row['samples_per_second']:>11.1f}  {row['seeds']}{note}"
-        )
+        ratio = f"conflict ratio {row['conflict_ratio']} (first and last tenth of training), "
+        lines.append(f"{row['variant']}: {ratio}{row['samples_per_second']:.1f} samples/s")
     return "\n".join(lines)
+
+
+def run_task(args, name: str, folder: Path, accelerator) -> dict:
+    """All runs on one task. Returns the record."""
+    task, main = TASKS[name], accelerator.is_main_process
+    args.epochs = args.epochs or task.epochs
+    set_seed(args.seeds[0])
+    source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
+    spec = make_spec(args, source.config)
+    limits = {"train": args.max_train_samples, **dict.fromkeys(task.dev, args.max_eval_samples)}
+    source.splits = {
+        key: split.select(range(min(len(split), limits[key] or len(split)))) for key, split in source.splits.items()
+    }
+    if not args.toy:
+        source.name = glue.run_name(name, task, len(source.splits["train"]))
+    with accelerator.main_process_first():
+        encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
+
+    config = vars(args) | {"task": name, "output_dir": str(folder)}
+    runs.check_folder(folder, config, FREE, args.overwrite, args.resume)
+    accelerator.wait_for_everyone()
+    if main:
+        runs.claim_folder(folder, args.overwrite)
+    accelerator.wait_for_everyone()
+    data = {"train": len(encoded["train"]), "dev": len(encoded[task.dev[0]]), "source": source.kind}
+    record = runs.RunFolder(folder, source.name, config, data, accelerator)
+    job = Job(args, name, task, source, spec, encoded, folder, accelerator)
+    if main:
+        print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
+        with torch.device("meta"):  # shapes only
+            shapes = AutoModelForSequenceClassification.from_config(source.config)
+            parameters = moefication.count_parameters(moefication.moefy(shapes, replace(spec, split="contiguous")))
+        print(f"{spec}\nparameters: {parameters.total / 1e6:.1f} M in all, {parameters.active / 1e6:.1f} M active per token")
+        for variant in args.variants:
+            print(f"{variant}: {make_config(args, variant) or 'the dense model, no MoE'}")
+        print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+    for seed in args.seeds:
+        for variant in args.variants:
+            for lr in args.lrs or [args.lr]:
+                if record.find(variant=variant, seed=seed, lr=lr):
+                    if main:
+                        print(f"task={name} variant={variant} seed={seed} lr={lr:g}: complete already")
+                    continue
+                run = train_one(job, variant, lr, seed)
+                record.add(run)
+                if main:
+                    figures.plot_run(folder, source.name)
+                runs.remove_checkpoints(folder / runs.CHECKPOINTS / run_key(args, variant, lr, seed), accelerator)
+    if main:
+        runs.write_json(folder / "all_results.json", all_results(record.record))
+        if len(args.variants) > 1:
+            figures.plot_comparison(folder, [record.record])
+        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and the plots beside it")
+    return record.record
+
+
+def all_results(record: dict) -> dict:
+    """The keys that transformers' own GLUE scripts write, of the last variant: means over its seeds, last epoch."""
+    variant = record["runs"][-1]["variant"]
+    found = [run for run in record["runs"] if run["variant"] == variant]
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    result = {f"eval_{key}": mean([run["last"][key] for run in found]) for key in found[0]["last"] if key != "epoch"}
+    result |= {"epoch": mean([run["last"]["epoch"] for run in found]), "variant": variant}
+    result |= {"seeds": sorted({run["seed"] for run in found}), "lrs": sorted({run["lr"] for run in found})}
+    result |= {"train_samples": record["data"]["train"], "eval_samples": record["data"]["dev"]}
+    return result | {key: mean([run[name] for run in found]) for key, name in TRAIN_KEYS.items()}
+
+
+TRAIN_KEYS = {"train_runtime": "seconds", "train_samples_per_second": "samples_per_second"}
 
 
 def main(args) -> None:
@@ -361,42 +485,23 @@ def main(args) -> None:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    accelerator = make_accelerator(args.device, args.precision)
-    method = STGCConfig(
-        args.conflict_loss, args.alpha, args.beta, args.tau, args.passes, args.gradients, args.select, args.every
-    )
-    # the baseline measures its conflicts at logged steps only: it owes the method no extra backward
-    baseline = replace(method, conflict_loss="none", select="conflict", every=args.log_steps)
-    variants = {variant_name("none", args): baseline} if args.toy or args.conflict_loss == "none" else {}
-    if args.conflict_loss != "none":
-        variants[variant_name(args.conflict_loss, args)] = method
-
-    set_seed(args.seeds[0])
-    source = toy_source(args) if args.toy else real_source(args)
-    spec = make_spec(args, source.config)
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
-    splits = source.splits
-    splits = {name: split.select(range(min(len(split), limits[name] or len(split)))) for name, split in splits.items()}
-    encoded = tokenize(splits, TASKS[args.task], source.tokenizer, args.max_length)
-
-    folder = Path(args.output_dir or f"runs/{source.name}-{list(variants)[-1]}")
-    claim_folder(folder, args.overwrite)
-    data = {"train": len(splits["train"]), "dev": len(splits["validation"]), "source": source.kind}
-    record = RunFolder(folder, source.name, vars(args) | {"output_dir": str(folder)}, data, accelerator)
-    print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
-    print(f"{spec}\n{method}")
-    with torch.device("meta"):  # shapes only
-        shapes = AutoModelForSequenceClassification.from_config(source.config)
-        parameters = moefication.count_parameters(moefication.moefy(shapes, replace(spec, split="contiguous")))
-    print(f"parameters: {parameters.total / 1e6:.1f} M in all, {parameters.active / 1e6:.1f} M active per token")
-    print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
-    for seed in args.seeds:
-        for variant, config in variants.items():
-            run = train_one(args, seed, variant, config, source, spec, encoded, folder, accelerator)
-            record.add(run)
-            figures.plot_run(folder, source.name)
-    print(f"\n{source.name}, mean score in % (± standard deviation over seeds)\n{summarize(record.record)}")
-    print(f"\nwritten: {folder}/results.json, {folder}/curves.png")
+    if args.predict or args.inspect:
+        device = runs.make_accelerator(args.device, args.precision).device
+        print(use.predict(args.run, args.predict, args.output, device=device) if args.predict else use.inspect(args.inspect))
+        return
+    accelerator = runs.make_accelerator(args.device, args.precision)
+    if args.batch_size % accelerator.num_processes:
+        raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
+    names = PAPER if args.task == "all" else [args.task]
+    default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
+    folder = Path(args.output_dir or f"runs/{default}-{'compare' if args.compare else args.variants[-1]}")
+    records = {}
+    for name in names:
+        own = type(args)(**vars(args))
+        records[name] = run_task(own, name, folder / name if args.task == "all" else folder, accelerator)
+    if args.task == "all" and accelerator.is_main_process:
+        figures.plot_comparison(folder, list(records.values()))
+        print(f"\n{compare.paper_table(records, 'best')}")
 
 
 if __name__ == "__main__":

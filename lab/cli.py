@@ -20,6 +20,10 @@ class RunFailed(Exception):
     """A run that cannot go on (a loss that is NaN). The message names the step and a way out; exit code 1."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM. The message says what is saved and how to go on; exit code 130."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults shown in --help, no abbreviated flags, and one-line errors."""
 
@@ -51,18 +55,21 @@ def number(convert: type, low: float, high: float | None = None) -> Callable[[st
 
 
 def run_main(prog: str, main: Callable[[], None]) -> None:
-    """Runs a script's main; bad input, failures and Ctrl-C become one line on stderr and an exit code."""
+    """Runs a script's main; bad input, failures and Ctrl-C become one line on stderr (of one process) and an exit code."""
     try:
         main()
+        return
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        line, code = f"error: {error}", BAD_INPUT
     except RunFailed as error:
-        print(f"{prog}: stopped: {error}", file=sys.stderr)
-        sys.exit(FAILED)
+        line, code = f"stopped: {error}", FAILED
+    except Interrupted as error:
+        line, code = f"interrupted: {error}", INTERRUPTED
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; finished runs are kept in results.json", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        line, code = "interrupted; finished runs are kept, the same command with --resume goes on", INTERRUPTED
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def hub_is_reachable(seconds: float = 6.0) -> bool:

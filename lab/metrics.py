@@ -2,13 +2,30 @@
 
 import datasets
 import evaluate
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-SCORES = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
+
+def correlation(of):
+    """A correlation as a score: 0 where one side is constant, which scipy calls undefined."""
+    return lambda references, predictions: (
+        0.0 if np.ptp(predictions) * np.ptp(references) == 0 else of(references, predictions)[0]
+    )
+
+
+SCORES = {
+    "accuracy": accuracy_score,
+    "f1": f1_score,
+    "matthews": matthews_corrcoef,
+    "pearson": correlation(pearsonr),
+    "spearman": correlation(spearmanr),
+}
 
 
 class GlueMetric(evaluate.Metric):
-    """The named scores of a task, and `score`, their mean: what the field's tables print. In [0, 1]; Matthews in [-1, 1]."""
+    """The named scores of a task, and `score`, their mean: what the field's tables print. In [0, 1]; Matthews and the
+    correlations in [-1, 1]. Classes are ids; numbers of a regression are floats."""
 
     def __init__(self, names: tuple[str, ...]):
         unknown = set(names) - SCORES.keys()
@@ -18,7 +35,8 @@ class GlueMetric(evaluate.Metric):
         super().__init__(keep_in_memory=True)
 
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        kind = datasets.Value("float64" if {"pearson", "spearman"} & set(self.score_names) else "int64")
+        features = datasets.Features({"predictions": kind, "references": kind})
         return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="class ids", features=features)
 
     def _compute(self, predictions, references):

@@ -1,27 +1,40 @@
-"""What every script does around its training loop: device, seeds, progress, and a record that can be checked later.
+"""What every script does around its training loop: device, progress, checkpoints, and a record that can be checked later.
 
-A run folder holds `results.json` (whole configuration, exact command, commit, versions, one entry per run; written
-atomically after each run) and one `<variant>-s<seed>.jsonl` per run: a line per logged step and one per evaluation.
+A run folder holds `results.json` (whole configuration, exact command, commit, versions, one entry per finished run; written
+atomically) and one `<run>.jsonl` per run: a line per logged step and one per evaluation. While a run goes on its latest two
+checkpoints are in `checkpoints/<run>/`: safetensors and JSON, each a folder that is there as a whole or not at all.
+
+  1 Device  2 Record  3 Log  4 Interruptions  5 Checkpoints
 """
 
+import hashlib
 import json
 import os
 import platform
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import accelerate
 import psutil
 import torch
+from accelerate.utils import DataLoaderConfiguration
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm.auto import tqdm
 
-from lab.cli import RunFailed, UserError
+from lab.cli import Interrupted, RunFailed, UserError
 
-RECORD = "results.json"
+RECORD, CHECKPOINTS = "results.json", "checkpoints"
+
+# ---- 1. Device ----
 
 
 def make_accelerator(device: str, precision: str) -> accelerate.Accelerator:
@@ -37,25 +50,74 @@ def make_accelerator(device: str, precision: str) -> accelerate.Accelerator:
         raise UserError("--device mps: accelerate prefers the CUDA device that this machine has; use cuda or cpu")
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     try:
-        return accelerate.Accelerator(cpu=on_cpu, mixed_precision=mixed)
+        # split_batches: --batch-size is that of all processes together, so that N of them train as one does
+        loaders = DataLoaderConfiguration(split_batches=True)
+        return accelerate.Accelerator(cpu=on_cpu, mixed_precision=mixed, dataloader_config=loaders)
     except ValueError as error:
         raise UserError(f"--precision {precision}: {error}") from None
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: by tensors on a CUDA device since its last reset, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- 2. Record ----
+
+
+def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
+    """The record of a run folder; None where there is none. UserError if it is damaged."""
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {folder}: {RECORD} cannot be read ({error}); name another folder, or --overwrite") from None
+
+
+def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, resume: bool) -> None:
+    """Checks that a run of this configuration may write here; writes nothing. UserError otherwise.
+
+    A folder that holds another run is refused, unless that is to be overwritten, or resumed with a configuration that
+    differs in the `free` options only (which seeds, which variants): two configurations never share a folder.
+    """
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
+    if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output-dir {folder}: cannot be written; name another folder")
+    if overwrite or not own_files(folder):
+        return
+    if not resume:
+        raise UserError(
+            f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
+            "(--resume: to go on with it)"
+        )
+    before = (read_record(folder) or {}).get("config", {})
+    other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
+    if other:
+        flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in other)
+        raise UserError(f"--resume: {folder} was begun with {flags}; give the same, or name another --output-dir")
+
+
+def own_files(folder: Path) -> list[Path]:
+    """What runs wrote to a folder."""
+    patterns = (RECORD, "*-s*.jsonl", "*.png", "all_results.json", CHECKPOINTS, "model-*-s*", "tensorboard")
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
 def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Checks that a run may write here, and creates the folder. With `overwrite`, what an earlier run left is removed."""
+    """Creates the folder. With `overwrite`, what an earlier run left there is removed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        for path in own_files(folder) if overwrite else []:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
-    ours = [path for pattern in (RECORD, "*-s*.jsonl", "*.png") for path in sorted(folder.glob(pattern))]
-    if ours and not overwrite:
-        raise UserError(f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it")
-    for path in ours:
-        path.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -101,24 +163,50 @@ class RunFolder:
     """The record of one command: `results.json` with an entry per run. Format: README, "The record of a run"."""
 
     def __init__(self, folder: Path, name: str, config: dict, data: dict, accelerator: accelerate.Accelerator):
-        self.folder, self.accelerator = folder, accelerator
-        self.record = {"name": name} | environment(accelerator.device) | {"config": config, "data": data, "runs": []}
+        self.folder, self.main = folder, accelerator.is_main_process
+        made_by, before = environment(accelerator.device), read_record(folder)
+        if before is None:
+            self.record = {"name": name} | made_by | {"config": config, "data": data, "runs": []}
+        elif before["name"] != name or before["data"] != data:
+            raise UserError(f"--resume: {folder} holds {before['name']} on {before['data']}, not {name} on {data}")
+        else:
+            self.record = before | {"config": config, "resumed": [*before.get("resumed", []), made_by]}
+        self.write()
+
+    def find(self, **key) -> dict | None:
+        """The entry of a finished run (variant, seed, lr)."""
+        return next((run for run in self.record["runs"] if key.items() <= run.items()), None)
 
     def add(self, run: dict) -> None:
         """Adds a finished run."""
         self.record["runs"].append(run)
-        if self.accelerator.is_main_process:
+        self.write()
+
+    def write(self) -> None:
+        if self.main:
             write_json(self.folder / RECORD, self.record)
 
 
-class RunLog:
-    """The log of one run: a progress bar on stderr (off where that is no terminal), and a curve as JSON lines."""
+# ---- 3. Log ----
 
-    def __init__(self, path: Path, steps: int, title: str, main: bool = True):
+
+class RunLog:
+    """The log of one run: a progress bar on stderr (off where that is no terminal), and a curve as JSON lines.
+
+    A resumed run keeps the first `kept` lines of its curve and counts on from `step`. `board`: a folder for TensorBoard.
+    """
+
+    def __init__(self, path: Path, steps: int, main: bool = True, step: int = 0, kept: int = 0, board: Path | None = None):
+        before = path.read_text().splitlines()[:kept] if kept else []
+        self.lines: list[dict] = [json.loads(line) for line in before]
         self.file = open(path, "w") if main else None
-        self.bar = tqdm(total=steps, desc=title, dynamic_ncols=True, disable=None if main else True)
-        self.lines: list[dict] = []
-        self.start = time.perf_counter()
+        if self.file:
+            self.file.writelines(f"{line}\n" for line in before)
+            self.file.flush()
+        hidden = None if main else True  # None: where stderr is no terminal
+        self.bar = tqdm(total=steps, initial=step, desc=path.stem, dynamic_ncols=True, disable=hidden)
+        self.board = summary_writer(board) if board and main else None
+        self.main = main
 
     def step(self, line: dict | None = None, **shown: float) -> None:
         """One training step is done; a `line` goes to the curve, `shown` beside the bar."""
@@ -133,11 +221,15 @@ class RunLog:
         if self.file:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        for name, value in line.items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, line["step"])
 
     def say(self, **values) -> None:
         """One line on stdout, as `step=200 loss=0.412 conflict=0.07`, above the bar."""
-        self.bar.clear()
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
+        if self.main:
+            self.bar.clear()
+            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
 
     def tenths(self, key: str) -> list[float] | None:
         """Mean of a logged value over the first and the last tenth of the training; None where it was never logged."""
@@ -147,8 +239,18 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
+        for file in (self.file, self.board):
+            if file:
+                file.close()
+
+
+def summary_writer(folder: Path):
+    """TensorBoard's writer. UserError where that optional package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--report-to tensorboard needs a package more: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(str(folder))
 
 
 def stats_line(stats: list[dict]) -> dict:
@@ -160,7 +262,7 @@ def stats_line(stats: list[dict]) -> dict:
 
 def check_losses(losses: list[torch.Tensor], last_step: int) -> list[float]:
     """The losses since the last check as numbers, in one transfer. RunFailed names the first step that is not finite."""
-    values = torch.stack(losses).tolist()
+    values = torch.stack(losses).tolist() if losses else []
     for step, value in enumerate(values, start=last_step - len(values) + 1):
         if value != value or abs(value) == float("inf"):
             raise RunFailed(
@@ -169,12 +271,187 @@ def check_losses(losses: list[torch.Tensor], last_step: int) -> list[float]:
     return values
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: by tensors on a CUDA device since its last reset, else by the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+# ---- 4. Interruptions ----
+
+
+class StopSignal:
+    """Within it Ctrl-C (and SIGTERM) only asks to stop: a step is finished and saved first. A second one ends at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    STEPS = 10  # between the agreements of several processes
+
+    def __init__(self, accelerator: accelerate.Accelerator):
+        self.asked, self.accelerator = False, accelerator
+
+    def __enter__(self):
+        self.before = [signal.signal(number, self.ask) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def ask(self, *_):
+        if self.asked:
+            raise Interrupted("at once, without saving")
+        self.asked = True
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after this step: the same answer in all processes, which get their signals at different times."""
+        if self.accelerator.num_processes == 1 or step % self.STEPS:
+            return self.asked and self.accelerator.num_processes == 1
+        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
+        return self.accelerator.reduce(asked).item() > 0
+
+
+# ---- 5. Checkpoints ----
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # gathers what FSDP has spread
+
+
+class Checkpoints:
+    """The latest two checkpoints of one run, in folder/step-00000123.
+
+    Each has the weights, the optimizer, each process's random numbers and `state.json`: the schedule, whatever the script
+    passes, and the SHA-256 of the other files. It is written beside its place and renamed, so that a kill or a full disk
+    at any moment leaves the one before.
+    """
+
+    def __init__(self, folder: Path, accelerator: accelerate.Accelerator, model, optimizer, schedule):
+        self.folder, self.accelerator = folder, accelerator
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+
+    def save(self, step: int, state: dict) -> None:
+        """Writes a checkpoint. `state` must survive JSON. RunFailed where the disk refuses; earlier ones are kept then."""
+        target, part = self.folder / f"step-{step:08d}", self.folder / "part"
+        weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+        scaler = self.accelerator.scaler
+        state = {
+            "step": step,
+            "processes": self.accelerator.num_processes,
+            "state": state,
+            "schedule": self.schedule.scheduler.state_dict(),
+            "groups": optimizer["param_groups"],
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        moments = {f"{name}/{key}": value for name, moment in optimizer["state"].items() for key, value in moment.items()}
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            save_file(random_state(self.accelerator.device), part / f"random-{self.accelerator.process_index}.safetensors")
+            if self.accelerator.is_main_process:
+                save_file(unshared(weights), part / "model.safetensors")
+                save_file(unshared(moments), part / "optimizer.safetensors")
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                state["sha256"] = {path.name: sha256(path) for path in sorted(part.iterdir())}
+                write_json(part / "state.json", state)
+                shutil.rmtree(target, ignore_errors=True)  # one that was found damaged
+                os.replace(part, target)
+                for old in self.found()[2:]:
+                    shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise RunFailed(
+                f"the checkpoint of step {step} cannot be saved ({error}); "
+                f"{self.found()[0] if self.found() else 'no earlier one'} is kept: free the disk, then add --resume"
+            ) from None
+        self.accelerator.wait_for_everyone()
+
+    def found(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def load(self) -> dict | None:
+        """Restores the newest whole checkpoint, and returns its `state`; None where there is none. Damaged ones are named.
+
+        Call `restore_random` right before the first step: what comes in between may draw numbers.
+        """
+        for path in self.found():
+            try:
+                return self.load_one(path)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                if self.accelerator.is_main_process:
+                    print(f"damaged checkpoint {path}: {error}; the one before it is used", flush=True)
+        return None
+
+    def load_one(self, path: Path) -> dict:
+        state = json.loads((path / "state.json").read_text())
+        for name, expected in state["sha256"].items():
+            if sha256(path / name) != expected:
+                raise ValueError(f"{name} is not what was written")
+        processes = self.accelerator.num_processes
+        if state["processes"] != processes:
+            raise UserError(f"--resume: {path} is of {state['processes']} processes, these are {processes}; start as many")
+        moments: dict[str, dict] = {}
+        for name, value in load_file(path / "optimizer.safetensors").items():
+            parameter, _, key = name.rpartition("/")
+            moments.setdefault(parameter, {})[key] = value
+        set_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            model_state_dict=load_file(path / "model.safetensors"),
+            optim_state_dict={"state": moments, "param_groups": state["groups"]},
+            options=WHOLE,
+        )
+        self.schedule.scheduler.load_state_dict(state["schedule"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.random = load_file(path / f"random-{self.accelerator.process_index}.safetensors")
+        return state["state"]
+
+    def restore_random(self) -> None:
+        """Random numbers go on where the loaded checkpoint left them."""
+        torch.set_rng_state(self.random["cpu"])
+        if "device" in self.random:
+            torch.get_device_module(self.accelerator.device).set_rng_state(self.random["device"])
+
+
+def remove_checkpoints(folder: Path, accelerator: accelerate.Accelerator) -> None:
+    """A run is complete and recorded: its checkpoints go, and the folder of all of them once it is empty."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `target` when all is written. RunFailed where the disk refuses."""
+    part = target.with_name(target.name + ".part")
     try:
-        import resource  # not on Windows
-    except ImportError:
-        return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"{target} cannot be saved ({error}): free the disk, then add --resume") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states if device.type == "cpu" else states | {"device": torch.get_device_module(device).get_rng_state()}
+
+
+def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied weights as copies: safetensors refuses tensors that share memory."""
+    seen, result = set(), {}
+    for name, tensor in tensors.items():
+        fresh = tensor.data_ptr() not in seen
+        seen.add(tensor.data_ptr())
+        result[name] = tensor.contiguous() if fresh else tensor.clone()
+    return result
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

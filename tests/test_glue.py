@@ -95,7 +95,7 @@ def test_a_run_leaves_a_full_record_and_a_model_that_loads(words, tmp_path, caps
     run([*words, "--seeds", "0", "3", "--save-model"])
     out = tmp_path / "out"
     record = json.loads((out / "results.json").read_text())
-    assert record["name"] == "rte" and record["data"] == {"train": 24, "dev": 9, "source": "folder"}
+    assert record["name"] == "rte-24" and record["data"] == {"train": 24, "dev": 9, "source": "folder"}
     assert record["command"].startswith("python ") and record["versions"]["torch"] == torch.__version__
     assert record["config"]["beta"] == 1.0 and record["config"]["num_experts"] == 4
     assert [(entry["variant"], entry["seed"]) for entry in record["runs"]] == [("ce", 0), ("ce", 3)]
@@ -113,7 +113,7 @@ def test_a_run_leaves_a_full_record_and_a_model_that_loads(words, tmp_path, caps
     assert isinstance(moefication.load_moefied(out / "model-ce-s3"), BertForSequenceClassification)
     assert not list(out.glob("*.tmp"))
     printed = capsys.readouterr().out
-    assert "variant=ce seed=3 epoch=2" in printed and "best on dev" in printed
+    assert "variant=ce seed=3 epoch=2" in printed and "best epoch on dev" in printed
 
 
 def test_the_same_command_gives_the_same_run(words, tmp_path):
@@ -168,7 +168,7 @@ def test_limits_patience_and_collapse(words, data, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(words, tmp_path):
     with pytest.raises(RunFailed, match=r"the loss is nan at step \d+; lower --lr"):
         run([*words, "--lr", "1e30", "--log-steps", "3"])
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == []
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path):
@@ -178,7 +178,13 @@ def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path):
     with pytest.raises(UserError, match="--output-dir .* holds another run: name another folder, or pass --overwrite"):
         run([*words, "--epochs", "1"])
     run([*words, "--epochs", "1", "--overwrite", "--conflict-loss", "mse"])
-    assert [path.name for path in sorted(out.iterdir())] == ["curves.png", "mse-s0.jsonl", "notes.txt", "results.json"]
+    assert [path.name for path in sorted(out.iterdir())] == [
+        "all_results.json",
+        "curves.png",
+        "mse-s0.jsonl",
+        "notes.txt",
+        "results.json",
+    ]
 
 
 def bad_data(tmp_path, **columns):

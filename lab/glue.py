@@ -1,0 +1,174 @@
+"""GLUE for `glue_moefy.py`: a task's data from the hub or from local Parquet files, checked, tokenised, in batches.
+
+Nothing is taken silently: every way in which data can be wrong is a UserError that names the flag and the fix.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import ClassLabel, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import HTTPError
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from lab.cli import UserError, offline_message
+from lab.tasks import Task
+
+HUB = "nyu-mll/glue"
+
+
+@dataclass
+class Source:
+    """Where a run's model and data come from: the hub, folders, or the toy."""
+
+    name: str  # of the run: rte, qnli-12k (a part of the data), toy-rte
+    kind: str  # hub | folder | toy
+    config: object  # the dense model's, of transformers
+    load_model: Callable[[], torch.nn.Module]  # the dense classifier, its head drawn from the global seed
+    tokenizer: object
+    splits: dict[str, datasets.Dataset]  # train and the task's dev splits, checked
+
+
+def from_hub(what: str, flag: str, name: str, load: Callable):
+    """Runs `load`; where the hub or its cache cannot give `name`, UserError names the ways on."""
+    try:
+        return load()
+    except (OSError, ValueError, HTTPError, DatasetGenerationError) as error:  # not found, offline, cut off, damaged
+        if os.environ.get("HF_HUB_OFFLINE"):
+            raise UserError(offline_message(what, name)) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        again = "a download that broke off goes on where it stopped when the command is run again"
+        raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None
+
+
+def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datasets.Dataset]:
+    """The splits train and dev, checked. UserError names what is wrong with them."""
+    wanted = ("train", *task.dev)
+    if data_dir is None:
+        where = HUB
+        dataset = from_hub("the data set", "--data-dir", where, lambda: load_dataset(where, name))
+    else:
+        where = f"--data-dir {data_dir}"
+        root = Path(data_dir).expanduser()
+        folder = root / name if (root / name).is_dir() else root
+        files = {split: sorted(map(str, folder.glob(f"{split}-*.parquet"))) for split in wanted}
+        for split, found in files.items():
+            if not found:
+                raise UserError(f"{where} has no {name}/{split}-*.parquet: lay it out as {HUB} is on the hub")
+        try:
+            dataset = {split: load_dataset("parquet", data_files=found, split="train") for split, found in files.items()}
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise UserError(f"{where} is no readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
+    for split in wanted:
+        check_split(dataset[split], split, task, where)
+    return {split: dataset[split] for split in wanted}
+
+
+def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -> None:
+    """Columns, rows, labels and texts of a split: UserError. Blank texts and absent classes are no error, but are told."""
+    needed = (*task.columns, "label")
+    for column in needed:
+        if column not in dataset.column_names:
+            raise UserError(f"{where}: {split} has no column {column!r}; it needs {', '.join(needed)}")
+    if not len(dataset):
+        raise UserError(f"{where}: {split} has no rows; give one example at least")
+    labels = dataset["label"][:]
+    if None in labels:
+        raise UserError(f"{where}: {split} has no label in row {labels.index(None)}; label it, or take it out")
+    classes = set(range(task.num_labels))
+    if task.num_labels > 1 and (wrong := set(labels) - classes):
+        raise UserError(f"{where}: {split} has the label {wrong.pop()}; use 0 to {task.num_labels - 1}")
+    for column in task.columns:
+        texts = dataset[column][:]
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"{where}: {split} has no text in column {column!r}, row {row}; write one, or take it out")
+        if blank := sum(not text.strip() for text in texts):
+            print(f"note: {blank} of {len(texts)} texts in {split}, column {column}, are blank; they are kept")
+    if task.num_labels > 1 and (absent := classes - set(labels)):
+        print(f"note: {split} has no example of class {', '.join(map(str, sorted(absent)))}: its scores say little")
+
+
+def load_model(name: str, num_labels: int, config_only: bool = False):
+    """The dense classifier (its head drawn from the global seed), or only its config. UserError."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model {name} has no config.json: give a folder that save_pretrained wrote, or a hub name")
+    if config_only:
+        load = partial(AutoConfig.from_pretrained, name, num_labels=num_labels)
+    else:
+        load = partial(AutoModelForSequenceClassification.from_pretrained, name, num_labels=num_labels, dtype=torch.float32)
+    return from_hub("the model", "--model", name, load)
+
+
+def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Source:
+    """A task's data and a model, from the hub or from folders. UserError."""
+    config = load_model(model, task.num_labels, config_only=True)
+    tokenizer = from_hub("the tokenizer", "--model", model, lambda: AutoTokenizer.from_pretrained(model))
+    kind = "folder" if data_dir else "hub"
+    return Source(
+        name, kind, config, lambda: load_model(model, task.num_labels), tokenizer, load_splits(name, task, data_dir)
+    )
+
+
+def run_name(name: str, task: Task, rows: int) -> str:
+    """The task's name; with fewer rows than the official training set, one that cannot be taken for it: qnli-12k."""
+    if rows >= task.rows:
+        return name
+    return f"{name}-{rows}" if rows < 1000 else f"{name}-{round(rows / 1000)}k"
+
+
+def label_names(dataset: datasets.Dataset, task: Task) -> list[str] | None:
+    """The classes' names; None for a regression."""
+    if task.num_labels == 1:
+        return None
+    feature = dataset.features["label"]
+    named = isinstance(feature, ClassLabel) and len(feature.names) == task.num_labels
+    return list(feature.names) if named else [str(i) for i in range(task.num_labels)]
+
+
+def tokenize(splits: dict[str, datasets.Dataset], task: Task, tokenizer, max_length: int) -> dict[str, datasets.Dataset]:
+    """input_ids, attention_mask, labels (and token_type_ids where the model has them); batches are padded, not this.
+
+    `datasets` keeps the result on disk, under a hash of the data and of `encode_rows` with its arguments.
+    """
+    encode = partial(encode_rows, columns=task.columns, tokenizer=tokenizer, max_length=max_length)
+    encode({column: ["x"] for column in task.columns})  # sets the truncation in the tokenizer, so that its hash stays
+    encoded = {}
+    for split, dataset in splits.items():
+        dataset = dataset.rename_column("label", "labels")
+        if task.num_labels == 1:
+            dataset = dataset.cast_column("labels", datasets.Value("float32"))
+        unused = [column for column in dataset.column_names if column != "labels"]
+        encoded[split] = dataset.map(encode, batched=True, remove_columns=unused, desc=f"tokenize {split}")
+    return encoded
+
+
+def encode_rows(rows: dict, columns: tuple[str, ...], tokenizer, max_length: int):
+    return tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
+
+
+def make_loaders(encoded: dict, tokenizer, batch_size: int) -> tuple[DataLoader, dict[str, DataLoader], torch.Generator]:
+    """Train batches of similar length, dev batches by length, both padded per batch; and what draws the training order.
+
+    The order of an epoch is a function of the generator's state at its start alone: seed it there, and a resumed run sees
+    the same batches. The loaders have generators of their own, so that no one else's random numbers depend on them.
+    """
+    collate = DataCollatorWithPadding(tokenizer)
+    order = torch.Generator()
+
+    def loader(dataset, size, **kwargs):
+        return DataLoader(dataset, size, collate_fn=collate, generator=torch.Generator(), **kwargs)
+
+    lengths = {split: [len(ids) for ids in dataset["input_ids"]] for split, dataset in encoded.items()}
+    sampler = LengthGroupedSampler(batch_size, lengths=lengths["train"], generator=order)
+    train = loader(encoded["train"], batch_size, sampler=sampler)
+    by_length = {split: sorted(range(len(own)), key=own.__getitem__) for split, own in lengths.items()}
+    dev = {split: loader(encoded[split].select(by_length[split]), 2 * batch_size) for split in encoded if split != "train"}
+    return train, dev, order
