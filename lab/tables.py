@@ -1,0 +1,95 @@
+"""Files of sentences, a row per example, read and written without changing a character: csv, tsv, jsonl and parquet.
+
+CHOICE: text is read by the standard library, not by the builders of `datasets`. Those shift the columns of a csv whose rows
+have a comma too many, fill up rows that are too short, and turn a sentence "2020-01-01" of a jsonl into a date, silently.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow
+from pyarrow.parquet import ParquetFile, write_table
+
+from lab.cli import UserError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # .json: JSON lines too
+Rows = list[dict] | pyarrow.Table
+
+
+def read_rows(file: Path) -> Rows:
+    """Every row, as it is: no text of a csv or tsv becomes a number or a gap. ValueError for a row that does not fit.
+
+    A tsv is what GLUE's are: a quote is a character like others, and no field holds a tab or a line break. A blank line is
+    a row where csv or tsv have a single column, and else nothing.
+    """
+    kind, rows = file.suffix.lower(), []
+    if kind == ".parquet":
+        return ParquetFile(file).read()
+    with open(file, encoding="utf-8-sig", newline="" if kind == ".csv" else "\n") as lines:
+        if kind in (".jsonl", ".json"):
+            for number, line in enumerate(lines, start=1):
+                try:
+                    rows += [{**json.loads(line)}] if line.strip() else []
+                except (ValueError, TypeError):
+                    raise ValueError(f"line {number} is no JSON object, and each line must be one") from None
+            return rows
+        table = csv.reader(lines, strict=True) if kind == ".csv" else (line.rstrip("\r\n").split("\t") for line in lines)
+        header = next(table, [])
+        if len(set(header)) < len(header):
+            raise ValueError("two of its columns have the same name")
+        for fields in table:
+            if len(fields or [""]) == len(header):
+                rows.append(dict(zip(header, fields or [""])))
+            elif fields not in ([], [""]):
+                raise ValueError(f"row {len(rows) + 1} has {len(fields)} fields, the header has {len(header)}")
+    return rows
+
+
+def load_rows(file: Path, columns: list[str], new: list[str]) -> tuple[Rows, list[list[str]]]:
+    """The rows of a file, and their sentences, a list for each of `columns`. `new`: names that the columns must not have.
+
+    UserError for a file that is missing, unreadable or empty, and for a row without text in one of `columns`.
+    """
+    where = f"--predict {file}"
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{where}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not file.is_file():
+        raise UserError(f"{where}: no such file; give an existing one")
+    try:
+        rows = read_rows(file)
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+        raise UserError(f"{where} cannot be read as {file.suffix} ({str(error).splitlines()[0]}): mend it") from error
+    if not len(rows):
+        raise UserError(f"{where} has no rows: it needs one per example and, in csv and tsv, a header above them")
+    arrow = isinstance(rows, pyarrow.Table)
+    found = rows.column_names if arrow else list(dict.fromkeys(name for row in rows for name in row))
+    if not set(columns) <= set(found):
+        raise UserError(f"{where}: the model needs the columns {', '.join(columns)}; the file has {', '.join(found)}")
+    if set(new) & set(found):
+        raise UserError(f"{where} has a column {min(set(new) & set(found))} already: rename or remove it")
+    sentences = [rows[name].to_pylist() if arrow else [row.get(name) for row in rows] for name in columns]
+    for name, texts in zip(columns, sentences):
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
+                what = "null" if text is None else "broken Unicode" if isinstance(text, str) else f"a {type(text).__name__}"
+                raise UserError(f"{where}: {name} of row {number} is {what}; put text there (it may be empty)")
+    return rows, sentences
+
+
+def write_rows(target: Path, kind: str, rows: Rows, new: dict[str, list]) -> None:
+    """The rows with new columns behind their own. `kind` is the suffix of the format, as the target may have another."""
+    if isinstance(rows, pyarrow.Table):
+        for name, values in new.items():
+            rows = rows.append_column(name, [values])
+        return write_table(rows, target)
+    rows = [row | dict(zip(new, values)) for row, values in zip(rows, zip(*new.values()))]
+    table = [rows[0].keys(), *(row.values() for row in rows)]
+    with open(target, "w", encoding="utf-8", newline="", errors="backslashreplace") as out:  # \ud800 is how JSON writes it
+        if kind == ".csv":
+            # all text quoted: else Python 3.11 writes a text with a lone carriage return as it is, and it reads as two rows
+            csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(table)
+        elif kind == ".tsv":
+            out.writelines("\t".join(map(str, fields)) + "\n" for fields in table)
+        else:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

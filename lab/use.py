@@ -1,0 +1,276 @@
+"""What a saved model is for: predictions for a file of sentences, and the routing of its example sentences, token by token.
+
+    print(predict(run, "pairs.csv"))    # writes pairs.predictions.csv
+    print(inspect(run))
+
+A model folder holds what `save_pretrained` of model and tokenizer wrote, and task.json: the card that says what the model
+reads and answers. Nothing in it is unpickled or run as code.
+
+  1 Card  2 Saved models  3 Predict  4 Inspect
+"""
+
+import json
+import os
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+
+from lab import moefication
+from lab.cli import UserError
+from lab.runs import write_json
+from lab.tables import load_rows, write_rows
+from stgc import STGC, MoELayer, STGCConfig, Verdict, route
+
+# ---- 1. Card ----
+
+CARD = "task.json"
+
+
+def is_names(texts, *lengths: int) -> bool:
+    good = isinstance(texts, (list, tuple)) and all(isinstance(t, str) and t and t.isprintable() for t in texts)
+    return good and len(set(texts)) == len(texts) in lengths
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """What a saved model reads and answers. Bad values raise ValueError."""
+
+    task: str
+    columns: list[str]  # one sentence or two
+    num_labels: int  # 1: a regression
+    max_length: int  # in tokens; longer inputs are cut
+    labels: list[str] | None  # names of the classes; None where they have none, and for a regression
+    examples: list[dict]  # from dev: the columns' text, and `label`
+
+    def __post_init__(self):
+        good = {
+            "task": isinstance(self.task, str),
+            "columns": is_names(self.columns, 1, 2),
+            "num_labels": type(self.num_labels) is int and self.num_labels > 0,
+            "max_length": type(self.max_length) is int and self.max_length > 0,
+            "labels": self.labels is None or (self.num_labels != 1 and is_names(self.labels, self.num_labels)),
+            "examples": all(map(self.has, self.examples)),
+        }
+        if not all(good.values()):
+            bad = min(good, key=good.get)
+            raise ValueError(f"it cannot have {bad}={getattr(self, bad)!r:.60}")
+
+    def has(self, row: dict) -> bool:
+        """Whether a row fits as an example."""
+        numbers = {1: (int, float)}.get(self.num_labels, (int,))
+        fits = type(row.get("label")) in numbers and (self.num_labels == 1 or 0 <= row["label"] < self.num_labels)
+        return fits and all(isinstance(row.get(name), str) for name in self.columns)
+
+
+def write_task_card(folder: Path, task: str, columns, num_labels: int, max_length: int, labels, examples) -> None:
+    """Saves the card beside a saved model. ValueError for one that would not be read back."""
+    write_json(Path(folder) / CARD, asdict(TaskCard(task, columns, num_labels, max_length, labels, examples)))
+
+
+def read_task_card(folder: Path, flag: str = "--run") -> TaskCard:
+    """The card of a model folder; UserError where it is missing or damaged."""
+    try:
+        return TaskCard(**json.loads((folder / CARD).read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{flag} {folder} has no {CARD}: give a model that was trained with --save-model") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{flag} {folder}: {CARD} is damaged ({error}); train again with --save-model") from error
+
+
+# ---- 2. Saved models ----
+
+
+def find_model(run: str | Path, flag: str = "--run") -> Path:
+    """The model folder that `run` is, or the only one in it. UserError for none and for several, which it lists."""
+    run = Path(run).expanduser()
+    if not run.is_dir():
+        raise UserError(f"{flag} {run}: no such folder; give the output folder of a run, or a model folder in it")
+    models = [run] if (run / "config.json").is_file() else sorted(path for path in run.glob("model-*") if path.is_dir())
+    if not models:
+        raise UserError(f"{flag} {run} holds no saved model: train with --save-model")
+    if len(models) > 1:
+        raise UserError(f"{flag} {run} holds {', '.join(path.name for path in models)}: name one, as {flag} {models[0]}")
+    return models[0]
+
+
+def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, object, TaskCard]:
+    """Model (moefied or dense, in eval mode), tokenizer and card, from this folder alone. UserError for a damaged one."""
+    card, local = read_task_card(folder, flag), {"local_files_only": True, "trust_remote_code": False}
+    try:
+        for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+            if not (folder / name).is_file():  # transformers would make up an empty vocabulary
+                raise ValueError(f"it has no {name}")
+        if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
+            model = moefication.load_moefied(folder)
+        else:
+            options = local | {"use_safetensors": True, "output_loading_info": True}
+            model, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+            if info["missing_keys"]:  # transformers has drawn them at random
+                raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        if not type(model).__name__.endswith("ForSequenceClassification") or model.config.num_labels != card.num_labels:
+            raise ValueError(f"{type(model).__name__} of {model.config.num_labels} labels, {CARD} has {card.num_labels}")
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, **local)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
+        reason = " ".join(str(error).split())
+        raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again with --save-model") from error
+    return model.eval(), tokenizer, card
+
+
+# ---- 3. Predict ----
+
+
+@torch.no_grad()
+def compute_logits(model, tokenizer, card: TaskCard, sentences: list[list[str]], batch_size: int, device) -> Tensor:
+    """logits_NC in the order of the sentences. Batches hold inputs of similar length, the longest first."""
+    encoded = tokenizer(*sentences, truncation=True, max_length=card.max_length)
+    inputs = [{key: values[i] for key, values in encoded.items()} for i in range(len(sentences[0]))]
+    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
+    collate, logits_NC = DataCollatorWithPadding(tokenizer), torch.empty(len(inputs), card.num_labels)
+    model.to(device)
+    for start in tqdm(range(0, len(order), batch_size), desc="predict", unit="batch", disable=None):
+        picked = order[start : start + batch_size]
+        logits_NC[picked] = model(**collate([inputs[i] for i in picked]).to(device)).logits.to(logits_NC)
+    return logits_NC
+
+
+def predict(run: str | Path, file: str | Path, output: str | Path | None = None, batch_size: int = 32, device="cpu") -> str:
+    """Writes the rows of `file` with `prediction` and the classes' probabilities, in the same format, and says where.
+
+    The default output is NAME.predictions.SUFFIX beside the file; no file is ever replaced. UserError for whatever is wrong
+    with run, file or output, and then nothing is written. Empty sentences are predicted like others, and counted.
+    """
+    folder, file = find_model(run), Path(file).expanduser()
+    card = read_task_card(folder)
+    names = card.labels or range(card.num_labels)
+    columns = [] if card.num_labels == 1 else [f"probability_{name}" for name in names]
+    rows, sentences = load_rows(file, card.columns, ["prediction", *columns])
+    target = Path(output).expanduser() if output else file.with_name(f"{file.stem}.predictions{file.suffix}")
+    if target.suffix.lower() != file.suffix.lower():
+        raise UserError(f"--output {target}: the name must end in {file.suffix}, as the output has the format of the file")
+    if target.exists():
+        raise UserError(f"--output {target} exists already: remove it, or name another file with --output")
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.touch()  # before all the work
+        model, tokenizer, card = load_saved(folder)
+        logits_NC = compute_logits(model, tokenizer, card, sentences, batch_size, device)
+        if not logits_NC.isfinite().all():
+            raise UserError(f"--run {folder}: this model's answers are not finite; train another")
+        if card.num_labels == 1:
+            new = {"prediction": logits_NC[:, 0].tolist()}
+        else:
+            new = {"prediction": [names[i] for i in logits_NC.argmax(-1).tolist()]}
+            new |= zip(columns, logits_NC.softmax(-1).T.tolist())
+        write_rows(temporary, file.suffix.lower(), rows, new)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written ({error.strerror}): name another file") from error
+    finally:
+        if target.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+    blank = sum(not all(text.strip() for text in texts) for texts in zip(*sentences))
+    return f"written: {target}, {len(rows)} rows" + (f", {blank} of them with an empty sentence" if blank else "")
+
+
+# ---- 4. Inspect ----
+
+WIDTH, TOKEN, BAR = 100, 20, 28  # columns of the terminal, of a token at most, of the longest bar
+
+
+def inspect(run: str | Path) -> str:
+    """Routing and conflicts of the card's examples, for a terminal: answers first, then layer by layer, token by token.
+
+    All examples are one batch, as a conflict is relative to a mean gradient. UserError for a model without MoE layer.
+    """
+    folder = find_model(run, "--inspect")
+    model, tokenizer, card = load_saved(folder, "--inspect")
+    if not any(isinstance(module, MoELayer) for module in model.modules()):
+        raise UserError(f"--inspect {folder} is a dense model: it has no MoE layer that routes; --predict works with it")
+    if not card.examples:
+        raise UserError(f"--inspect {folder}: {CARD} has no examples; train again with --save-model")
+    texts = [[row[name] for row in card.examples] for name in card.columns]
+    batch = tokenizer(*texts, truncation=True, max_length=card.max_length, padding=True, return_tensors="pt")
+    labels = torch.tensor([row["label"] for row in card.examples])
+
+    stgc, inputs = STGC(model, STGCConfig(conflict_loss="none")), {}
+    for layer in stgc.layers:
+        layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0].detach()}))
+    out = model(**batch, labels=labels)
+    stgc.loss(out.loss)  # two passes: the backward that judges the tokens happens here
+
+    keep_BL = batch["attention_mask"].bool()
+    tokens = [tokenizer.convert_ids_to_tokens(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], keep_BL)]
+    intro = (
+        f"{card.task}: {len(tokens)} dev examples, {sum(map(len, tokens))} tokens, MoE layers: {len(stgc.layers)}\n"
+        "  All are one batch: conflicts are relative to its mean gradients, and differ in another batch.\n"
+        "  5 0.62          the token is on expert 5 with weight 0.62\n"
+        "  5 0.62 ! -0.12  and conflicts: its gradient has cosine -0.12 with the mean of that expert's tokens\n"
+        "  5 0.62 -        or no gradient reaches it"
+    )
+    blocks = [intro, *(describe_example(card, i, out.logits[i].detach()) for i in range(len(tokens)))]
+    for layer, name, verdict in zip(stgc.layers, stgc.names, stgc.verdicts):
+        blocks += describe_layer(layer, name, inputs[layer], keep_BL, verdict, tokens)
+    return "\n\n".join(blocks)
+
+
+def printable(text: str) -> str:
+    """Without anything that could steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def describe_example(card: TaskCard, number: int, logits_C: Tensor) -> str:
+    """Gold label and answer, and the text."""
+    row = card.examples[number]
+    if card.num_labels == 1:
+        answer = f"gold {row['label']:.2f}, predicted {logits_C[0]:.2f}"
+    else:
+        names, best = card.labels or range(card.num_labels), logits_C.argmax().item()
+        answer = f"gold {names[row['label']]}, predicted {names[best]} with probability {logits_C.softmax(-1)[best]:.2f}"
+        answer += "" if best == row["label"] else " (wrong)"
+    lines = [f"example {number + 1}: {answer}"]
+    for name in card.columns:
+        lines += textwrap.wrap(f"{name}: {printable(row[name])}", WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, verdict: Verdict, tokens) -> list[str]:
+    """A block with the layer's experts, then one per example with a line per token."""
+    with torch.no_grad():
+        routing = route(layer.router, x_BLD.flatten(0, -2), layer.top_k, layer.normalize, layer.scale)
+    keep_T, size = keep_BL.flatten(), layer.experts.num_experts
+    ids_TK, conflict_TK, judged_TK = routing.expert_ids_TK[keep_T], verdict.conflict_TK[keep_T], verdict.judged_TK[keep_T]
+    pairs_E, conflicts_E = ids_TK.flatten().bincount(minlength=size), ids_TK[conflict_TK].bincount(minlength=size)
+    ratio_E = conflicts_E / pairs_E.clamp_min(1)
+    worst = ", ".join(f"{e} ({ratio_E[e]:.2f})" for e in ratio_E.argsort(descending=True)[:3].tolist() if ratio_E[e] > 0)
+    lines = [
+        f"MoE layer {name}: {size} experts, Top-{layer.top_k}",
+        f"  {ids_TK.numel()} pairs of token and expert, {judged_TK.sum()} with a gradient, {conflict_TK.sum()} conflict",
+        f"  conflict ratio {conflict_TK.sum() / ids_TK.numel():.3f}; highest on expert {worst or '- (none)'}",
+    ]
+    for e in range(size):
+        bar = "#" * round(BAR * (pairs_E[e] / pairs_E.max()).item())
+        load = pairs_E[e] / ids_TK.numel()
+        lines.append(f"  expert {e:>2}  load {load:.2f} {bar:<{BAR}}  {conflicts_E[e]} of {pairs_E[e]} pairs conflict")
+
+    blocks, digits = ["\n".join(lines)], len(str(size - 1))
+    per_line = max(1, (WIDTH - TOKEN - 2) // (digits + 16))
+    found = zip(ids_TK.tolist(), routing.weights_TK[keep_T].tolist(), judged_TK, conflict_TK, verdict.similarity_TK[keep_T])
+    for number, part in enumerate(tokens, start=1):
+        lines = [f"MoE layer {name}, example {number}"]
+        for token, pairs in zip(part, found):
+            token = printable(token if len(token) <= TOKEN else token[: TOKEN - 3] + "...")
+            cells = []
+            for e, weight, judged, conflict, cos in zip(*pairs):
+                mark = f"! {cos:+.2f}" if conflict else " " if judged else "-"
+                cells.append(f"   {e:>{digits}} {weight:.2f} {mark:<7}")
+            for start in range(0, len(cells), per_line):
+                lines.append(f"  {'' if start else token:<{TOKEN}}{''.join(cells[start : start + per_line])}".rstrip())
+        blocks.append("\n".join(lines))
+    return blocks
