@@ -87,12 +87,8 @@ def write_rows(target: Path, kind: str, rows: Rows, new: dict[str, list]) -> Non
     table = [rows[0].keys(), *(row.values() for row in rows)]
     with open(target, "w", encoding="utf-8", newline="", errors="backslashreplace") as out:  # \ud800 is how JSON writes it
         if kind == ".csv":
-<<<<<<< HEAD
-            csv.writer(out, lineterminator="\n").writerows(table)
-=======
             # all text quoted: else Python 3.11 writes a text with a lone carriage return as it is, and it reads as two rows
             csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(table)
->>>>>>> wt-use
         elif kind == ".tsv":
             out.writelines("\t".join(map(str, fields)) + "\n" for fields in table)
         else:

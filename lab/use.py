@@ -197,11 +197,7 @@ def inspect(run: str | Path) -> str:
         raise UserError(f"--inspect {folder}: {CARD} has no examples; train again with --save-model")
     texts = [[row[name] for row in card.examples] for name in card.columns]
     batch = tokenizer(*texts, truncation=True, max_length=card.max_length, padding=True, return_tensors="pt")
-<<<<<<< HEAD
-    labels = torch.tensor([row["label"] for row in card.examples], dtype=model.dtype if card.num_labels == 1 else None)
-=======
     labels = torch.tensor([row["label"] for row in card.examples])
->>>>>>> wt-use
 
     stgc, inputs = STGC(model, STGCConfig(conflict_loss="none")), {}
     for layer in stgc.layers:

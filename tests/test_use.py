@@ -10,11 +10,7 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
-<<<<<<< HEAD
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
-=======
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel, BertTokenizerFast
->>>>>>> wt-use
 
 from lab import use
 from lab.cli import UserError
@@ -75,11 +71,7 @@ def write_table(file, rows):
         file.write_text("\n".join("\t".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]) + "\n")
     elif file.suffix == ".csv":
         with open(file, "w", newline="") as out:
-<<<<<<< HEAD
-            csv.writer(out).writerows([rows[0], *(row.values() for row in rows)])
-=======
             csv.writer(out, quoting=csv.QUOTE_ALL).writerows([rows[0], *(row.values() for row in rows)])
->>>>>>> wt-use
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -90,11 +82,7 @@ def read_table(file):
     if file.suffix == ".csv":
         with open(file, newline="") as lines:
             return list(csv.DictReader(lines))
-<<<<<<< HEAD
-    lines = file.read_text().split("\n")[:-1]
-=======
     lines = file.read_bytes().decode().split("\n")[:-1]
->>>>>>> wt-use
     if file.suffix == ".tsv":
         return [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
     return [json.loads(line) for line in lines]
@@ -103,11 +91,8 @@ def read_table(file):
 NASTY = [
     "NA",
     "",
-<<<<<<< HEAD
-=======
     "  ",
     "a\rdog",
->>>>>>> wt-use
     "007",
     "2020-01-01",
     'the "cat", he said',
@@ -134,11 +119,7 @@ def test_every_format_keeps_its_rows_and_gets_the_models_probabilities(run, tmp_
     file.with_suffix(suffix.lower()).rename(file)
     said = use.predict(run, file, batch_size=4)
     blank = sum(not row["sentence1"].strip() for row in rows)
-<<<<<<< HEAD
-    assert said == f"written: {out}, {len(rows)} rows, {blank} of them with an empty sentence" and blank == 1
-=======
     assert said == f"written: {out}, {len(rows)} rows, {blank} of them with an empty sentence" and blank == 2
->>>>>>> wt-use
     assert sorted(tmp_path.iterdir()) == sorted([file, out])
     out.rename(out.with_suffix(suffix.lower()))
     found = read_table(out.with_suffix(suffix.lower()))
@@ -152,10 +133,7 @@ def test_every_format_keeps_its_rows_and_gets_the_models_probabilities(run, tmp_
     )
     assert [row["prediction"] for row in found] == [LABELS[i] for i in probs.argmax(-1)]
     assert len({row["prediction"] for row in found}) == 2
-<<<<<<< HEAD
-=======
     assert suffix == ".parquet" or "猫" in out.with_suffix(suffix.lower()).read_text(), "unreadable"
->>>>>>> wt-use
 
 
 def test_parquet_keeps_its_types(run, tmp_path):
@@ -172,8 +150,6 @@ def test_parquet_keeps_its_types(run, tmp_path):
     assert written.select(table.column_names).equals(parquet.read_table(tmp_path / "a.parquet"), check_metadata=True)
 
 
-<<<<<<< HEAD
-=======
 def test_batches_hold_inputs_of_similar_length(run):
     shapes = []
     model, tokenizer, card = use.load_saved(run / "model-ce-s0")
@@ -193,7 +169,6 @@ def test_json_keeps_what_it_can_hold(run, tmp_path):
     assert [list(row.items())[:-3] for row in found] == [list(row.items()) for row in rows]
 
 
->>>>>>> wt-use
 def test_one_column_blank_lines_and_the_mark_that_excel_writes(tmp_path):
     torch.manual_seed(1)
     save(tmp_path / "m", moe=False, num_labels=3, labels=None)
@@ -203,12 +178,6 @@ def test_one_column_blank_lines_and_the_mark_that_excel_writes(tmp_path):
     for suffix in ("csv", "tsv"):
         (tmp_path / f"a.{suffix}").write_bytes("\ufeffsentence\r\nthe\r\n\r\ndog\r\n".encode())
         assert "3 rows, 1 of them with an empty" in use.predict(tmp_path / "m", tmp_path / f"a.{suffix}")
-<<<<<<< HEAD
-        found = (tmp_path / f"a.predictions.{suffix}").read_text().splitlines()
-        assert re.split("[,\t]", found[0]) == ["sentence", "prediction", *(f"probability_{i}" for i in range(3))]
-        assert [re.split("[,\t]", line)[0].strip('"') for line in found[1:]] == ["the", "", "dog"]
-        assert {re.split("[,\t]", line)[1] for line in found[1:]} <= {"0", "1", "2"}
-=======
         lines = (tmp_path / f"a.predictions.{suffix}").read_text().replace('"', "").splitlines()
         head, *found = [re.split("[,\t]", line) for line in lines]
         assert head == ["sentence", "prediction", *(f"probability_{i}" for i in range(3))]
@@ -216,7 +185,6 @@ def test_one_column_blank_lines_and_the_mark_that_excel_writes(tmp_path):
         assert b"\r" not in (tmp_path / f"a.predictions.{suffix}").read_bytes()
     (tmp_path / "mac.csv").write_bytes(b"sentence\rthe\rdog\r")
     assert "2 rows" in use.predict(tmp_path / "m", tmp_path / "mac.csv")
->>>>>>> wt-use
     (tmp_path / "b.csv").write_text("id,sentence\n1,the\n\n2,dog\n\n")
     assert "2 rows" in use.predict(tmp_path / "m", tmp_path / "b.csv")
 
@@ -289,13 +257,9 @@ def test_no_file_is_replaced(run, tmp_path, monkeypatch):
     assert "a.predictions.csv exists already" in refused(use.predict, run, file)
     assert "a.csv exists already" in refused(use.predict, run, file, file)
     assert "must end in .csv" in refused(use.predict, run, file, tmp_path / "b.tsv")
-<<<<<<< HEAD
-    assert "--output" in refused(use.predict, run, file, tmp_path / "none" / "b.csv")
-=======
     with monkeypatch.context() as patch:
         patch.setattr(use, "load_saved", lambda *_: pytest.fail("noticed only after the work"))
         assert "b.csv cannot be written (No such file" in refused(use.predict, run, file, tmp_path / "none" / "b.csv")
->>>>>>> wt-use
     monkeypatch.setattr(use, "write_rows", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert "b.csv cannot be written (No space left)" in refused(use.predict, run, file, tmp_path / "b.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.predictions.csv"]
@@ -348,11 +312,8 @@ def test_a_model_that_does_not_fit_its_card_is_refused(tmp_path):
     (tmp_path / "m" / "task.json").write_text(json.dumps(card))
     BertModel(BertConfig(**CONFIG)).save_pretrained(tmp_path / "m")
     assert "its weights lack classifier.bias" in refused(use.load_saved, tmp_path / "m")
-<<<<<<< HEAD
-=======
     moefy(BertForTokenClassification(BertConfig(**CONFIG)), MoESpec("0")).save_pretrained(tmp_path / "m")
     assert "BertForTokenClassification of 2 labels" in refused(use.load_saved, tmp_path / "m")
->>>>>>> wt-use
     BertForSequenceClassification(BertConfig(**CONFIG | {"vocab_size": 9})).save_pretrained(tmp_path / "m")
     assert "its tokenizer has 18 tokens, the model 9" in refused(use.load_saved, tmp_path / "m")
 
@@ -394,16 +355,12 @@ def parse(text):
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
-    "spec", [{}, {"experts": "split", "top_k": 3, "num_experts": 16}, {"router": "cosine", "top_k": 8, "num_experts": 8}]
-=======
     "spec",
     [
         {},
         {"experts": "split", "top_k": 3, "num_experts": 16, "normalize": False},
         {"router": "cosine", "top_k": 8, "num_experts": 8},
     ],
->>>>>>> wt-use
 )
 def test_inspect_shows_what_stgc_finds(tmp_path, spec):
     """Against the one-pass method and a plain forward: tokens, experts, weights, flags, answers; and no padding."""
@@ -459,20 +416,12 @@ def test_inspect_shows_what_stgc_finds(tmp_path, spec):
 
 
 def test_inspect_of_a_regression_and_of_what_has_nothing_to_show(tmp_path):
-<<<<<<< HEAD
-    examples = [{**row, "label": 0.5 * i} for i, row in enumerate(EXAMPLES)]
-=======
     examples = [{**row, "label": i} for i, row in enumerate(EXAMPLES)]
->>>>>>> wt-use
     examples[0]["sentence1"] = f"the \x1b[2Jcat {LONG} " + "dog " * 40
     save(tmp_path / "m", num_labels=1, labels=None, examples=examples)
     text = use.inspect(tmp_path / "m")
     logits = direct(tmp_path / "m", [(row["sentence1"], row["sentence2"]) for row in examples])
-<<<<<<< HEAD
-    assert all(f"example {i + 1}: gold {i / 2:.2f}, predicted {logits[i, 0]:.2f}\n" in text for i in range(6))
-=======
     assert all(f"example {i + 1}: gold {i:.2f}, predicted {logits[i, 0]:.2f}\n" in text for i in range(6))
->>>>>>> wt-use
     assert "\x1b" not in text and "the ?[2Jcat" in text and len(parse(text)) == 12
     assert max(map(len, text.split("\n"))) <= 100 and f"\n  {LONG[:17]}...   " in text and text.count("dog") > 40
     save(tmp_path / "dense", moe=False)
