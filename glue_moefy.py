@@ -70,7 +70,9 @@ def make_parser() -> Parser:
     parser.add_argument("--passes", choices=["two", "one"], default="two", help="two: as the paper; one: no extra backward")
     parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="token gradients to compare")
     parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this cosine")
-    parser.add_argument("--beta", type=number(float, 0), default=1.0, help="weight of the conflict loss")
+    parser.add_argument(
+        "--beta", type=number(float, 0), default=0.1, help="weight of the conflict loss; the paper's 1 wrecks small models"
+    )
     parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the balance loss")
     parser.add_argument("--every", type=number(int, 1), default=1, help="judge the tokens at each k-th step")
     # training

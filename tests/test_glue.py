@@ -97,7 +97,7 @@ def test_a_run_leaves_a_full_record_and_a_model_that_loads(words, tmp_path, caps
     record = json.loads((out / "results.json").read_text())
     assert record["name"] == "rte-24" and record["data"] == {"train": 24, "dev": 9, "source": "folder"}
     assert record["command"].startswith("python ") and record["versions"]["torch"] == torch.__version__
-    assert record["config"]["beta"] == 1.0 and record["config"]["num_experts"] == 4
+    assert record["config"]["beta"] == 0.1 and record["config"]["num_experts"] == 4
     assert [(entry["variant"], entry["seed"]) for entry in record["runs"]] == [("ce", 0), ("ce", 3)]
     for entry in record["runs"]:
         curve = [json.loads(line) for line in (out / f"ce-s{entry['seed']}.jsonl").read_text().splitlines()]
@@ -134,7 +134,7 @@ def test_baseline_and_variants_start_alike(words, tmp_path):
         "--passes one",
         "--select random",
         "--gradients weight",
-        "--beta 0.1",
+        "--beta 1",
     ]
     for i, flags in enumerate(variants):
         run([*words, *flags.split(), "--epochs", "1", "--output-dir", tmp_path / str(i)])
@@ -294,9 +294,10 @@ def test_every_flag_is_read():
 
 
 def test_method_defaults_are_those_of_the_config():
-    """The flags repeat them, as --help must answer without importing torch."""
+    """The flags repeat them, as --help must answer without importing torch. beta alone differs: README, "What came out"."""
     args = glue_moefy.make_parser().parse_args(["--task", "rte"])
     config = STGCConfig()
+    assert (args.beta, config.beta) == (0.1, 1.0)
     for field in dataclasses.fields(config):
-        if hasattr(args, field.name):
+        if hasattr(args, field.name) and field.name != "beta":
             assert getattr(args, field.name) == getattr(config, field.name), field.name

@@ -98,7 +98,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_nothing_twice(words, tmp_path
 def test_two_configurations_never_share_a_folder(words, data, tmp_path):  # noqa: F811
     run([*words, "--epochs", "1"])
     for message, flags in {
-        "was begun with --beta 1.0; give the same": ["--beta", "0.5"],
+        "was begun with --beta 0.1; give the same": ["--beta", "0.5"],
         "was begun with --epochs 1": ["--epochs", "2"],
         "was begun with --conflict-loss ce": ["--conflict-loss", "mse"],
         "was begun with --max-train-samples None": ["--max-train-samples", "8"],
