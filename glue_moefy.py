@@ -307,7 +307,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     losses = [torch.tensor(value, device=accelerator.device) for value in at.losses]
 
     def save():
-        at.losses, at.lines = runs.check_losses(losses, at.step), len(log.lines)
+        at.losses, at.lines = runs.check_losses(losses, at.step, accelerator), len(log.lines)
         checkpoints.save(at.step, asdict(at))
 
     try:
@@ -333,7 +333,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
                     at.samples += len(batch["labels"]) * accelerator.num_processes
                     at.step, at.batch = at.step + 1, at.batch + 1
                     if at.step % args.log_steps == 1 % args.log_steps or at.step == steps:
-                        values, losses = runs.check_losses(losses, at.step), []
+                        values, losses = runs.check_losses(losses, at.step, accelerator), []
                         line = {"step": at.step, "epoch": at.epoch, "loss": sum(values) / len(values)}
                         line |= runs.stats_line(stgc.stats()) if stgc else {}
                         log.step(line, loss=line["loss"], conflict=line.get("conflict_ratio", 0.0))

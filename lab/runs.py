@@ -260,9 +260,10 @@ def stats_line(stats: list[dict]) -> dict:
     return {name: sum(values) / len(values) for name, values in found.items() if values} | {"layers": stats}
 
 
-def check_losses(losses: list[torch.Tensor], last_step: int) -> list[float]:
-    """The losses since the last check as numbers, in one transfer. RunFailed names the first step that is not finite."""
-    values = torch.stack(losses).tolist() if losses else []
+def check_losses(losses: list[torch.Tensor], last_step: int, accelerator: accelerate.Accelerator) -> list[float]:
+    """The losses since the last check as numbers, in one transfer: means over the processes. RunFailed names the first step
+    whose loss is not finite."""
+    values = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
     for step, value in enumerate(values, start=last_step - len(values) + 1):
         if value != value or abs(value) == float("inf"):
             raise RunFailed(
@@ -324,17 +325,8 @@ class Checkpoints:
     def save(self, step: int, state: dict) -> None:
         """Writes a checkpoint. `state` must survive JSON. RunFailed where the disk refuses; earlier ones are kept then."""
         target, part = self.folder / f"step-{step:08d}", self.folder / "part"
-        weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+        weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)  # empty on other processes
         scaler = self.accelerator.scaler
-        state = {
-            "step": step,
-            "processes": self.accelerator.num_processes,
-            "state": state,
-            "schedule": self.schedule.scheduler.state_dict(),
-            "groups": optimizer["param_groups"],
-            "scaler": scaler.state_dict() if scaler else None,
-        }
-        moments = {f"{name}/{key}": value for name, moment in optimizer["state"].items() for key, value in moment.items()}
         try:
             if self.accelerator.is_main_process:
                 shutil.rmtree(part, ignore_errors=True)
@@ -342,11 +334,20 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             save_file(random_state(self.accelerator.device), part / f"random-{self.accelerator.process_index}.safetensors")
             if self.accelerator.is_main_process:
+                moments = {(name, key): value for name, own in optimizer["state"].items() for key, value in own.items()}
                 save_file(unshared(weights), part / "model.safetensors")
-                save_file(unshared(moments), part / "optimizer.safetensors")
+                save_file(unshared({"/".join(key): value for key, value in moments.items()}), part / "optimizer.safetensors")
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                state["sha256"] = {path.name: sha256(path) for path in sorted(part.iterdir())}
+                state = {
+                    "step": step,
+                    "processes": self.accelerator.num_processes,
+                    "state": state,
+                    "schedule": self.schedule.scheduler.state_dict(),
+                    "groups": optimizer["param_groups"],
+                    "scaler": scaler.state_dict() if scaler else None,
+                    "sha256": {path.name: sha256(path) for path in sorted(part.iterdir())},
+                }
                 write_json(part / "state.json", state)
                 shutil.rmtree(target, ignore_errors=True)  # one that was found damaged
                 os.replace(part, target)

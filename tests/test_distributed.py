@@ -1,4 +1,5 @@
-"""Two processes with half a batch each do what one does with the whole batch: gloo on the CPU, all cases in one spawn."""
+"""Two processes with half a batch each do what one does with the whole batch, averaged by hand, under DDP, and with the
+weights spread by FSDP: gloo on the CPU, all cases in one spawn."""
 
 from datetime import timedelta
 
@@ -7,19 +8,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Batch, close, make_batch, make_net, run, same_grads
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from stgc import STGC, STGCConfig
 
 CASES = {
-    f"{passes} {gradients} {kind}{' ddp' * wrapped}": (
+    f"{passes} {gradients} {kind} {wrapped}": (
         {"passes": passes, "gradients": gradients, "conflict_loss": kind, "alpha": 0.1},
         wrapped,
     )
     for passes in ("two", "one")
     for gradients, kind in (("bias", "ce"), ("weight", "ce"), ("bias", "reroute"))
-    for wrapped in (False, True)
+    for wrapped in ("by hand", "ddp", "fsdp")
 }
 
 
@@ -39,14 +41,19 @@ def work(rank: int, folder: str) -> None:
     for name, (config, wrapped) in CASES.items():
         net, *halves = net_and_halves()
         x_TD, labels_T, keep_T = halves[rank]
-        model = DistributedDataParallel(net) if wrapped else net
+        model = DistributedDataParallel(net) if wrapped == "ddp" else net
+        if wrapped == "fsdp":
+            for module in (*net.layers, net):
+                fully_shard(module)
         stgc = STGC(model, STGCConfig(**config))
         stgc.loss(F.cross_entropy(model(x_TD, keep_T), labels_T)).backward()
-        if not wrapped:  # what DistributedDataParallel does
+        if wrapped == "by hand":  # what DistributedDataParallel does
             for parameter in net.parameters():
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= 2
         grads = {key: parameter.grad for key, parameter in net.named_parameters()}
+        if wrapped == "fsdp":
+            grads = {key: grad.full_tensor() for key, grad in grads.items()}
         stats = [{key: value for key, value in row.items() if key != "layer"} for row in stgc.stats()]
         found[name] = {"grads": grads, "verdicts": [verdict._asdict() for verdict in stgc.verdicts], "stats": stats}
     torch.save(found, f"{folder}/{rank}.pt")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from sklearn.metrics import f1_score
@@ -110,9 +111,10 @@ def test_metric_is_the_mean_of_its_scores():
 
 
 def test_losses_are_checked_by_step():
-    assert runs.check_losses([torch.tensor(1.0), torch.tensor(2.0)], last_step=7) == [1.0, 2.0]
+    one = accelerate.Accelerator(cpu=True)
+    assert runs.check_losses([torch.tensor(1.0), torch.tensor(2.0)], 7, one) == [1.0, 2.0]
     with pytest.raises(RunFailed, match="inf at step 6"):
-        runs.check_losses([torch.tensor(1.0), torch.tensor(float("inf")), torch.tensor(float("nan"))], last_step=7)
+        runs.check_losses([torch.tensor(1.0), torch.tensor(float("inf")), torch.tensor(float("nan"))], 7, one)
 
 
 def test_tenths_and_log(tmp_path):

@@ -1,0 +1,73 @@
+"""glue_moefy.py in two processes, as a launcher starts it: the training of one, and a resume that is exact there too."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_glue import CONFIG, ROOT, data, model, words  # noqa: F401  (fixtures)
+from test_resume import assert_same, outcome
+from transformers import BertForSequenceClassification
+
+
+def launch(processes, *command, **environment):
+    """What `accelerate launch` does on GPUs, by torch's own launcher, which knows CPUs too."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "glue_moefy.py"]
+    calm = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*line, *map(str, command)], cwd=ROOT, env=calm, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def still(model, tmp_path):  # noqa: F811
+    """The model without dropout, whose random numbers differ between processes."""
+    folder = tmp_path / "still"
+    config = type(CONFIG).from_dict(CONFIG.to_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    BertForSequenceClassification.from_pretrained(model, config=config).save_pretrained(folder)
+    for path in model.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def curve(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one(words, still, tmp_path):  # noqa: F811
+    command = [*words, "--model", still, "--variants", "ce,ce-one", "--lr", "1e-3", "--log-steps", "1"]
+    for processes, folder in ((1, "one"), (2, "two")):
+        done = launch(processes, *command, "--output-dir", tmp_path / folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written:") == 1  # one process speaks
+    for name in ("ce-s0", "ce-one-s0"):
+        one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
+        assert len(one) == len(two) == 8
+        for a, b in zip(one, two, strict=True):
+            assert a.get("conflict_ratio") == pytest.approx(b.get("conflict_ratio"), abs=0.01)
+            for key in ("loss", "eval_score", "consistency", "balance_loss"):
+                assert a.get(key) == pytest.approx(b.get(key), rel=1e-3, abs=1e-3), (name, a["step"], key)
+
+
+def test_resume_in_two_processes(words, tmp_path):  # noqa: F811
+    """With dropout: each process has random numbers of its own, and gets them back."""
+    command = [*words, "--save-steps", "2", "--save-model", "--epochs", "2"]
+    assert launch(2, *command, "--output-dir", tmp_path / "whole").returncode == 0
+    dying = tmp_path / "dying"
+    dying.mkdir()
+    (dying / "sitecustomize.py").write_text(
+        "import torch\nreal, count = torch.optim.AdamW.step, []\n"
+        "def step(self, *a, **k):\n    count.append(1)\n    assert len(count) < 5\n    return real(self, *a, **k)\n"
+        "torch.optim.AdamW.step = step\n"
+    )
+    killed = launch(2, *command, "--output-dir", tmp_path / "cut", PYTHONPATH=str(dying))
+    assert killed.returncode != 0 and list((tmp_path / "cut" / "checkpoints" / "ce-s0").glob("step-*"))
+    wrong = launch(1, *command, "--output-dir", tmp_path / "cut", "--resume")
+    assert wrong.returncode != 0 and "is of 2 processes, these are 1; start as many" in wrong.stderr
+    assert launch(2, *command, "--output-dir", tmp_path / "cut", "--resume").returncode == 0
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+
+
+def test_a_batch_that_cannot_be_shared(words, tmp_path):  # noqa: F811
+    done = launch(2, *words, "--batch-size", "5")
+    assert done.returncode != 0 and "--batch-size 5: 2 processes share it; use a multiple" in done.stderr
+    assert not (tmp_path / "out").exists()
