@@ -30,7 +30,7 @@ class Task:
 
 TASKS = {"rte": Task(("sentence1", "sentence2"), 2, ("accuracy",))}
 
-TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 3e-4, "max_length": 64, "seeds": [0]}
+TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
 
 
 def make_parser() -> Parser:
