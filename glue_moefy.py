@@ -25,7 +25,7 @@ from lab.tasks import PAPER, TASKS, Task
 
 VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
 COMPARED = ["none", "ce", "placebo"]
-TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 3e-4, "max_length": 64, "seeds": [0]}
+TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
 FREE = {"seeds", "variants", "compare", "lrs", "resume", "overwrite", "output_dir", "save_steps", "save_model", "report_to"}
 
 

@@ -6,6 +6,7 @@ GLUE, and what is measured on them is named "toy-rte" everywhere.
 
 import copy
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -15,9 +16,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm.auto import tqdm
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
-    DataCollatorForLanguageModeling,
+    BertForTokenClassification,
     PreTrainedTokenizerFast,
     get_linear_schedule_with_warmup,
 )
@@ -83,7 +83,16 @@ def counting(rng: random.Random, entailed: bool) -> tuple[str, str]:
     return f"there were {NUMBERS[seen]} {animal}s {rng.choice(PLACES)}", f"there were at least {NUMBERS[bound]} {animal}s"
 
 
-KINDS = [colour, hypernym, synonym, negation, roles, counting]
+def order(rng: random.Random, entailed: bool) -> tuple[str, str]:
+    """Anna came before Ben and Carla came after Ben. => Anna came before Carla. (Two steps: the hard kind.)"""
+    first, middle, last = rng.sample(NAMES, 3)
+    told, asked = [(first, middle), (middle, last)], (first, last) if entailed else (last, first)
+    rng.shuffle(told)
+    say = [rng.choice([f"{one} came before {two}", f"{two} came after {one}"]) for one, two in (*told, asked)]
+    return f"{say[0]} and {say[1]}", say[2]
+
+
+KINDS = [colour, hypernym, synonym, negation, roles, counting, order]
 LABELS = ["entailment", "not_entailment"]
 PATIENCE = 1000  # that many repetitions in a row: a kind has no new pair to give
 
@@ -138,36 +147,61 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
 
 
-def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = 400, seed: int = 0):
-    """A tiny BERT after a brief masked language modelling of generated pairs in which the second sentence follows from the
-    first, none of them in `splits`. Returns the classifier, its head not yet trained, and the tokenizer."""
+def make_bert(tokenizer) -> BertForTokenClassification:
+    """A tiny BERT with a yes or no per token, untrained: its queries start as its keys, so that equal words attend to each
+    other from the first step on. Drawn apart, they find that out after hundreds of steps, if at all."""
+    model = BertForTokenClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=256,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.query.load_state_dict(layer.attention.self.key.state_dict())
+    return model
+
+
+def replace_words(batch: dict, other: dict) -> dict:
+    """Half of the second sentence's tokens give way to those at the same place in `other`. The labels: 1 where a token
+    changed, 0 where it is as it was, -100 (not judged) in the first sentence."""
+    ids, judged = batch["input_ids"], batch["token_type_ids"] == 1
+    mixed = torch.where(judged & (torch.rand(ids.shape) < 0.5), other["input_ids"], ids)
+    return {**batch, "input_ids": mixed, "labels": (mixed != ids).long().masked_fill(~judged, -100)}
+
+
+def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = 500, seed: int = 0):
+    """A tiny BERT after a brief replaced-token detection, ELECTRA's objective, on generated pairs in which the second
+    sentence follows from the first, none of them in `splits`. The replacements come from pairs of the same two lengths.
+    Returns the classifier, its head not yet trained, and the tokenizer."""
     own = {pair for split in splits.values() for pair in zip(split[columns[0]], split[columns[1]], strict=True)}
     tokenizer = make_tokenizer([sentence for pair in own for sentence in pair])
     stream = ((a, b) for a, b, entailed in sentence_pairs(seed + 1) if entailed and (a, b) not in own)
-    texts = [tokenizer(*pair) for pair in islice(stream, 2000)]
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=64,
-        initializer_range=0.05,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    texts, alike, rng = [tokenizer(*pair) for pair in islice(stream, 2000)], defaultdict(list), random.Random(seed)
+    for text in texts:
+        alike[tuple(text["token_type_ids"])].append(text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        language, classifier = BertForMaskedLM(config), BertForSequenceClassification(config)
-        collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.2)
-        optimizer = torch.optim.AdamW(language.parameters(), 1e-3, fused=True)
+        model = make_bert(tokenizer)
+        classifier = BertForSequenceClassification(model.config)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), fused=True)
         schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
         for _ in tqdm(range(steps), desc="pretrain the tiny BERT", dynamic_ncols=True, disable=None):
-            batch = collate([texts[i] for i in torch.randint(len(texts), (32,)).tolist()])
-            language(**batch).loss.backward()
+            rows = rng.choices(texts, k=32)
+            others = [rng.choice(alike[tuple(row["token_type_ids"])]) for row in rows]
+            batch, other = (tokenizer.pad(some, return_tensors="pt") for some in (rows, others))
+            model(**replace_words(batch, other)).loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    classifier.bert.load_state_dict(language.bert.state_dict(), strict=False)  # the language model has no pooler
+    classifier.bert.load_state_dict(model.bert.state_dict(), strict=False)  # the detector has no pooler
     return classifier, tokenizer
 
 

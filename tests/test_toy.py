@@ -50,6 +50,10 @@ def test_more_pairs_than_there_are_is_an_error():
 def entailed(premise: str, hypothesis: str) -> bool:
     """The answer read off the two sentences, word by word, by other means than those that made them."""
     first, second = (sentence.rstrip(".").split() for sentence in (premise, hypothesis))
+    if "came" in second:  # a came before c; one by one, the earlier to the left
+        told = [(c[0], c[3]) if c[2] == "before" else (c[3], c[0]) for c in (first[:4], first[5:], second)]
+        (a, b), (c, d), asked = told
+        return asked == ((a, d) if b == c else (c, b))
     if "least" in second:
         words = "zero one two three four five six seven eight nine ten".split()
         return first[3] == second[5] and words.index(first[2]) >= words.index(second[4])
@@ -108,16 +112,49 @@ def test_tokenizer_saves_and_loads(tmp_path, pairs):
     assert again("zyx")["input_ids"][1] == again.unk_token_id
 
 
-def test_pretraining_lowers_the_loss_repeats_itself_and_is_loadable(tmp_path, monkeypatch):
-    losses = []
+@pytest.fixture
+def losses(monkeypatch):
+    """Filled with the loss of each step of pretraining."""
+    filled = []
 
-    class Recorded(toy.BertForMaskedLM):
+    class Recorded(toy.BertForTokenClassification):
         def forward(self, **batch):
             output = super().forward(**batch)
-            losses.append(output.loss.item())
+            filled.append(output.loss.item())
             return output
 
-    monkeypatch.setattr(toy, "BertForMaskedLM", Recorded)
+    monkeypatch.setattr(toy, "BertForTokenClassification", Recorded)
+    return filled
+
+
+def test_replaced_words_are_labelled_and_the_first_sentence_stays():
+    tokenizer = toy.make_tokenizer(["anna was ill at home.", "ben was rich.", "anna was sick.", "ben was wealthy."])
+    texts = [("Anna was ill.", "Anna was sick."), ("Ben was rich at home.", "Ben was wealthy.")]
+    batch = tokenizer([a for a, _ in texts] * 200, [b for _, b in texts] * 200, padding=True, return_tensors="pt")
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    second = batch["token_type_ids"] == 1
+    new = {
+        tokenizer.convert_tokens_to_ids(x): tokenizer.convert_tokens_to_ids(y) for x, y in (("anna", "ben"), ("sick", "ill"))
+    }
+    for old, word in new.items():
+        other["input_ids"][batch["input_ids"] == old] = word  # "was" and "." stay: their replacement is no change
+    kept = batch["input_ids"].clone()
+    made = toy.replace_words(batch, other)
+    assert torch.equal(batch["input_ids"], kept) and torch.equal(made["attention_mask"], batch["attention_mask"])
+    assert torch.equal(made["input_ids"][~second], kept[~second]) and (made["labels"][~second] == -100).all()
+    assert torch.equal(made["labels"][second], (made["input_ids"] != kept)[second].long())
+    for old, word in new.items():
+        found = made["input_ids"][second & (kept == old)]
+        assert set(found.tolist()) == {old, word} and 60 < (found == word).sum() < 140  # of 200, half expected
+
+
+def test_pretraining_finds_words_that_do_not_fit_the_first_sentence(pairs, losses):
+    """Who does not compare the sentences stays above 0.25, knowing only which places change how often."""
+    toy.pretrain(pairs, COLUMNS, steps=200, seed=1)
+    assert sum(losses[-20:]) / 20 < 0.2
+
+
+def test_pretraining_repeats_itself_and_its_model_is_loadable(tmp_path, losses):
     pairs = toy.make_pairs(COLUMNS, num_train=600, num_dev=60)
     state = torch.get_rng_state()
     model, tokenizer = toy.pretrain(pairs, COLUMNS, steps=25)
