@@ -350,7 +350,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
                 log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in at.last.items()})
                 logged = next((line for line in reversed(log.lines) if "loss" in line), {})
                 shown = {key: logged[key] for key in ("loss", "conflict_ratio") if key in logged}
-                log.say(task=job.name, variant=variant, seed=seed, epoch=at.epoch, step=at.step, **shown, **at.last)
+                log.say(task=job.source.name, variant=variant, seed=seed, epoch=at.epoch, step=at.step, **shown, **at.last)
                 at.last["epoch"] = at.epoch
                 at.waited = 0 if at.best is None or at.last["score"] > at.best["score"] else at.waited + 1
                 at.best = at.last if at.waited == 0 else at.best
@@ -451,7 +451,7 @@ def run_task(args, name: str, folder: Path, accelerator) -> dict:
             for lr in args.lrs or [args.lr]:
                 if record.find(variant=variant, seed=seed, lr=lr):
                     if main:
-                        print(f"task={name} variant={variant} seed={seed} lr={lr:g}: complete already")
+                        print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already")
                     continue
                 run = train_one(job, variant, lr, seed)
                 record.add(run)
