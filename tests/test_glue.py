@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config
 
 import glue_moefy
-from lab import moefication
+from lab import glue, moefication
 from lab.cli import RunFailed, UserError, hub_is_reachable
+from lab.tasks import PAPER, TASKS
 from stgc import STGCConfig
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +189,134 @@ def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path):
     ]
 
 
+def write_task(root: Path, name: str, rows: int = 16, dev: int = 6) -> None:
+    """A small stand-in for a task's files, in the hub's layout."""
+    task, folder = TASKS[name], root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    label = Value("float32") if task.num_labels == 1 else ClassLabel(task.num_labels)
+    features = Features({**{column: Value("string") for column in task.columns}, "label": label, "idx": Value("int32")})
+    for split, size in (("train", rows), *((split, dev) for split in task.dev)):
+        content = {
+            column: [" ".join(WORDS[i % 5 : i % 5 + 3 + j]) for i in range(size)] for j, column in enumerate(task.columns)
+        }
+        content |= {"label": [i % max(task.num_labels, 2) for i in range(size)], "idx": list(range(size))}
+        Dataset.from_dict(content, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_a_row(words, tmp_path, name):
+    write_task(tmp_path / "data", name)
+    run([*words, "--task", name, "--data-dir", tmp_path / "data", "--epochs", "1"])
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    found, task = record["runs"][0]["last"], TASKS[name]
+    suffixed = {f"{metric}_mm" for metric in task.metrics if len(task.dev) == 2}
+    assert found.keys() == {*task.metrics, *suffixed, "score", "epoch"} and record["name"] == f"{name}-16"
+    assert found["score"] == pytest.approx(sum(found[metric] for metric in task.metrics) / len(task.metrics))
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert {f"eval_{metric}" for metric in (*task.metrics, *suffixed)} < results.keys()
+    assert all(results[f"eval_{metric}"] == found[metric] for metric in task.metrics) and results["eval_samples"] == 6
+
+
+def test_mnli_scores_its_two_halves_apart(words, tmp_path):
+    """The mismatched half has the matched one's sentences and other labels: both are scored, the matched one counts."""
+    write_task(tmp_path / "data", "mnli", dev=6)
+    path = tmp_path / "data" / "mnli" / "validation_mismatched-00000-of-00001.parquet"
+    half = Dataset.from_parquet(str(path))
+    wrong = [(label + 1) % 3 for label in half["label"]]
+    half.remove_columns("label").add_column("label", wrong).to_parquet(path)
+    run([*words, "--task", "mnli", "--data-dir", tmp_path / "data", "--epochs", "1"])
+    last = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["last"]
+    assert last["accuracy"] == last["score"] != last["accuracy_mm"]
+
+
+def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, capsys):
+    for name in PAPER:
+        write_task(tmp_path / "data", name, rows=8)
+    run([*words, "--task", "all", "--data-dir", tmp_path / "data", "--epochs", "1", "--variants", "dense,none,ce"])
+    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/results.json")) == sorted(PAPER)
+    printed = capsys.readouterr().out
+    assert re.search(r"CoLA +MRPC +QNLI +MNLI +RTE +Avg", printed) and "82.8" in printed
+    assert "rte-8" in printed.split("CoLA")[1]  # a part of the data: under its own name, below the columns
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_variants_differ_in_the_method_alone(words, tmp_path, capsys):
+    """Same seed: the same first loss whatever the variant; a dense BERT's too, as copies start as what they copy."""
+    names = ["none", "ce", "mse", "reroute", "placebo", "ce-one", "ce-weight", "placebo-mse-one-weight", "dense"]
+    run([*words, "--compare", "--variants", *names, "--epochs", "1", "--seeds", "0", "1"])
+    first = {name: json.loads((tmp_path / "out" / f"{name}-s1.jsonl").read_text().splitlines()[0]) for name in names}
+    losses = [first[name]["loss"] for name in names]
+    assert losses[:-1] == [losses[0]] * 8 and losses[-1] == pytest.approx(losses[0], rel=1e-5)
+    assert "conflict_ratio" not in first["dense"] and len({first[name]["conflict_ratio"] for name in names[:6]}) == 1
+    printed = capsys.readouterr().out
+    assert "best epoch on dev" in printed and "last epoch, nothing selected" in printed and "minus none" in printed
+    assert (tmp_path / "out" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_variant_names_are_the_flags():
+    for flags in ("", "--conflict-loss mse --passes one", "--select random --gradients weight", "--conflict-loss none"):
+        args = glue_moefy.make_parser().parse_args(["--task", "rte", *flags.split()])
+        options = glue_moefy.variant_options(glue_moefy.variant_name(args))
+        assert options == {name: getattr(args, name) for name in options}
+    assert glue_moefy.variant_options("dense") is None and not glue_moefy.VARIANT.fullmatch("dense-one")
+
+
+def test_several_learning_rates(words, tmp_path, capsys):
+    run([*words, "--lrs", "1e-5", "1e-2", "--variants", "none,ce", "--epochs", "1"])
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(entry["variant"], entry["lr"]) for entry in record["runs"]] == [
+        ("none", 1e-5), ("none", 1e-2), ("ce", 1e-5), ("ce", 1e-2)
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "ce-lr0.01-s0.jsonl").exists() and (tmp_path / "out" / "ce-lr1e-05-s0.jsonl").exists()
+    assert "best learning rate on dev of 1e-05 0.01" in capsys.readouterr().out
+
+
+def test_odd_data_train(words, data, tmp_path, capsys):
+    """One example; a batch above the data; blank sentences, which are counted; a class that dev lacks, which is told."""
+    write_split(tmp_path / "odd" / "rte", "train", 1)
+    write_split(tmp_path / "odd" / "rte", "validation", 3, sentence2=["", "  ", "a cat"], label=[0, 0, 0])
+    run([*words, "--data-dir", tmp_path / "odd", "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert "2 of 3 texts in validation, column sentence2, are blank" in printed
+    assert "validation has no example of class 1" in printed and "rte-1: 1 train, 3 dev" in printed
+
+
+def test_a_tokenised_data_set_is_kept(words, data, model, monkeypatch):
+    """A second run on the same data tokenises nothing: the hash of the function and its tokenizer is the same."""
+    task, tokenizer = TASKS["rte"], BertTokenizerFast.from_pretrained(model)
+    files = {split: glue.load_splits("rte", task, str(data))[split] for split in ("train", "validation")}
+    first = glue.tokenize(files, task, tokenizer, 16)
+    again = glue.tokenize(files, task, BertTokenizerFast.from_pretrained(model), 16)
+    assert all(first[split]._fingerprint == again[split]._fingerprint for split in files)
+    other = glue.tokenize(files, task, tokenizer, 12)
+    assert first["train"]._fingerprint != other["train"]._fingerprint
+
+
+def test_tensorboard_is_optional(words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--report-to tensorboard needs a package more: pip install tensorboard"):
+        run([*words, "--report-to", "tensorboard"])
+    written = []
+    fake = types.SimpleNamespace(
+        SummaryWriter=lambda folder: types.SimpleNamespace(add_scalar=lambda *a: written.append(a), close=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run([*words, "--report-to", "tensorboard", "--overwrite"])
+    assert {"loss", "conflict_ratio", "eval_score"} <= {name for name, _, _ in written}
+
+
+def test_a_saved_run_predicts_and_is_inspected(words, tmp_path, capsys):
+    run([*words, "--save-model", "--epochs", "1"])
+    (tmp_path / "new.csv").write_text('sentence1,sentence2\nthe cat,a dog\nfish,"red, blue"\n')
+    capsys.readouterr()
+    run(["--predict", tmp_path / "new.csv", "--run", tmp_path / "out", "--device", "cpu"])
+    lines = (tmp_path / "new.predictions.csv").read_text().splitlines()
+    assert len(lines) == 3 and "prediction" in lines[0] and "probability_" in lines[0]
+    run(["--inspect", tmp_path / "out", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "example 1" in printed and "conflict ratio" in printed and "[CLS]" in printed
+
+
 def bad_data(tmp_path, **columns):
     write_split(tmp_path / "bad" / "rte", "train", 8, **columns)
     write_split(tmp_path / "bad" / "rte", "validation", 4)
@@ -222,12 +352,30 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
         "--output-dir .*file.* cannot be written": ["--output-dir", tmp_path / "file" / "out"],
         "--max-length 64: the model has 32 positions": ["--max-length", 64],
         "--conflict-loss reroute needs --top-k below": ["--conflict-loss", "reroute", "--top-k", 4],
+        "--variants ce2: unknown": ["--variants", "none", "ce2"],
+        "--variants dense-one: unknown": ["--variants", "dense-one"],
+        "--variants ce ce: one repeated": ["--variants", "ce,ce"],
+        "--lrs 0.1 0.1: one repeated": ["--lrs", 0.1, 0.1],
+        "--passes is part of a variant's name": ["--compare", "--passes", "one"],
+        "--resume keeps .* and --overwrite replaces": ["--resume", "--overwrite"],
+        "--predict FILE needs --run": ["--predict", "x.csv"],
+        "--run goes with --predict": ["--run", tmp_path],
+        "--inspect .*nowhere: no such folder": ["--inspect", tmp_path / "nowhere"],
+        "--data-dir .*bad: train has no label in row 2": [
+            "--data-dir",
+            bad_data(tmp_path / "3", label=[0, 1, None, 0, 1, 0, 1, 0]),
+        ],
+        "--data-dir .*bad: train has no text in column 'sentence2', row 1": [
+            "--data-dir",
+            bad_data(tmp_path / "4", sentence2=["a", None, *"abcdef"]),
+        ],  # fmt: skip
         "--seeds 1 1: a seed repeated": ["--seeds", 1, 1],
         "--lr: 'fast' must be a number at least 0": ["--lr", "fast"],
         "--batch-size: '0' must be an integer at least 1": ["--batch-size", 0],
         "--tau: 'nan' must be a number between": ["--tau", "nan"],
         "unrecognized arguments: --conflict": ["--conflict", "ce"],
         "--toy makes its own model and data": ["--toy"],
+        "--toy makes pairs in the format of rte": ["--toy", "--task", "cola"],
         "--precision fp16 needs a GPU": ["--precision", "fp16"],
     }
     if not torch.cuda.is_available():

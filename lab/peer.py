@@ -1,0 +1,107 @@
+"""The speed of transformers' own fine-tuning, next to ours: `python -m lab.peer --task rte --model DIR --data-dir DIR`.
+
+Each round runs, each in a fresh process and one after the other: transformers' Trainer on the dense model, and
+`glue_moefy.py` without evaluation in between, for every variant. Same model, data, batches by length, fused AdamW, schedule,
+precision and number of steps. Reported are medians over rounds of the ratio of samples per second to the Trainer's.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from lab.cli import Parser, number, run_main
+from lab.tasks import TASKS
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="lab.peer", description=__doc__)
+    parser.add_argument("--task", choices=list(TASKS), default="rte", help="GLUE task")
+    parser.add_argument("--model", required=True, help="hub name or folder of a BERT-like encoder")
+    parser.add_argument("--data-dir", help="folder in the hub's layout; default: nyu-mll/glue there")
+    parser.add_argument("--moe-layers", default="2", help="as for glue_moefy.py")
+    parser.add_argument("--variants", nargs="+", default=["none", "ce", "ce-one"], help="as for glue_moefy.py")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both")
+    parser.add_argument("--samples", type=number(int, 1), default=640, help="training examples of a round, one epoch")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="of all, taking turns")
+    parser.add_argument("--output", type=Path, help="write the record here as json")
+    parser.add_argument("--trainer", action="store_true", help="only one round of the Trainer, in this process")
+    return parser
+
+
+BATCH, LENGTH, RATE = 32, 128, 3e-5  # the defaults of glue_moefy.py
+
+
+def run_trainer(args) -> float:
+    """Samples per second of one epoch of transformers' Trainer."""
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    from lab import glue
+
+    task = TASKS[args.task]
+    source = glue.load_source(args.task, task, args.model, args.data_dir)
+    train = source.splits["train"].select(range(min(args.samples, len(source.splits["train"]))))
+    encoded = glue.tokenize({"train": train}, task, source.tokenizer, LENGTH)["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            weight_decay=0.0,
+            max_grad_norm=0.0,  # no clipping, as ours
+            lr_scheduler_type="linear",
+            optim="adamw_torch_fused",
+            train_sampling_strategy="group_by_length",
+            bf16=args.precision == "bf16",
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        collate = DataCollatorWithPadding(source.tokenizer)
+        trainer = Trainer(source.load_model(), options, train_dataset=encoded, data_collator=collate)
+        return trainer.train().metrics["train_samples_per_second"]
+
+
+def run_ours(args, variant: str) -> float:
+    """Samples per second of one epoch of glue_moefy.py; it leaves out evaluation, as the Trainer's number does."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "glue_moefy.py", "--task", args.task, "--model", args.model, "--variants", variant]
+        words += ["--data-dir", args.data_dir] if args.data_dir else []
+        words += ["--moe-layers", args.moe_layers, "--precision", args.precision, "--epochs", "1", "--seeds", "0"]
+        words += ["--batch-size", str(BATCH), "--max-length", str(LENGTH), "--lr", str(RATE), "--log-steps", "10"]
+        words += ["--max-train-samples", str(args.samples), "--max-eval-samples", "1", "--output-dir", folder]
+        subprocess.run(words, check=True, capture_output=True)
+        return json.loads((Path(folder) / "results.json").read_text())["runs"][0]["samples_per_second"]
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.trainer:
+        print(json.dumps({"samples_per_second": run_trainer(args)}))
+        return
+    rounds = []
+    for turn in range(args.rounds):
+        words = [sys.executable, "-m", "lab.peer", "--trainer", *sys.argv[1:]]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        found = {"Trainer, dense": json.loads(done.stdout.splitlines()[-1])["samples_per_second"]}
+        rounds.append(found | {variant: run_ours(args, variant) for variant in args.variants})
+        print(f"round {turn + 1}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in rounds[-1].items()), flush=True)
+    ratios = {name: [row[name] / row["Trainer, dense"] for row in rounds] for name in rounds[0]}
+    for name, values in ratios.items():
+        print(f"{name:<20}{median(row[name] for row in rounds):8.1f} samples/s {median(values):8.3f}x of the Trainer's")
+    if args.output:
+        from lab.runs import environment, make_accelerator, write_json
+
+        made_by = environment(make_accelerator("auto", "fp32").device)
+        config = vars(args) | {"output": str(args.output)}
+        write_json(
+            args.output, made_by | {"config": config, "rounds": rounds, "ratio": {k: median(v) for k, v in ratios.items()}}
+        )
+
+
+if __name__ == "__main__":
+    run_main("lab.peer", main)
