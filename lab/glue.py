@@ -103,7 +103,12 @@ def load_model(name: str, num_labels: int, config_only: bool = False):
     if config_only:
         load = partial(AutoConfig.from_pretrained, name, num_labels=num_labels)
     else:
-        load = partial(AutoModelForSequenceClassification.from_pretrained, name, num_labels=num_labels, dtype=torch.float32)
+        options = {
+            "num_labels": num_labels,
+            "dtype": torch.float32,
+            "ignore_mismatched_sizes": True,
+        }  # a head of other classes
+        load = partial(AutoModelForSequenceClassification.from_pretrained, name, **options)
     return from_hub("the model", "--model", name, load)
 
 
