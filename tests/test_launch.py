@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from test_glue import CONFIG, ROOT, data, model, words  # noqa: F401  (fixtures)
+from test_glue import CONFIG, ROOT, data, model, run, words  # noqa: F401  (fixtures)
 from test_resume import assert_same, outcome
 from transformers import BertForSequenceClassification
+
+from lab.cli import UserError
 
 
 def launch(processes, *command, **environment):
@@ -35,9 +37,9 @@ def curve(folder, name):
 
 def test_two_processes_train_as_one(words, still, tmp_path):  # noqa: F811
     command = [*words, "--model", still, "--variants", "ce,ce-one", "--lr", "1e-3", "--log-steps", "1"]
-    for processes, folder in ((1, "one"), (2, "two")):
-        done = launch(processes, *command, "--output-dir", tmp_path / folder)
-        assert done.returncode == 0, done.stderr[-2000:]
+    run([*command, "--output-dir", tmp_path / "one"])
+    done = launch(2, *command, "--output-dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written:") == 1  # one process speaks
     for name in ("ce-s0", "ce-one-s0"):
         one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
@@ -61,8 +63,8 @@ def test_resume_in_two_processes(words, tmp_path):  # noqa: F811
     )
     killed = launch(2, *command, "--output-dir", tmp_path / "cut", PYTHONPATH=str(dying))
     assert killed.returncode != 0 and list((tmp_path / "cut" / "checkpoints" / "ce-s0").glob("step-*"))
-    wrong = launch(1, *command, "--output-dir", tmp_path / "cut", "--resume")
-    assert wrong.returncode != 0 and "is of 2 processes, these are 1; start as many" in wrong.stderr
+    with pytest.raises(UserError, match="is of 2 processes, these are 1; start as many"):
+        run([*command, "--output-dir", tmp_path / "cut", "--resume"])
     assert launch(2, *command, "--output-dir", tmp_path / "cut", "--resume").returncode == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
