@@ -24,6 +24,7 @@ def make_parser() -> Parser:
     parser.add_argument("--moe-layers", default="2", help="as for glue_moefy.py")
     parser.add_argument("--variants", nargs="+", default=["none", "ce", "ce-one"], help="as for glue_moefy.py")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both")
+    parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--samples", type=number(int, 1), default=640, help="training examples of a round, one epoch")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="of all, taking turns")
     parser.add_argument("--output", type=Path, help="write the record here as json")
@@ -31,7 +32,7 @@ def make_parser() -> Parser:
     return parser
 
 
-BATCH, LENGTH, RATE = 32, 128, 3e-5  # the defaults of glue_moefy.py
+BATCH, RATE = 32, 3e-5  # the defaults of glue_moefy.py
 
 
 def run_trainer(args) -> float:
@@ -43,7 +44,7 @@ def run_trainer(args) -> float:
     task = TASKS[args.task]
     source = glue.load_source(args.task, task, args.model, args.data_dir)
     train = source.splits["train"].select(range(min(args.samples, len(source.splits["train"]))))
-    encoded = glue.tokenize({"train": train}, task, source.tokenizer, LENGTH)["train"]
+    encoded = glue.tokenize({"train": train}, task, source.tokenizer, args.max_length)["train"]
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
@@ -72,7 +73,7 @@ def run_ours(args, variant: str) -> float:
         words = [sys.executable, "glue_moefy.py", "--task", args.task, "--model", args.model, "--variants", variant]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--moe-layers", args.moe_layers, "--precision", args.precision, "--epochs", "1", "--seeds", "0"]
-        words += ["--batch-size", str(BATCH), "--max-length", str(LENGTH), "--lr", str(RATE), "--log-steps", "10"]
+        words += ["--batch-size", str(BATCH), "--max-length", str(args.max_length), "--lr", str(RATE), "--log-steps", "10"]
         words += ["--max-train-samples", str(args.samples), "--max-eval-samples", "1", "--output-dir", folder]
         subprocess.run(words, check=True, capture_output=True)
         return json.loads((Path(folder) / "results.json").read_text())["runs"][0]["samples_per_second"]

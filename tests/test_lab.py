@@ -11,6 +11,7 @@ import accelerate
 import pytest
 import torch
 from sklearn.metrics import f1_score
+from test_glue import data, model  # noqa: F401  (fixtures)
 
 from lab import bench, figures, report, runs
 from lab.cli import Parser, RunFailed, UserError, model_is_cached, number
@@ -38,6 +39,17 @@ def test_bench_measures_every_variant(tmp_path):
     assert record["variants"]["moe"]["peak_bytes"] > 4 * 4 * parameters  # weights, gradients and AdamW's two moments
     assert "| one pass |" in report.bench_table(record)
     assert record["command"].startswith("python -m lab.bench --rounds 3")
+
+
+def test_peer_measures_the_trainer_and_ours(data, model, tmp_path):  # noqa: F811
+    words = "-m lab.peer --rounds 1 --samples 16 --max-length 16 --moe-layers 1 --variants ce-one --output".split()
+    folders = ["--model", str(model), "--data-dir", str(data)]
+    calm = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words, str(tmp_path / "p.json"), *folders], cwd=ROOT, env=calm, check=True, timeout=300)
+    record = json.loads((tmp_path / "p.json").read_text())
+    (speeds,) = record["rounds"]
+    assert record["ratio"]["ce-one"] == pytest.approx(speeds["ce-one"] / speeds["Trainer, dense"])
+    assert min(speeds.values()) > 0 and record["command"].startswith("python -m lab.peer")
 
 
 def entry(variant, seed, score, collapsed=False):
