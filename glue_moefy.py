@@ -453,8 +453,8 @@ def run_task(args, name: str, folder: Path, accelerator) -> dict:
                     if main:
                         print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already")
                     continue
-                run = train_one(job, variant, lr, seed)
-                record.add(run)
+                record.add(train_one(job, variant, lr, seed))
+                accelerator.free_memory()  # it keeps what it prepared: a sweep would hold every model
                 if main:
                     figures.plot_run(folder, source.name)
                 runs.remove_checkpoints(folder / runs.CHECKPOINTS / run_key(args, variant, lr, seed), accelerator)

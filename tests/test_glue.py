@@ -1,6 +1,7 @@
 """glue_moefy.py from its command line: whole runs on a tiny model and real-looking files, and every kind of bad input."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -8,12 +9,14 @@ import re
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub.errors import HTTPError
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config
 
 import glue_moefy
@@ -268,6 +271,36 @@ def test_several_learning_rates(words, tmp_path, capsys):
     ]  # fmt: skip
     assert (tmp_path / "out" / "ce-lr0.01-s0.jsonl").exists() and (tmp_path / "out" / "ce-lr1e-05-s0.jsonl").exists()
     assert "best learning rate on dev of 1e-05 0.01" in capsys.readouterr().out
+
+
+def test_a_sweep_holds_one_model_at_a_time(words, monkeypatch):
+    alive, most, real = weakref.WeakSet(), [], moefication.moefy
+
+    def counting(model, spec):
+        gc.collect()
+        model = real(model, spec)
+        if next(model.parameters()).device.type != "meta":
+            alive.add(model)
+            most.append(len(alive))
+        return model
+
+    monkeypatch.setattr(moefication, "moefy", counting)
+    run([*words, "--variants", "none,ce", "--seeds", "0", "1", "--epochs", "1"])
+    assert most == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("reset by peer"), HTTPError("timed out"), OSError("Consistency check failed")]
+)
+def test_an_interrupted_download_is_one_line(error, monkeypatch):
+    def broken():
+        raise error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(
+        UserError, match="--model: the model m cannot be loaded .*goes on where it stopped when the command is run"
+    ):
+        glue.from_hub("the model", "--model", "m", broken)
 
 
 def test_odd_data_train(words, data, tmp_path, capsys):
