@@ -83,7 +83,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--lrs", type=number(float, 0), nargs="+", help="several rates instead, a run each; best: best on dev"
     )
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="one full run each")
+    parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0, 1, 2], help="one full run each")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--max-train-samples", type=number(int, 1), help="use the first n training examples")
     parser.add_argument("--max-eval-samples", type=number(int, 1), help="use the first n dev examples")
@@ -195,7 +195,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
 # ruff: noqa: E402
 import datasets
 import torch
-from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
+from transformers import get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
 from lab import compare, figures, glue, moefication, runs, toy, use
@@ -218,6 +218,7 @@ class Progress:
     best: dict | None = None
     last: dict | None = None
     waited: int = 0  # epochs without gain
+    stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until the next judged step
     answer: float | None = None  # the only one that the dev examples got; None: they differ
 
 
@@ -296,18 +297,27 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     model, optimizer, train, schedule = accelerator.prepare(model, optimizer, train, schedule)
     dev = {split: accelerator.prepare(loader) for split, loader in dev.items()}
     stgc = None if config is None else STGC(model, config)
+    if accelerator.process_index:  # else all processes would drop out the same units
+        torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
 
     checkpoints = runs.Checkpoints(job.folder / runs.CHECKPOINTS / name, accelerator, model, optimizer, schedule)
     saved = checkpoints.load() if args.resume else None
     at = Progress(**saved) if saved else Progress()
-    if stgc:
+    if stgc and saved:
         stgc.step = at.step
+        stgc.numbers = [{key: torch.tensor(value) for key, value in numbers.items()} for numbers in at.stats]
     board = job.folder / "tensorboard" / name if args.report_to == "tensorboard" else None
     log = runs.RunLog(job.folder / f"{name}.jsonl", steps, accelerator.is_main_process, at.step, at.lines, board)
     losses = [torch.tensor(value, device=accelerator.device) for value in at.losses]
 
+    go_on = "the same command with --resume goes on there"
+
     def save():
         at.losses, at.lines = runs.check_losses(losses, at.step, accelerator), len(log.lines)
+        if stgc:
+            at.stats = [{key: value.tolist() for key, value in numbers.items()} for numbers in stgc.numbers]
         checkpoints.save(at.step, asdict(at))
 
     try:
@@ -341,10 +351,11 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
                         log.step()
                     stopped = stop.agreed(at.step)
                     if stopped or (args.save_steps and at.step % args.save_steps == 0):
-                        at.seconds, start = at.seconds + time.perf_counter() - start, time.perf_counter()
+                        at.seconds += time.perf_counter() - start
                         save()
+                        start = time.perf_counter()
                     if stopped:
-                        raise Interrupted(f"{name} is saved at step {at.step}; the same command with --resume goes on there")
+                        raise Interrupted(f"{name} is saved at step {at.step}; {go_on}")
                 at.seconds += time.perf_counter() - start
                 at.last, at.answer = evaluate(model, dev, accelerator, job.task)
                 log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in at.last.items()})
@@ -356,6 +367,8 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
                 at.best = at.last if at.waited == 0 else at.best
                 at.epoch, at.batch = at.epoch + 1, 0
                 save()
+                if stop.agreed(0):  # it came while evaluating
+                    raise Interrupted(f"{name} is saved after epoch {at.epoch - 1}; {go_on}")
     finally:
         log.close()
         if stgc:
@@ -412,52 +425,60 @@ def summarize(record: dict) -> str:
     return "\n".join(lines)
 
 
-def run_task(args, name: str, folder: Path, accelerator) -> dict:
-    """All runs on one task. Returns the record."""
-    task, main = TASKS[name], accelerator.is_main_process
-    args.epochs = args.epochs or task.epochs
+def prepare(args, name: str, folder: Path, accelerator) -> Job:
+    """Everything that can be wrong with a task's data, model and folder is found here; nothing is written. UserError."""
+    args, task = type(args)(**vars(args)), TASKS[name]
+    args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
     spec = make_spec(args, source.config)
     limits = {"train": args.max_train_samples, **dict.fromkeys(task.dev, args.max_eval_samples)}
-    source.splits = {
-        key: split.select(range(min(len(split), limits[key] or len(split)))) for key, split in source.splits.items()
-    }
+    for split, dataset in source.splits.items():
+        source.splits[split] = dataset.select(range(min(len(dataset), limits[split] or len(dataset))))
     if not args.toy:
-        source.name = glue.run_name(name, task, len(source.splits["train"]))
+        source.name = glue.run_name(name, task, *(len(source.splits[split]) for split in ("train", task.dev[0])))
+    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)
+    if args.report_to == "tensorboard":
+        runs.summary_writer_class()
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
+    return Job(args, name, task, source, spec, encoded, folder, accelerator)
 
-    config = vars(args) | {"task": name, "output_dir": str(folder)}
-    runs.check_folder(folder, config, FREE, args.overwrite, args.resume)
+
+def run_task(job: Job) -> dict:
+    """All runs on one task. Returns the record."""
+    args, source, folder, accelerator = job.args, job.source, job.folder, job.accelerator
+    main = accelerator.is_main_process
+    model = moefication.moefy(source.load_model(), replace(job.spec, split="contiguous"))  # loads, or says why not
+    parameters = moefication.count_parameters(model)
+    del model
     accelerator.wait_for_everyone()
     if main:
         runs.claim_folder(folder, args.overwrite)
     accelerator.wait_for_everyone()
-    data = {"train": len(encoded["train"]), "dev": len(encoded[task.dev[0]]), "source": source.kind}
-    record = runs.RunFolder(folder, source.name, config, data, accelerator)
-    job = Job(args, name, task, source, spec, encoded, folder, accelerator)
+    data = {"train": len(job.encoded["train"]), "dev": len(job.encoded[job.task.dev[0]]), "source": source.kind}
+    record = runs.RunFolder(folder, source.name, vars(args), data, accelerator)
     if main:
         print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
-        with torch.device("meta"):  # shapes only
-            shapes = AutoModelForSequenceClassification.from_config(source.config)
-            parameters = moefication.count_parameters(moefication.moefy(shapes, replace(spec, split="contiguous")))
-        print(f"{spec}\nparameters: {parameters.total / 1e6:.1f} M in all, {parameters.active / 1e6:.1f} M active per token")
+        million = (parameters.total / 1e6, parameters.active / 1e6)
+        print("{}\nparameters: {:.1f} M in all, {:.1f} M active per token".format(job.spec, *million))
         for variant in args.variants:
             print(f"{variant}: {make_config(args, variant) or 'the dense model, no MoE'}")
         print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
     for seed in args.seeds:
         for variant in args.variants:
             for lr in args.lrs or [args.lr]:
-                if record.find(variant=variant, seed=seed, lr=lr):
+                key = run_key(args, variant, lr, seed)
+                if not record.find(variant=variant, seed=seed, lr=lr):
+                    record.add(train_one(job, variant, lr, seed))
+                    accelerator.free_memory()  # it keeps what it prepared: a sweep would hold every model
                     if main:
-                        print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already")
-                    continue
-                record.add(train_one(job, variant, lr, seed))
-                accelerator.free_memory()  # it keeps what it prepared: a sweep would hold every model
-                if main:
-                    figures.plot_run(folder, source.name)
-                runs.remove_checkpoints(folder / runs.CHECKPOINTS / run_key(args, variant, lr, seed), accelerator)
+                        figures.plot_run(folder, source.name)
+                elif main:
+                    lost = args.save_model and not (folder / f"model-{key}").is_dir()
+                    note = "; its model was not kept, train anew with --overwrite for one" * lost
+                    print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already{note}")
+                runs.remove_checkpoints(folder / runs.CHECKPOINTS / key, accelerator)
     if main:
         runs.write_json(folder / "all_results.json", all_results(record.record))
         if len(args.variants) > 1:
@@ -467,17 +488,22 @@ def run_task(args, name: str, folder: Path, accelerator) -> dict:
 
 
 def all_results(record: dict) -> dict:
-    """The keys that transformers' own GLUE scripts write, of the last variant: means over its seeds, last epoch."""
+    """The keys that transformers' own GLUE scripts write, of the last variant at its best rate: means over its seeds, last
+    epoch."""
     variant = record["runs"][-1]["variant"]
-    found = [run for run in record["runs"] if run["variant"] == variant]
+    row = next(row for row in compare.select_rows(record, "best") if row.variant == variant)
+    found = [run for run in record["runs"] if (run["variant"], run["lr"]) == (variant, row.lr)]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    result = {f"eval_{key}": mean([run["last"][key] for run in found]) for key in found[0]["last"] if key != "epoch"}
-    result |= {"epoch": mean([run["last"]["epoch"] for run in found]), "variant": variant}
-    result |= {"seeds": sorted({run["seed"] for run in found}), "lrs": sorted({run["lr"] for run in found})}
+    result = {}
+    for key in found[0]["last"]:
+        name = "epoch" if key == "epoch" else f"eval_{THEIR_NAMES.get(key, key)}"
+        result[name] = mean([run["last"][key] for run in found])
+    result |= {"variant": variant, "lr": row.lr, "seeds": sorted(run["seed"] for run in found)}
     result |= {"train_samples": record["data"]["train"], "eval_samples": record["data"]["dev"]}
     return result | {key: mean([run[name] for run in found]) for key, name in TRAIN_KEYS.items()}
 
 
+THEIR_NAMES = {"matthews": "matthews_correlation", "spearman": "spearmanr", "score": "combined_score"}
 TRAIN_KEYS = {"train_runtime": "seconds", "train_samples_per_second": "samples_per_second"}
 
 
@@ -497,10 +523,8 @@ def main(args) -> None:
     names = PAPER if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
     folder = Path(args.output_dir or f"runs/{default}-{'compare' if args.compare else args.variants[-1]}")
-    records = {}
-    for name in names:
-        own = type(args)(**vars(args))
-        records[name] = run_task(own, name, folder / name if args.task == "all" else folder, accelerator)
+    jobs = [prepare(args, name, folder / name if args.task == "all" else folder, accelerator) for name in names]
+    records = {job.name: run_task(job) for job in jobs}
     if args.task == "all" and accelerator.is_main_process:
         figures.plot_comparison(folder, list(records.values()))
         print(f"\n{compare.paper_table(records, 'best')}")

@@ -499,6 +499,9 @@ class STGC:
         for layer in self.layers:
             if layer.watch is not None and layer.watch.func.__self__ is self:
                 layer.watch = None
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, as a new tensor; with one process, the tensor."""

@@ -1,6 +1,7 @@
 """Command lines that fail in one clear line. Standard library only, so that --help answers at once."""
 
 import argparse
+import errno
 import os
 import sys
 import threading
@@ -65,6 +66,10 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
         line, code = f"stopped: {error}", FAILED
     except Interrupted as error:
         line, code = f"interrupted: {error}", INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        line, code = f"stopped: {error}; free the disk, then the same command with --resume goes on", FAILED
     except KeyboardInterrupt:
         line, code = "interrupted; finished runs are kept, the same command with --resume goes on", INTERRUPTED
     if os.environ.get("RANK", "0") == "0":

@@ -35,7 +35,7 @@ PANELS = [
 def read_curves(folder: Path) -> dict[str, list[list[dict]]]:
     """variant -> one list of log lines per seed, from <variant>-s<seed>.jsonl."""
     curves: dict[str, list[list[dict]]] = {}
-    for path in sorted(folder.glob("*-s*.jsonl")):
+    for path in sorted(folder.glob("*-s[0-9]*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         curves.setdefault(path.stem.rpartition("-s")[0], []).append(lines)
     return curves

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import pyarrow
 import torch
 from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -40,7 +42,7 @@ def from_hub(what: str, flag: str, name: str, load: Callable):
     """Runs `load`; where the hub or its cache cannot give `name`, UserError names the ways on."""
     try:
         return load()
-    except (OSError, ValueError, HTTPError, DatasetGenerationError) as error:  # not found, offline, cut off, damaged
+    except (OSError, ValueError, HTTPError, DatasetGenerationError, SafetensorError) as error:  # absent, cut off, damaged
         if os.environ.get("HF_HUB_OFFLINE"):
             raise UserError(offline_message(what, name)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -57,7 +59,7 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
     else:
         where = f"--data-dir {data_dir}"
         root = Path(data_dir).expanduser()
-        folder = root / name if (root / name).is_dir() else root
+        folder = root if root.name == name else root / name
         files = {split: sorted(map(str, folder.glob(f"{split}-*.parquet"))) for split in wanted}
         for split, found in files.items():
             if not found:
@@ -79,9 +81,13 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
             raise UserError(f"{where}: {split} has no column {column!r}; it needs {', '.join(needed)}")
     if not len(dataset):
         raise UserError(f"{where}: {split} has no rows; give one example at least")
+    kind = dataset.features["label"]
     labels = dataset["label"][:]
     if None in labels:
         raise UserError(f"{where}: {split} has no label in row {labels.index(None)}; label it, or take it out")
+    if not (pyarrow.types.is_integer(kind.pa_type) or (task.num_labels == 1 and pyarrow.types.is_floating(kind.pa_type))):
+        wanted = "a number" if task.num_labels == 1 else f"an integer, 0 to {task.num_labels - 1}"
+        raise UserError(f"{where}: {split} has labels of type {kind.dtype}; make each {wanted}")
     classes = set(range(task.num_labels))
     if task.num_labels > 1 and (wrong := set(labels) - classes):
         raise UserError(f"{where}: {split} has the label {wrong.pop()}; use 0 to {task.num_labels - 1}")
@@ -108,8 +114,15 @@ def load_model(name: str, num_labels: int, config_only: bool = False):
             "dtype": torch.float32,
             "ignore_mismatched_sizes": True,
         }  # a head of other classes
-        load = partial(AutoModelForSequenceClassification.from_pretrained, name, **options)
-    return from_hub("the model", "--model", name, load)
+        load = partial(AutoModelForSequenceClassification.from_pretrained, name, output_loading_info=True, **options)
+    loaded = from_hub("the model", "--model", name, load)
+    if config_only:
+        return loaded
+    model, info = loaded
+    encoder = f"{model.base_model_prefix}."
+    if absent := [key for key in info["missing_keys"] if key.startswith(encoder) and "pooler" not in key]:
+        raise UserError(f"--model {name}: its weights lack {min(absent)}, which would be random; give another checkpoint")
+    return model
 
 
 def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Source:
@@ -122,11 +135,11 @@ def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Sour
     )
 
 
-def run_name(name: str, task: Task, rows: int) -> str:
-    """The task's name; with fewer rows than the official training set, one that cannot be taken for it: qnli-12k."""
-    if rows >= task.rows:
-        return name
-    return f"{name}-{rows}" if rows < 1000 else f"{name}-{round(rows / 1000)}k"
+def run_name(name: str, task: Task, rows: int, dev_rows: int) -> str:
+    """The task's name; with other rows than the official sets, one that cannot be taken for it: qnli-12k, rte-dev100."""
+    if rows != task.rows:
+        return f"{name}-{rows}" if rows < 1000 else f"{name}-{round(rows / 1000)}k"
+    return name if dev_rows == task.dev_rows else f"{name}-dev{dev_rows}"
 
 
 def label_names(dataset: datasets.Dataset, task: Task) -> list[str] | None:

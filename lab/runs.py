@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -58,7 +59,8 @@ def make_accelerator(device: str, precision: str) -> accelerate.Accelerator:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: by tensors on a CUDA device since its last reset, else by the whole process."""
+    """The most memory held: by tensors on a CUDA device since its last reset; else by the whole process since it began, so
+    that a later run of a sweep reports what an earlier one took, too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -90,24 +92,32 @@ def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, re
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output-dir {folder}: cannot be written; name another folder")
-    if overwrite or not own_files(folder):
+    record = None if overwrite else read_record(folder)
+    if record is None and not overwrite and (folder / CHECKPOINTS).is_dir():
+        raise UserError(f"--output-dir {folder} has {CHECKPOINTS} but no {RECORD}: name another folder, or pass --overwrite")
+    if record is None:
         return
     if not resume:
         raise UserError(
             f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
             "(--resume: to go on with it)"
         )
-    before = (read_record(folder) or {}).get("config", {})
+    before = record.get("config", {})
     other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
     if other:
         flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in other)
         raise UserError(f"--resume: {folder} was begun with {flags}; give the same, or name another --output-dir")
 
 
+OWN = {RECORD, CHECKPOINTS, "all_results.json", "curves.png", "comparison.png", "tensorboard"}
+OWN_RUN = re.compile(r"(model-)?[a-z]+(-[a-z]+)*(-lr[\d.e-]+)?-s\d+(\.jsonl)?")  # the curve or the model of one run
+
+
 def own_files(folder: Path) -> list[Path]:
-    """What runs wrote to a folder."""
-    patterns = (RECORD, "*-s*.jsonl", "*.png", "all_results.json", CHECKPOINTS, "model-*-s*", "tensorboard")
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    """What runs wrote to a folder; nothing where there is neither a record nor a checkpoint of theirs."""
+    if not any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.name in OWN or OWN_RUN.fullmatch(path.name)]
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
@@ -123,8 +133,11 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Atomically: a reader sees the old file or the new one, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -137,7 +150,7 @@ def git_state() -> tuple[str | None, bool | None]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
             return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
 
@@ -156,6 +169,7 @@ def environment(device: torch.device) -> dict:
         "versions": {"python": platform.python_version()} | versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "processes": accelerate.PartialState().num_processes,
     }
 
 
@@ -193,19 +207,21 @@ class RunFolder:
 class RunLog:
     """The log of one run: a progress bar on stderr (off where that is no terminal), and a curve as JSON lines.
 
-    A resumed run keeps the first `kept` lines of its curve and counts on from `step`. `board`: a folder for TensorBoard.
+    A resumed run keeps the first `kept` lines of its curve and counts on from `step`: RunFailed where they are gone.
+    `board`: a folder for TensorBoard. Only the main process has lines.
     """
 
     def __init__(self, path: Path, steps: int, main: bool = True, step: int = 0, kept: int = 0, board: Path | None = None):
-        before = path.read_text().splitlines()[:kept] if kept else []
-        self.lines: list[dict] = [json.loads(line) for line in before]
-        self.file = open(path, "w") if main else None
-        if self.file:
-            self.file.writelines(f"{line}\n" for line in before)
-            self.file.flush()
+        self.lines: list[dict] = read_lines(path, kept) if main and kept else []
+        self.file = None
+        if main:
+            begun = path.with_name(path.name + ".tmp")  # the curve is there as a whole at any moment
+            begun.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            os.replace(begun, path)
+            self.file = open(path, "a")
         hidden = None if main else True  # None: where stderr is no terminal
         self.bar = tqdm(total=steps, initial=step, desc=path.stem, dynamic_ncols=True, disable=hidden)
-        self.board = summary_writer(board) if board and main else None
+        self.board = summary_writer_class()(str(board)) if board and main else None
         self.main = main
 
     def step(self, line: dict | None = None, **shown: float) -> None:
@@ -244,13 +260,24 @@ class RunLog:
                 file.close()
 
 
-def summary_writer(folder: Path):
+def read_lines(path: Path, count: int) -> list[dict]:
+    """The first lines of a curve. RunFailed if it does not have them."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()[:count]]
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"the curve {path} cannot be read ({error}); start anew with --overwrite") from None
+    if len(lines) < count:
+        raise RunFailed(f"the curve {path} has {len(lines)} lines, its checkpoint {count}; start anew with --overwrite")
+    return lines
+
+
+def summary_writer_class():
     """TensorBoard's writer. UserError where that optional package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--report-to tensorboard needs a package more: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def stats_line(stats: list[dict]) -> dict:
@@ -294,11 +321,13 @@ class StopSignal:
 
     def ask(self, *_):
         if self.asked:
-            raise Interrupted("at once, without saving")
+            raise Interrupted("at once; --resume goes on from the checkpoint before")
         self.asked = True
+        print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr, flush=True)
 
     def agreed(self, step: int) -> bool:
-        """Whether to stop after this step: the same answer in all processes, which get their signals at different times."""
+        """Whether to stop after this step: the same answer in all processes, which get their signals at different times.
+        They agree at each tenth step only; step 0 asks for an answer now."""
         if self.accelerator.num_processes == 1 or step % self.STEPS:
             return self.asked and self.accelerator.num_processes == 1
         asked = torch.tensor(float(self.asked), device=self.accelerator.device)
@@ -327,18 +356,19 @@ class Checkpoints:
         target, part = self.folder / f"step-{step:08d}", self.folder / "part"
         weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)  # empty on other processes
         scaler = self.accelerator.scaler
+        main, error = self.accelerator.is_main_process, None
         try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
+            part.mkdir(parents=True, exist_ok=True)
             save_file(random_state(self.accelerator.device), part / f"random-{self.accelerator.process_index}.safetensors")
-            if self.accelerator.is_main_process:
+            if main:
                 moments = {(name, key): value for name, own in optimizer["state"].items() for key, value in own.items()}
                 save_file(unshared(weights), part / "model.safetensors")
                 save_file(unshared({"/".join(key): value for key, value in moments.items()}), part / "optimizer.safetensors")
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
+        except (OSError, SafetensorError) as failure:
+            error = failure
+        self.all_well(step, error)
+        try:
+            if main:
                 state = {
                     "step": step,
                     "processes": self.accelerator.num_processes,
@@ -346,20 +376,29 @@ class Checkpoints:
                     "schedule": self.schedule.scheduler.state_dict(),
                     "groups": optimizer["param_groups"],
                     "scaler": scaler.state_dict() if scaler else None,
-                    "sha256": {path.name: sha256(path) for path in sorted(part.iterdir())},
+                    "sha256": {path.name: sha256(path) for path in sorted(part.glob("*.safetensors"))},
                 }
-                write_json(part / "state.json", state)
+                write_json(part / "state.json", state | {"digest": digest(state)})
                 shutil.rmtree(target, ignore_errors=True)  # one that was found damaged
                 os.replace(part, target)
                 for old in self.found()[2:]:
                     shutil.rmtree(old)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise RunFailed(
-                f"the checkpoint of step {step} cannot be saved ({error}); "
-                f"{self.found()[0] if self.found() else 'no earlier one'} is kept: free the disk, then add --resume"
-            ) from None
-        self.accelerator.wait_for_everyone()
+        except OSError as failure:
+            error = failure
+        self.all_well(step, error)
+
+    def all_well(self, step: int, error: Exception | None) -> None:
+        """RunFailed in all processes where one of them could not write."""
+        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(failed).item() == 0:
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / "part", ignore_errors=True)
+        kept = self.found()[0] if self.found() else "no earlier one"
+        reason = error or "in another process"
+        raise RunFailed(
+            f"the checkpoint of step {step} cannot be saved ({reason}); {kept} is kept: free the disk, then add --resume"
+        )
 
     def found(self) -> list[Path]:
         """The newest first."""
@@ -380,6 +419,8 @@ class Checkpoints:
 
     def load_one(self, path: Path) -> dict:
         state = json.loads((path / "state.json").read_text())
+        if state.pop("digest") != digest(state):
+            raise ValueError("state.json is not what was written")
         for name, expected in state["sha256"].items():
             if sha256(path / name) != expected:
                 raise ValueError(f"{name} is not what was written")
@@ -448,6 +489,10 @@ def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.add(tensor.data_ptr())
         result[name] = tensor.contiguous() if fresh else tensor.clone()
     return result
+
+
+def digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

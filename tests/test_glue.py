@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub.errors import HTTPError
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config
 
 import glue_moefy
@@ -179,17 +181,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(words, tmp_path):
 def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path):
     out = tmp_path / "out"
     run([*words, "--epochs", "1"])
-    (out / "notes.txt").write_text("mine")
+    mine = ["notes.txt", "holiday.png", "train-set.jsonl", "model-x-small.bin"]
+    for name in mine:
+        (out / name).write_text("mine")
     with pytest.raises(UserError, match="--output-dir .* holds another run: name another folder, or pass --overwrite"):
         run([*words, "--epochs", "1"])
     run([*words, "--epochs", "1", "--overwrite", "--conflict-loss", "mse"])
-    assert [path.name for path in sorted(out.iterdir())] == [
-        "all_results.json",
-        "curves.png",
-        "mse-s0.jsonl",
-        "notes.txt",
-        "results.json",
-    ]
+    ours = ["all_results.json", "curves.png", "mse-s0.jsonl", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*ours, *mine])
 
 
 def write_task(root: Path, name: str, rows: int = 16, dev: int = 6) -> None:
@@ -216,8 +215,10 @@ def test_every_task_is_a_row(words, tmp_path, name):
     assert found.keys() == {*task.metrics, *suffixed, "score", "epoch"} and record["name"] == f"{name}-16"
     assert found["score"] == pytest.approx(sum(found[metric] for metric in task.metrics) / len(task.metrics))
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert {f"eval_{metric}" for metric in (*task.metrics, *suffixed)} < results.keys()
-    assert all(results[f"eval_{metric}"] == found[metric] for metric in task.metrics) and results["eval_samples"] == 6
+    names = {"matthews": "matthews_correlation", "spearman": "spearmanr"}
+    assert {f"eval_{names.get(metric, metric)}" for metric in (*task.metrics, *suffixed)} < results.keys()
+    assert all(results[f"eval_{names.get(metric, metric)}"] == found[metric] for metric in task.metrics)
+    assert results["eval_samples"] == 6 and results["eval_combined_score"] == found["score"]
 
 
 def test_mnli_scores_its_two_halves_apart(words, tmp_path):
@@ -365,6 +366,20 @@ def other_model(tmp_path, model, config):
     return folder
 
 
+def damaged_model(tmp_path, model, cut: bool):
+    """Weights that break off, or that are another model's."""
+    folder = tmp_path / ("cut" if cut else "foreign")
+    shutil.copytree(model, folder)
+    if cut:
+        os.truncate(folder / "model.safetensors", 200)
+    else:
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {f"other.{name}": value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    return folder
+
+
 def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -393,6 +408,13 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
         "--predict FILE needs --run": ["--predict", "x.csv"],
         "--run goes with --predict": ["--run", tmp_path],
         "--inspect .*nowhere: no such folder": ["--inspect", tmp_path / "nowhere"],
+        "--data-dir .*bad: train has labels of type (large_)?string": [
+            "--data-dir",
+            bad_data(tmp_path / "5", label=[*"abababab"]),
+        ],
+        "--model .*cut cannot be loaded": ["--model", damaged_model(tmp_path, model, cut=True)],
+        "--model .*foreign: its weights lack bert.": ["--model", damaged_model(tmp_path, model, cut=False)],
+        "--seeds: '4294967296' must be an integer between": ["--seeds", 2**32],
         "--data-dir .*bad: train has no label in row 2": [
             "--data-dir",
             bad_data(tmp_path / "3", label=[0, 1, None, 0, 1, 0, 1, 0]),

@@ -54,11 +54,12 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--conflict-loss ce", "--conflict-loss ce --passes one --select random", "--variants dense"]
+    "flags",
+    ["--log-steps 2", "--passes one --select random --every 2 --log-steps 1", "--conflict-loss none", "--variants dense"],
 )
 @pytest.mark.parametrize("step", [2, 5, 8])  # before any checkpoint is there, within an epoch, and right after one
 def test_a_killed_run_ends_as_if_it_had_not_been(words, tmp_path, monkeypatch, flags, step):  # noqa: F811
-    command = [*words, *flags.split(), "--epochs", "3", "--save-steps", "2", "--log-steps", "2", "--save-model"]
+    command = [*words, "--log-steps", "5", *flags.split(), "--epochs", "3", "--save-steps", "2", "--save-model"]
     run([*command, "--output-dir", tmp_path / "whole"])
     with monkeypatch.context() as patch:
         kill_at(patch, step)
