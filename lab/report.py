@@ -5,7 +5,7 @@ A gap within the spread is no difference: no cell is emphasised, and what collap
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,12 +70,24 @@ def bench_table(record: dict) -> str:
     return "\n".join([*lines, "", f"    {record['command']}"])
 
 
+def peer_table(record: dict) -> str:
+    """Markdown: samples per second of training beside transformers' Trainer."""
+    lines = ["| loop | samples per second, median | against the Trainer, median and each round |", "| --- | --- | --- |"]
+    for name, ratio in record["ratio"].items():
+        rounds = ", ".join(f"{row[name] / row['Trainer, dense']:.2f}" for row in record["rounds"])
+        lines.append(f"| {name} | {median(row[name] for row in record['rounds']):.1f} | {ratio:.2f}x ({rounds}) |")
+    return "\n".join([*lines, "", f"    {record['command']}"])
+
+
 def sections() -> dict[str, str]:
     """Marker -> generated text."""
     found = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*/results.json"))}
     texts = {"results": results_table(list(found.values()))}
     for path in sorted((ROOT / "results").glob("bench*.json")):
         texts[path.stem] = bench_table(json.loads(path.read_text()))
+    peer = ROOT / "results" / "peer.json"
+    if peer.exists():
+        texts["peer"] = peer_table(json.loads(peer.read_text()))
     return texts
 
 
