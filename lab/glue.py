@@ -47,6 +47,7 @@ def from_hub(what: str, flag: str, name: str, load: Callable):
             raise UserError(offline_message(what, name)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         again = "a download that broke off goes on where it stopped when the command is run again"
+        again = "save or fetch it again" if Path(name).is_dir() else again
         raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None
 
 
