@@ -1,6 +1,6 @@
 """Turns a pretrained BERT into a Mixture-of-Experts and fine-tunes it on GLUE tasks, with or without STGC.
 
-  python glue_moefy.py --task rte --toy                        nothing downloaded, three minutes on a laptop CPU
+  python glue_moefy.py --task rte --toy                        nothing downloaded, a minute or two on a laptop CPU
   python glue_moefy.py --task rte                              BERT-large and RTE from the Hugging Face hub
   python glue_moefy.py --task rte --compare                    the baseline, STGC and the placebo, seed by seed
   python glue_moefy.py --task all --variants dense,none,ce     the paper's five tasks and its table

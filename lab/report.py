@@ -81,8 +81,8 @@ def peer_table(record: dict) -> str:
 
 def sections() -> dict[str, str]:
     """Marker -> generated text."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*/results.json"))}
-    texts = {"results": results_table(list(found.values()))}
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").rglob("results.json"))]
+    texts = {"results": results_table(found)}
     for path in sorted((ROOT / "results").glob("bench*.json")):
         texts[path.stem] = bench_table(json.loads(path.read_text()))
     peer = ROOT / "results" / "peer.json"

@@ -86,7 +86,7 @@ def test_readme_shows_what_the_records_say():
 
 def test_recorded_runs_are_complete():
     """What results/ holds is reproducible: command, commit, versions, and a curve for each run it lists."""
-    for path in ROOT.glob("results/*/results.json"):
+    for path in (ROOT / "results").rglob("results.json"):
         record = json.loads(path.read_text())
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]) and record["dirty"] is False, path
         assert record["command"].startswith("python glue_moefy.py") and record["versions"]["torch"], path
