@@ -20,7 +20,17 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from lab.cli import Interrupted, Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
+from lab.cli import (
+    Interrupted,
+    Parser,
+    RunFailed,
+    UserError,
+    hub_is_reachable,
+    model_is_cached,
+    number,
+    offline_message,
+    run_main,
+)
 from lab.tasks import PAPER, TASKS, Task
 
 VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
@@ -232,6 +242,7 @@ class Job:
     source: glue.Source
     spec: moefication.MoESpec
     encoded: dict
+    lengths: dict  # of the encoded examples, in tokens
     folder: Path
     accelerator: object
 
@@ -290,7 +301,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     model = job.source.load_model()
     if config is not None:
         model = moefication.moefy(model, replace(job.spec, seed=seed))
-    train, dev, order = glue.make_loaders(job.encoded, job.source.tokenizer, args.batch_size)
+    train, dev, order = glue.make_loaders(job.encoded, job.lengths, job.source.tokenizer, args.batch_size)
     steps = args.epochs * len(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
@@ -442,7 +453,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         runs.summary_writer_class()
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    return Job(args, name, task, source, spec, encoded, folder, accelerator)
+    return Job(args, name, task, source, spec, encoded, glue.token_counts(encoded), folder, accelerator)
 
 
 def run_task(job: Job) -> dict:
@@ -470,7 +481,10 @@ def run_task(job: Job) -> dict:
             for lr in args.lrs or [args.lr]:
                 key = run_key(args, variant, lr, seed)
                 if not record.find(variant=variant, seed=seed, lr=lr):
-                    record.add(train_one(job, variant, lr, seed))
+                    try:
+                        record.add(train_one(job, variant, lr, seed))
+                    except RunFailed as error:
+                        raise RunFailed(f"{error} ({key}; the runs before it are kept)") from None
                     accelerator.free_memory()  # it keeps what it prepared: a sweep would hold every model
                     if main:
                         figures.plot_run(folder, source.name)

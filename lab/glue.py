@@ -173,7 +173,14 @@ def encode_rows(rows: dict, columns: tuple[str, ...], tokenizer, max_length: int
     return tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
 
 
-def make_loaders(encoded: dict, tokenizer, batch_size: int) -> tuple[DataLoader, dict[str, DataLoader], torch.Generator]:
+def token_counts(encoded: dict) -> dict[str, list[int]]:
+    """How many tokens each example of each split has."""
+    return {split: [len(ids) for ids in dataset["input_ids"]] for split, dataset in encoded.items()}
+
+
+def make_loaders(
+    encoded: dict, lengths: dict[str, list[int]], tokenizer, batch_size: int
+) -> tuple[DataLoader, dict[str, DataLoader], torch.Generator]:
     """Train batches of similar length, dev batches by length, both padded per batch; and what draws the training order.
 
     The order of an epoch is a function of the generator's state at its start alone: seed it there, and a resumed run sees
@@ -185,7 +192,6 @@ def make_loaders(encoded: dict, tokenizer, batch_size: int) -> tuple[DataLoader,
     def loader(dataset, size, **kwargs):
         return DataLoader(dataset, size, collate_fn=collate, generator=torch.Generator(), **kwargs)
 
-    lengths = {split: [len(ids) for ids in dataset["input_ids"]] for split, dataset in encoded.items()}
     sampler = LengthGroupedSampler(batch_size, lengths=lengths["train"], generator=order)
     train = loader(encoded["train"], batch_size, sampler=sampler)
     by_length = {split: sorted(range(len(own)), key=own.__getitem__) for split, own in lengths.items()}
