@@ -440,6 +440,9 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     """Everything that can be wrong with a task's data, model and folder is found here; nothing is written. UserError."""
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
+    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)  # first: all else takes its time
+    if args.report_to == "tensorboard":
+        runs.summary_writer_class()
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
     spec = make_spec(args, source.config)
@@ -448,9 +451,6 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         source.splits[split] = dataset.select(range(min(len(dataset), limits[split] or len(dataset))))
     if not args.toy:
         source.name = glue.run_name(name, task, *(len(source.splits[split]) for split in ("train", task.dev[0])))
-    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)
-    if args.report_to == "tensorboard":
-        runs.summary_writer_class()
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
     return Job(args, name, task, source, spec, encoded, glue.token_counts(encoded), folder, accelerator)

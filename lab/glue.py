@@ -47,7 +47,8 @@ def from_hub(what: str, flag: str, name: str, load: Callable):
             raise UserError(offline_message(what, name)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         again = "a download that broke off goes on where it stopped when the command is run again"
-        again = "save or fetch it again" if Path(name).is_dir() else again
+        if Path(name).is_dir():
+            again = "save or fetch it again"
         raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None
 
 
@@ -110,11 +111,8 @@ def load_model(name: str, num_labels: int, config_only: bool = False):
     if config_only:
         load = partial(AutoConfig.from_pretrained, name, num_labels=num_labels)
     else:
-        options = {
-            "num_labels": num_labels,
-            "dtype": torch.float32,
-            "ignore_mismatched_sizes": True,
-        }  # a head of other classes
+        # mismatched: a head of other classes, for which a new one is drawn
+        options = {"num_labels": num_labels, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = partial(AutoModelForSequenceClassification.from_pretrained, name, output_loading_info=True, **options)
     loaded = from_hub("the model", "--model", name, load)
     if config_only:

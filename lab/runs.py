@@ -496,8 +496,8 @@ def digest(state: dict) -> str:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    result = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+            result.update(block)
+    return result.hexdigest()
