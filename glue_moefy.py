@@ -16,12 +16,10 @@ A run is written to --output-dir: results.json, a curve per run as JSON lines, p
 
 import re
 import sys
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab.cli import (
-    Interrupted,
     Parser,
     RunFailed,
     UserError,
@@ -211,25 +209,8 @@ from transformers.utils import logging
 from lab import compare, figures, glue, moefication, runs, toy, use
 from lab.metrics import GlueMetric
 from lab.report import score_rows
+from lab.training import Training
 from stgc import STGC, STGCConfig
-
-
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors and random numbers."""
-
-    epoch: int = 1  # the one that goes on
-    batch: int = 0  # done of it
-    step: int = 0
-    samples: int = 0
-    seconds: float = 0.0  # of training, without evaluation
-    losses: list[float] = field(default_factory=list)  # since the last logged step
-    lines: int = 0  # of the curve
-    best: dict | None = None
-    last: dict | None = None
-    waited: int = 0  # epochs without gain
-    stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until the next judged step
-    answer: float | None = None  # the only one that the dev examples got; None: they differ
 
 
 @dataclass(frozen=True)
@@ -313,94 +294,43 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
 
-    checkpoints = runs.Checkpoints(job.folder / runs.CHECKPOINTS / name, accelerator, model, optimizer, schedule)
-    saved = checkpoints.load() if args.resume else None
-    at = Progress(**saved) if saved else Progress()
-    if stgc and saved:
-        stgc.step = at.step
-        stgc.numbers = [{key: torch.tensor(value) for key, value in numbers.items()} for numbers in at.stats]
     board = job.folder / "tensorboard" / name if args.report_to == "tensorboard" else None
-    log = runs.RunLog(job.folder / f"{name}.jsonl", steps, accelerator.is_main_process, at.step, at.lines, board)
-    losses = [torch.tensor(value, device=accelerator.device) for value in at.losses]
-
-    go_on = "the same command with --resume goes on there"
-
-    def save():
-        at.losses, at.lines = runs.check_losses(losses, at.step, accelerator), len(log.lines)
-        if stgc:
-            at.stats = [{key: value.tolist() for key, value in numbers.items()} for numbers in stgc.numbers]
-        checkpoints.save(at.step, asdict(at))
-
-    try:
-        with runs.StopSignal(accelerator) as stop:
-            while at.epoch <= args.epochs and at.waited <= args.patience:
-                model.train()
-                order.manual_seed(1_000_000 * seed + at.epoch)
-                start = time.perf_counter()
-                for batch in accelerator.skip_first_batches(train, at.batch) if at.batch else train:
-                    if saved:  # not before the first batch is made
-                        checkpoints.restore_random()
-                        saved = None
-                    main_loss = model(**batch).loss
-                    loss = main_loss
-                    if stgc:
-                        scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-                        loss = stgc.loss(main_loss, grad_scale=scale)
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-                    losses.append(main_loss.detach())
-                    at.samples += len(batch["labels"]) * accelerator.num_processes
-                    at.step, at.batch = at.step + 1, at.batch + 1
-                    if at.step % args.log_steps == 1 % args.log_steps or at.step == steps:
-                        values, losses = runs.check_losses(losses, at.step, accelerator), []
-                        line = {"step": at.step, "epoch": at.epoch, "loss": sum(values) / len(values)}
-                        line |= runs.stats_line(stgc.stats()) if stgc else {}
-                        log.step(line, loss=line["loss"], conflict=line.get("conflict_ratio", 0.0))
-                    else:
-                        log.step()
-                    stopped = stop.agreed(at.step)
-                    if stopped or (args.save_steps and at.step % args.save_steps == 0):
-                        at.seconds += time.perf_counter() - start
-                        save()
-                        start = time.perf_counter()
-                    if stopped:
-                        raise Interrupted(f"{name} is saved at step {at.step}; {go_on}")
-                at.seconds += time.perf_counter() - start
-                at.last, at.answer = evaluate(model, dev, accelerator, job.task)
-                log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in at.last.items()})
-                logged = next((line for line in reversed(log.lines) if "loss" in line), {})
-                shown = {key: logged[key] for key in ("loss", "conflict_ratio") if key in logged}
-                log.say(task=job.source.name, variant=variant, seed=seed, epoch=at.epoch, step=at.step, **shown, **at.last)
-                at.last["epoch"] = at.epoch
-                at.waited = 0 if at.best is None or at.last["score"] > at.best["score"] else at.waited + 1
-                at.best = at.last if at.waited == 0 else at.best
-                at.epoch, at.batch = at.epoch + 1, 0
-                save()
-                if stop.agreed(0):  # it came while evaluating
-                    raise Interrupted(f"{name} is saved after epoch {at.epoch - 1}; {go_on}")
-    finally:
-        log.close()
-        if stgc:
-            stgc.detach()
-    if at.answer is not None and accelerator.is_main_process:
+    often = {"steps": steps, "log_steps": args.log_steps, "save_steps": args.save_steps}
+    run = Training(
+        job.folder, name, accelerator, model, optimizer, schedule, **often, stgc=stgc, resume=args.resume, board=board
+    )
+    kept = run.at.kept = {"best": None, "last": None, "waited": 0, "answer": None} | run.at.kept
+    with run:
+        while run.at.epoch <= args.epochs and kept["waited"] <= args.patience:
+            model.train()
+            order.manual_seed(1_000_000 * seed + run.at.epoch)
+            for batch in run.batches(train):
+                main_loss = model(**batch).loss
+                loss = stgc.loss(main_loss, grad_scale=run.grad_scale()) if stgc else main_loss
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                run.step_done(main_loss, len(batch["labels"]) * accelerator.num_processes)
+            scores, kept["answer"] = evaluate(model, dev, accelerator, job.task)
+            kept["last"] = scores | {"epoch": run.at.epoch}
+            gain = kept["best"] is None or scores["score"] > kept["best"]["score"]
+            kept |= {"best": kept["last"], "waited": 0} if gain else {"waited": kept["waited"] + 1}  # epochs without gain
+            run.epoch_done(scores, task=job.source.name, variant=variant, seed=seed)
+    if kept["answer"] is not None and accelerator.is_main_process:
         kind = "the number" if job.task.num_labels == 1 else "class"
-        print(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {at.answer}; this score is no result")
+        print(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {kept['answer']}; this score is no result")
     if args.save_model:
         save_model(job, name, model)
     return {
         "variant": variant,
         "seed": seed,
         "lr": lr,
-        "best": at.best,
-        "last": at.last,
-        "conflict_ratio": log.tenths("conflict_ratio"),
-        "consistency": log.tenths("consistency"),
-        "seconds": round(at.seconds, 2),
-        "samples_per_second": round(at.samples / at.seconds, 2),
+        "best": kept["best"],
+        "last": kept["last"],
+        **run.summary(),
         "peak_memory_bytes": runs.peak_memory_bytes(accelerator.device),
-        "collapsed": at.answer is not None,
+        "collapsed": kept["answer"] is not None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Experts from a trained FFN, and encoders of transformers with such experts in place of their FFN.
+"""Experts from a trained FFN, and models of transformers with such experts in place of their FFN.
 
     spec = MoESpec(layers="every-second", num_experts=8, top_k=2, experts="copy")
     model = moefy(AutoModelForSequenceClassification.from_pretrained(...), spec)    # in place
@@ -37,6 +37,7 @@ from transformers import (
     BertConfig,
     CamembertConfig,
     ElectraConfig,
+    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -109,52 +110,52 @@ def split_neurons(w_FD: Tensor, num_experts: int, split: str = "kmeans", seed: i
 # ---- 2. Experts ----
 
 
-def gather_experts(
-    first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], neurons_EN: Tensor, bias_share: float = 1.0
-) -> Experts:
-    """Experts whose e-th is made of the neurons neurons_EN[e] of last(activation(first(x))).
+class FFN(NamedTuple):
+    """last(activation(first(x))), or gated: last(activation(gate(x)) * first(x)). All have a bias, or none has."""
+
+    first: nn.Linear
+    last: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    gate: nn.Linear | None = None
+
+
+def gather_experts(ffn: FFN, neurons_EN: Tensor, bias_share: float = 1.0) -> Experts:
+    """Experts whose e-th is made of the neurons neurons_EN[e] of the FFN.
 
     Each has `bias_share` times the last bias. The parameters are copies, on the FFN's device and in its dtype.
     """
     num_experts, d_ff = neurons_EN.shape
-    bias = first.bias is not None
-    values = {
-        "w_in_EDF": first.weight.detach()[neurons_EN].mT.contiguous(),
-        "w_out_EFD": last.weight.detach().T[neurons_EN],
-    }
+    bias, gated = ffn.first.bias is not None, ffn.gate is not None
+    values = {"w_out_EFD": ffn.last.weight.detach().T[neurons_EN]}
+    for name, linear in (("in", ffn.first), ("gate", ffn.gate)):
+        if linear is not None:
+            values[f"w_{name}_EDF"] = linear.weight.detach()[neurons_EN].mT.contiguous()
+            values |= {f"b_{name}_EF": linear.bias.detach()[neurons_EN]} if bias else {}
     if bias:
-        values["b_in_EF"] = first.bias.detach()[neurons_EN]
-        values["b_out_ED"] = (last.bias.detach() * bias_share).repeat(num_experts, 1)
-    experts = Experts(num_experts, first.in_features, d_ff, bias=bias, activation=activation, device="meta")
+        values["b_out_ED"] = (ffn.last.bias.detach() * bias_share).repeat(num_experts, 1)
+    shape = (num_experts, ffn.first.in_features, d_ff)
+    experts = Experts(*shape, gated=gated, bias=bias, activation=ffn.activation, device="meta")
     for name, value in values.items():
         setattr(experts, name, nn.Parameter(value))
     return experts
 
 
-def copy_ffn(first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], num_experts: int) -> Experts:
-    """E full copies of last(activation(first(x))). Use them with weights that sum to 1: `MoELayer(..., scale=1.0)`.
+def copy_ffn(ffn: FFN, num_experts: int) -> Experts:
+    """E full copies of the FFN. Use them with weights that sum to 1: `MoELayer(..., scale=1.0)`.
 
     CHOICE: the last bias stays whole. DynMoE's code divides it by K, so its layer differs from the dense one at the start.
     """
-    neurons_F = torch.arange(first.out_features, device=first.weight.device)
-    return gather_experts(first, last, activation, neurons_F.expand(num_experts, -1))
+    neurons_F = torch.arange(ffn.first.out_features, device=ffn.first.weight.device)
+    return gather_experts(ffn, neurons_F.expand(num_experts, -1))
 
 
-def split_ffn(
-    first: nn.Linear,
-    last: nn.Linear,
-    activation: Callable[[Tensor], Tensor],
-    num_experts: int,
-    top_k: int,
-    split: str = "kmeans",
-    seed: int = 0,
-) -> Experts:
-    """The neurons of last(activation(first(x))) in E equal parts (`split_neurons`), each with 1/K of the last bias.
+def split_ffn(ffn: FFN, num_experts: int, top_k: int, split: str = "kmeans", seed: int = 0) -> Experts:
+    """The FFN's neurons in E equal parts (`split_neurons`), each with 1/K of the last bias.
 
     Use them with weights that sum to K: `MoELayer(..., scale=top_k)`. ValueError if E does not divide the neurons.
     """
-    neurons_EN = split_neurons(first.weight, num_experts, split, seed)
-    return gather_experts(first, last, activation, neurons_EN, bias_share=1 / top_k)
+    neurons_EN = split_neurons(ffn.first.weight, num_experts, split, seed)
+    return gather_experts(ffn, neurons_EN, bias_share=1 / top_k)
 
 
 # ---- 3. Spec ----
@@ -164,7 +165,7 @@ def split_ffn(
 class MoESpec:
     """What becomes of which layers. Saved as `moe` in config.json. Bad values raise ValueError."""
 
-    layers: str = "10"  # of the encoder, from 0: indices as "1,3,5" | every-second: 1,3,5,... | all
+    layers: str = "10"  # of the encoder or language model, from 0: indices as "1,3,5" | every-second: 1,3,5,... | all
     num_experts: int = 8
     top_k: int = 2  # experts per token
     experts: str = "copy"  # copy | split
@@ -187,7 +188,7 @@ class MoESpec:
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """The encoder layers that "10", "1,3,5", "every-second" (1, 3, 5, ...) or "all" names, counted from 0, in order.
+    """The layers that "10", "1,3,5", "every-second" (1, 3, 5, ...) or "all" names, counted from 0, in order.
 
     ValueError for anything else, for an index outside of 0 to num_layers - 1 (it names the range), and for no layer at all.
     """
@@ -203,7 +204,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     outside = [i for i in layers if not 0 <= i < num_layers]
     if outside or not layers:
         what = ", ".join(map(str, outside)) or "none"
-        raise ValueError(f"layers={text!r} names {what}, but the encoder has {num_layers} layers: 0 to {num_layers - 1}")
+        raise ValueError(f"layers={text!r} names {what}, but the model has {num_layers} layers: 0 to {num_layers - 1}")
     return layers
 
 
@@ -228,12 +229,17 @@ class MoefiedCamembertConfig(CamembertConfig):
     model_type = "moefied-camembert"
 
 
+class MoefiedLlavaConfig(LlavaConfig):
+    model_type = "moefied-llava"
+
+
 MOEFIED_CONFIGS = (
     MoefiedBertConfig,
     MoefiedRobertaConfig,
     MoefiedElectraConfig,
     MoefiedXLMRobertaConfig,
     MoefiedCamembertConfig,
+    MoefiedLlavaConfig,
 )
 MOEFIED = {config.model_type.removeprefix("moefied-"): config for config in MOEFIED_CONFIGS}
 
@@ -241,21 +247,23 @@ MOEFIED = {config.model_type.removeprefix("moefied-"): config for config in MOEF
 def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
     """The spec with its layers as indices, once it is known to fit a model of this config. No weights are needed for that.
 
-    ValueError for a model that is not BERT-like, a decoder, a chunked FFN, layers out of range, or a split that is not even.
+    The layers of a LLaVA are those of its language model. ValueError for a model that is neither BERT-like nor a LLaVA, a
+    BERT as a decoder, a chunked FFN, layers out of range, or a split that is not even.
     """
     kind = getattr(config, "model_type", None)
     if kind not in MOEFIED:
         done = "is an MoE already" if str(kind).startswith("moefied-") else "is not BERT-like"
         raise ValueError(f"model type {kind!r} {done}; supported model types: {', '.join(MOEFIED)}")
-    if config.is_decoder:
+    text = config.get_text_config()
+    if getattr(config, "is_decoder", False):
         raise ValueError(f"this {kind} is a decoder (is_decoder=True), and its causal mask hides padding; only encoders fit")
-    if config.chunk_size_feed_forward:
+    if getattr(config, "chunk_size_feed_forward", 0):
         raise ValueError(
             f"chunk_size_feed_forward={config.chunk_size_feed_forward} cuts a batch before the router: set it to 0"
         )
     if spec.experts == "split":
-        split_neurons(torch.empty(config.intermediate_size, 0), spec.num_experts, "contiguous")
-    return replace(spec, layers=",".join(map(str, parse_layers(spec.layers, config.num_hidden_layers))))
+        split_neurons(torch.empty(text.intermediate_size, 0), spec.num_experts, "contiguous")
+    return replace(spec, layers=",".join(map(str, parse_layers(spec.layers, text.num_hidden_layers))))
 
 
 # ---- 4. Padding ----
@@ -292,53 +300,75 @@ class PassMask:
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if mask is not None:
             mask = keep_mask(mask)
-            if mask.shape[1] != x_BLD.shape[1]:
-                raise ValueError(
-                    f"attention mask for {mask.shape[1]} tokens, layer with {x_BLD.shape[1]}: prefixes do not fit"
-                )
-            mask = mask.expand(x_BLD.shape[:2])
+            if mask.shape[1] < x_BLD.shape[1]:
+                raise ValueError(f"attention mask for {mask.shape[1]} tokens, layer with {x_BLD.shape[1]}")
+            mask = mask[:, -x_BLD.shape[1] :].expand(x_BLD.shape[:2])  # before them: a cache, or a prefix
         self.layer.mask = mask
 
 
 # ---- 5. Conversion ----
 
 
-def build_moe(first: nn.Linear, last: nn.Linear, activation: Callable[[Tensor], Tensor], spec: MoESpec) -> MoELayer:
-    """The MoE layer of a spec for the FFN last(activation(first(x))), on its device and in its dtype.
+def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
+    """The MoE layer of a spec for an FFN, on its device and in its dtype.
 
     The router's numbers come from torch's default generator on the CPU, so that a seed means the same on every device. For
     `split` a linear router starts as MoEfication's parameter centres: each part's mean of normalised rows.
     """
     router_class = {"linear": Router, "cosine": CosineRouter}[spec.router]
+    first = ffn.first
     router = router_class(first.in_features, spec.num_experts, device="cpu", dtype=torch.float32).to(first.weight)
     if spec.experts == "copy":
-        experts = copy_ffn(first, last, activation, spec.num_experts)
+        experts = copy_ffn(ffn, spec.num_experts)
     else:
-        experts = split_ffn(first, last, activation, spec.num_experts, spec.top_k, spec.split, spec.seed)
+        experts = split_ffn(ffn, spec.num_experts, spec.top_k, spec.split, spec.seed)
         if spec.router == "linear":
             router.weight.data.copy_(F.normalize(experts.w_in_EDF.detach(), dim=1).mean(2))
     scale = 1.0 if spec.experts == "copy" else float(spec.top_k)
     return MoELayer(experts, router, spec.top_k, spec.normalize, scale)
 
 
+DECODER_FFNS = (  # names of first, last, activation and gate in the `mlp` of a decoder's layer
+    ("up_proj", "down_proj", "act_fn", "gate_proj"),  # SwiGLU: Llama, Mistral, Qwen, Gemma, StableLM
+    ("fc1", "fc2", "activation_fn", None),  # Phi
+)
+
+
+def decoder_ffn(layer: nn.Module) -> FFN:
+    """The FFN of a decoder's layer. ValueError where it is none of those we know."""
+    mlp = getattr(layer, "mlp", None)
+    for names in DECODER_FFNS:
+        parts = [getattr(mlp, name, None) for name in names if name]
+        if None not in parts:
+            return FFN(*parts)
+    what = type(mlp or layer).__name__
+    raise ValueError(f"the language model's FFN, {what}, is not known: use a Llama, Mistral, Qwen, StableLM or Phi-like one")
+
+
 def install(model: PreTrainedModel, spec: MoESpec) -> None:
     """Replace the FFN of each layer of a checked spec; dropout, residual and LayerNorm of the library stay as they are."""
     with torch.random.fork_rng(devices=[]):  # only the CPU's generator is used, and torch's global state is left alone
         torch.default_generator.manual_seed(spec.seed)
-        for i in parse_layers(spec.layers, model.config.num_hidden_layers):
-            layer = model.base_model.encoder.layer[i]
-            ffn = layer.intermediate
-            moe = build_moe(ffn.dense, layer.output.dense, ffn.intermediate_act_fn, spec).train(layer.training)
-            layer.intermediate = nn.Identity()
-            layer.output.dense = moe
-            layer.attention.register_forward_pre_hook(PassMask(moe), with_kwargs=True)
+        for i in parse_layers(spec.layers, model.config.get_text_config().num_hidden_layers):
+            if isinstance(model.config, LlavaConfig):
+                layer = model.base_model.language_model.layers[i]
+                layer.mlp = moe = build_moe(decoder_ffn(layer), spec).train(layer.training)
+                attention = layer.self_attn
+            else:
+                layer = model.base_model.encoder.layer[i]
+                ffn = FFN(layer.intermediate.dense, layer.output.dense, layer.intermediate.intermediate_act_fn)
+                layer.intermediate = nn.Identity()
+                layer.output.dense = moe = build_moe(ffn, spec).train(layer.training)
+                attention = layer.attention
+            attention.register_forward_pre_hook(PassMask(moe), with_kwargs=True)
 
 
 def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
-    """Turn layers of a BERT-like encoder, with any head, into MoE layers, in place; returns the model.
+    """Turn layers of a BERT-like encoder, with any head, or of a LLaVA's language model into MoE layers, in place.
 
     Padding is taken from the attention mask and not routed. With `copy` and normalised weights the model computes what it
-    computed before. `model.config` becomes one of its own that records the spec as `moe`. Raises what `check_spec` raises.
+    computed before. Returns the model; its config becomes one of its own that records the spec as `moe`. Raises what
+    `check_spec` raises.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no model of transformers; supported model types: {', '.join(MOEFIED)}")

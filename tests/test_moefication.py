@@ -142,10 +142,10 @@ def test_experts_are_copies_of_the_ffn_or_its_parts(bias):
         pairs = stgc.sort_pairs(ids_TK, torch.ones(9, dtype=torch.bool), experts.num_experts, torch.float64)
         return experts(x_TD, pairs)
 
-    copies = moefication.copy_ffn(first, last, F.gelu, 3)
+    copies = moefication.copy_ffn(moefication.FFN(first, last, F.gelu), 3)
     assert_same([expert(copies, e) for e in range(3)], [dense_TD] * 3)
     for split in moefication.SPLITS:
-        parts = moefication.split_ffn(first, last, F.gelu, num_experts=4, top_k=4, split=split)
+        parts = moefication.split_ffn(moefication.FFN(first, last, F.gelu), num_experts=4, top_k=4, split=split)
         assert_same([sum(expert(parts, e) for e in range(4))], [dense_TD])
     before = copies.w_in_EDF[0].clone()
     first.weight.data.zero_()
@@ -300,8 +300,8 @@ def test_masks_that_cannot_be_read_are_refused():
             moefication.keep_mask(mask)
     moe = moefy(make_model(), MoESpec("1", num_experts=2))
     attention = moe.bert.encoder.layer[1].attention
-    with pytest.raises(ValueError, match="attention mask for 5 tokens, layer with 3"):
-        attention(torch.randn(1, 3, 16, dtype=torch.float64), torch.ones(1, 1, 3, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="attention mask for 2 tokens, layer with 3"):
+        attention(torch.randn(1, 3, 16, dtype=torch.float64), torch.ones(1, 1, 3, 2, dtype=torch.bool))
 
 
 def test_a_mask_serves_one_forward_and_all_rows():

@@ -1,0 +1,154 @@
+"""The bookkeeping around a training loop that stays visible in the script: resume, log, checkpoints, interruptions.
+
+    with Training(folder, "ce-s0", accelerator, model, optimizer, schedule, steps=steps, log_steps=10, stgc=stgc) as run:
+        while run.at.epoch <= epochs:
+            for batch in run.batches(loader):
+                main_loss = model(**batch).loss
+                accelerator.backward(stgc.loss(main_loss, grad_scale=run.grad_scale()))
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                run.step_done(main_loss, samples)
+            run.epoch_done()
+
+A run that is killed anywhere and resumed ends bit for bit as one that never stopped, provided that the order of an epoch's
+batches depends on the epoch alone.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from lab.cli import Interrupted
+from lab.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors and random numbers."""
+
+    epoch: int = 1  # the one that goes on
+    batch: int = 0  # done of it
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0  # of training, without evaluation
+    losses: list[float] = field(default_factory=list)  # since the last logged step
+    lines: int = 0  # of the curve
+    stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until the next judged step
+    kept: dict = field(default_factory=dict)  # the script's own, of what JSON has: scores so far
+
+
+class Training:
+    """One run; see the module. `steps`: of all epochs; a curve's line at each of `log_steps`, a checkpoint after each epoch
+    and at each of `save_steps`. `board`: a folder for TensorBoard."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        accelerator,
+        model,
+        optimizer,
+        schedule,
+        *,
+        steps: int,
+        log_steps: int,
+        save_steps: int | None = None,
+        stgc=None,
+        resume: bool = False,
+        board: Path | None = None,
+    ):
+        self.name, self.accelerator, self.stgc = name, accelerator, stgc
+        self.steps, self.log_steps, self.save_steps = steps, log_steps, save_steps
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS / name, accelerator, model, optimizer, schedule)
+        saved = self.checkpoints.load() if resume else None
+        self.at, self.resumed = Progress(**(saved or {})), saved is not None
+        if stgc and self.resumed:
+            stgc.step = self.at.step
+            stgc.numbers = [{key: torch.tensor(value) for key, value in numbers.items()} for numbers in self.at.stats]
+        self.log = RunLog(folder / f"{name}.jsonl", steps, accelerator.is_main_process, self.at.step, self.at.lines, board)
+        self.losses = [torch.tensor(value, device=accelerator.device) for value in self.at.losses]
+        self.stop = StopSignal(accelerator)
+
+    def __enter__(self) -> "Training":
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop.__exit__(*error)
+        self.log.close()
+        if self.stgc:
+            self.stgc.detach()
+
+    def grad_scale(self) -> float:
+        """The loss scale of fp16, which two passes need; 1 otherwise."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+
+    def batches(self, loader: Iterable) -> Iterator[dict]:
+        """The batches of the epoch that are still to do."""
+        left = self.accelerator.skip_first_batches(loader, self.at.batch) if self.at.batch else loader
+        self.start = time.perf_counter()
+        for batch in left:
+            if self.resumed:  # not before the first batch is made
+                self.checkpoints.restore_random()
+                self.resumed = False
+            yield batch
+        self.at.seconds += time.perf_counter() - self.start
+
+    def step_done(self, main_loss: torch.Tensor, samples: int) -> None:
+        """Logs and saves where it is time to. `samples`: of all processes. Interrupted after Ctrl-C, when all is saved;
+        RunFailed for a loss that is not finite."""
+        at = self.at
+        self.losses.append(main_loss.detach())
+        at.step, at.batch, at.samples = at.step + 1, at.batch + 1, at.samples + samples
+        if at.step % self.log_steps == 1 % self.log_steps or at.step == self.steps:
+            values, self.losses = check_losses(self.losses, at.step, self.accelerator), []
+            line = {"step": at.step, "epoch": at.epoch, "loss": sum(values) / len(values)}
+            line |= stats_line(self.stgc.stats()) if self.stgc else {}
+            shown = {"conflict": line["conflict_ratio"]} if "conflict_ratio" in line else {}
+            self.log.step(line, loss=line["loss"], **shown)
+        else:
+            self.log.step()
+        stopped = self.stop.agreed(at.step)
+        if stopped or (self.save_steps and at.step % self.save_steps == 0):
+            at.seconds += time.perf_counter() - self.start
+            self.save()
+            self.start = time.perf_counter()
+        if stopped:
+            raise Interrupted(f"{self.name} is saved at step {at.step}; {GO_ON}")
+
+    def epoch_done(self, scores: dict | None = None, **shown) -> None:
+        """Writes the epoch's scores to the curve and, with `shown`, to the terminal; the next epoch begins."""
+        at = self.at
+        if scores is not None:
+            self.log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in scores.items()})
+            logged = next((line for line in reversed(self.log.lines) if "loss" in line), {})
+            shown |= {"epoch": at.epoch, "step": at.step}
+            shown |= {key: logged[key] for key in ("loss", "conflict_ratio") if key in logged}
+            self.log.say(**shown, **scores)
+        at.epoch, at.batch = at.epoch + 1, 0
+        self.save()
+        if self.stop.agreed(0):  # it came while evaluating
+            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {GO_ON}")
+
+    def save(self) -> None:
+        self.at.losses = check_losses(self.losses, self.at.step, self.accelerator)
+        self.at.lines = len(self.log.lines)
+        if self.stgc:
+            self.at.stats = [{key: value.tolist() for key, value in numbers.items()} for numbers in self.stgc.numbers]
+        self.checkpoints.save(self.at.step, asdict(self.at))
+
+    def summary(self) -> dict:
+        """What every run's entry in results.json has."""
+        return {
+            "conflict_ratio": self.log.tenths("conflict_ratio"),
+            "consistency": self.log.tenths("consistency"),
+            "seconds": round(self.at.seconds, 2),
+            "samples_per_second": round(self.at.samples / self.at.seconds, 2),
+        }
+
+
+GO_ON = "the same command with --resume goes on there"
