@@ -14,11 +14,11 @@
 A run is written to --output-dir: results.json, a curve per run as JSON lines, plots.
 """
 
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab import options
 from lab.cli import (
     Parser,
     RunFailed,
@@ -31,15 +31,7 @@ from lab.cli import (
 )
 from lab.tasks import PAPER, TASKS, Task
 
-VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
-COMPARED = ["none", "ce", "placebo"]
 TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
-FREE = {"seeds", "variants", "compare", "lrs", "resume", "overwrite", "output_dir", "save_steps", "save_model", "report_to"}
-
-
-def words(text: str) -> list[str]:
-    """An argparse type: `a,b` is two words."""
-    return [word for word in text.split(",") if word]
 
 
 def make_parser() -> Parser:
@@ -49,40 +41,11 @@ def make_parser() -> Parser:
     parser.add_argument("--toy", action="store_true", help="tiny BERT and generated sentence pairs, nothing downloaded")
     parser.add_argument("--model", default="google-bert/bert-large-cased", help="hub name or folder of a BERT-like encoder")
     parser.add_argument("--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue there")
-    parser.add_argument("--compare", action="store_true", help="train several --variants with the same seeds, and compare")
-    parser.add_argument(
-        "--variants",
-        type=words,
-        nargs="+",
-        help="dense, none, ce, mse, reroute, placebo (ce on random pairs); -one: one pass, -weight: weight gradients; "
-        f"default of --compare: {','.join(COMPARED)}",
-    )
+    options.add_compare(parser)
     # Mixture-of-Experts
-    parser.add_argument("--num-experts", type=number(int, 1), default=8, help="experts per MoE layer")
-    parser.add_argument("--top-k", type=number(int, 1), default=2, help="experts per token")
-    parser.add_argument("--moe-layers", default="10", help="from 0: indices as 1,3,5, or every-second, or all")
-    parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="copies of the FFN, or parts of it")
-    parser.add_argument(
-        "--router",
-        choices=["linear", "cosine"],
-        default="cosine",
-        help="linear: the paper's; cosine: DynMoE's, bounded logits",
-    )
-    # method; the meaning of each is in stgc.STGCConfig
-    parser.add_argument(
-        "--conflict-loss", choices=["none", "ce", "mse", "reroute"], default="ce", help="none: the MoE baseline"
-    )
-    parser.add_argument(
-        "--select", choices=["conflict", "random"], default="conflict", help="random: the placebo, as many pairs at random"
-    )
-    parser.add_argument("--passes", choices=["two", "one"], default="two", help="two: as the paper; one: no extra backward")
-    parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="token gradients to compare")
-    parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this cosine")
-    parser.add_argument(
-        "--beta", type=number(float, 0), default=0.1, help="weight of the conflict loss; the paper's 1 wrecks small models"
-    )
-    parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the balance loss")
-    parser.add_argument("--every", type=number(int, 1), default=1, help="judge the tokens at each k-th step")
+    routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
+    options.add_moe(parser, num_experts=8, layers="10", router="cosine", routers=routers)
+    options.add_method(parser, beta=0.1, why_beta="the paper's 1 wrecks small models")
     # training
     parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, for the large tasks 3")
     parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
@@ -96,14 +59,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max-train-samples", type=number(int, 1), help="use the first n training examples")
     parser.add_argument("--max-eval-samples", type=number(int, 1), help="use the first n dev examples")
     # run
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the forward and backward")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
-    parser.add_argument("--log-steps", type=number(int, 1), default=10, help="write the curve at each n-th step")
-    parser.add_argument("--save-steps", type=number(int, 1), help="checkpoint at each n-th step, not only after each epoch")
-    parser.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="a tracker beside the curves")
-    parser.add_argument("--output-dir", help="folder of the run; default: runs/<task>-<variant>")
-    parser.add_argument("--resume", action="store_true", help="go on with what --output-dir holds; finished runs are kept")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+    options.add_run(parser, "runs/<task>-<variant>")
     parser.add_argument("--save-model", action="store_true", help="keep each run's last model, as model-<variant>-s<seed>")
     # use of a saved model
     parser.add_argument(
@@ -130,33 +86,9 @@ def parse(argv: list[str]):
     for flag in ("run", "output"):
         if getattr(args, flag):
             parser.error(f"--{flag} goes with --predict: leave it out, or add --predict FILE")
-    if args.top_k > args.num_experts:
-        parser.error(f"--top-k {args.top_k} is above --num-experts {args.num_experts}: lower one or raise the other")
-    if args.compare or args.variants:
-        args.compare, args.variants = True, sum(args.variants or [COMPARED], [])
-        for name in ("conflict_loss", "select", "passes", "gradients"):
-            if getattr(args, name) != parser.get_default(name):
-                flag = f"--{name.replace('_', '-')}"
-                parser.error(
-                    f"{flag} is part of a variant's name here, as ce-one-weight: leave it out, or leave out --variants"
-                )
-    else:
-        chosen = variant_name(args)
-        args.variants = ["none", chosen] if args.toy and not chosen.startswith("none") else [chosen]
-    for name in args.variants:
-        if not VARIANT.fullmatch(name):
-            parser.error(f"--variants {name}: unknown; see --help for the names and endings")
-        if "reroute" in name and args.top_k == args.num_experts:
-            flag = "--variants" if args.compare else "--conflict-loss"
-            parser.error(f"{flag} {name} needs --top-k below --num-experts: else no expert is left to go to")
-    for flag, values in (("--seeds", args.seeds), ("--variants", args.variants), ("--lrs", args.lrs or [])):
-        if len(set(values)) < len(values):
-            shown = " ".join(map(str, values))
-            parser.error(
-                f"{flag} {shown}: {'a seed' if flag == '--seeds' else 'one'} repeated is the same run again; name each once"
-            )
-    if args.resume and args.overwrite:
-        parser.error("--resume keeps what --output-dir holds and --overwrite replaces it: choose one")
+    options.check(parser, args)
+    if args.toy and not args.compare and not args.variants[0].startswith("none"):
+        args.variants.insert(0, "none")
     if args.toy and args.task != "rte":
         parser.error(f"--toy makes pairs in the format of rte: use --task rte, or {args.task} without --toy")
     if args.toy and (args.data_dir or args.model != parser.get_default("model")):
@@ -173,28 +105,9 @@ def parse(argv: list[str]):
     return args
 
 
-def variant_name(args) -> str:
-    """What the method's flags make, as `--variants` names it, in files and tables too."""
-    name = args.conflict_loss
-    if args.select == "random" and name != "none":
-        name = "placebo" if name == "ce" else f"placebo-{name}"
-    return name + ("-one" if args.passes == "one" else "") + ("-weight" if args.gradients == "weight" else "")
-
-
 def run_key(args, variant: str, lr: float, seed: int) -> str:
     """Names one run's files."""
     return f"{variant}-lr{lr:g}-s{seed}" if args.lrs else f"{variant}-s{seed}"
-
-
-def variant_options(name: str) -> dict | None:
-    """The STGCConfig options that a variant's name stands for; None for `dense`."""
-    _, kind, one, weight = VARIANT.fullmatch(name).groups()
-    if kind is None:
-        return None
-    loss = "ce" if kind == "placebo" else kind.removeprefix("placebo-")
-    select = "random" if kind.startswith("placebo") else "conflict"
-    passes, gradients = "one" if one else "two", "weight" if weight else "bias"
-    return {"conflict_loss": loss, "select": select, "passes": passes, "gradients": gradients}
 
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes are answered at once
@@ -245,12 +158,8 @@ def make_spec(args, config) -> moefication.MoESpec:
 
 def make_config(args, variant: str) -> STGCConfig | None:
     """The method's options of a variant; None for `dense`."""
-    options = variant_options(variant)
-    if options is None:
-        return None
-    # the baseline measures its conflicts at logged steps only: it owes the method no extra backward
-    every = args.log_steps if options["conflict_loss"] == "none" else args.every
-    return STGCConfig(alpha=args.alpha, beta=args.beta, tau=args.tau, every=every, **options)
+    chosen = options.variant_options(variant, args)
+    return None if chosen is None else STGCConfig(**chosen)
 
 
 @torch.no_grad()
@@ -370,7 +279,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     """Everything that can be wrong with a task's data, model and folder is found here; nothing is written. UserError."""
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
-    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)  # first: all else takes its time
+    runs.check_folder(folder, vars(args), options.FREE, args.overwrite, args.resume)  # first: all else takes its time
     if args.report_to == "tensorboard":
         runs.summary_writer_class()
     set_seed(args.seeds[0])

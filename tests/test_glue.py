@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config
 
 import glue_moefy
-from lab import glue, moefication
+from lab import glue, moefication, options
 from lab.cli import RunFailed, UserError, hub_is_reachable
 from lab.tasks import PAPER, TASKS
 from stgc import STGCConfig
@@ -259,9 +259,10 @@ def test_variants_differ_in_the_method_alone(words, tmp_path, capsys):
 def test_variant_names_are_the_flags():
     for flags in ("", "--conflict-loss mse --passes one", "--select random --gradients weight", "--conflict-loss none"):
         args = glue_moefy.make_parser().parse_args(["--task", "rte", *flags.split()])
-        options = glue_moefy.variant_options(glue_moefy.variant_name(args))
-        assert options == {name: getattr(args, name) for name in options}
-    assert glue_moefy.variant_options("dense") is None and not glue_moefy.VARIANT.fullmatch("dense-one")
+        found = options.variant_options(options.variant_name(args), args)
+        every = args.log_steps if args.conflict_loss == "none" else args.every
+        assert found == {name: getattr(args, name) for name in found} | {"every": every}
+    assert options.variant_options("dense", args) is None and not options.VARIANT.fullmatch("dense-one")
 
 
 def test_several_learning_rates(words, tmp_path, capsys):
@@ -489,10 +490,10 @@ def test_help_needs_no_heavy_import_and_shows_every_default():
 
 
 def test_every_flag_is_read():
-    source = Path(ROOT / "glue_moefy.py").read_text()
-    flags = re.findall(r'add_argument\(\s*"--([\w-]+)"', source)
-    dead = [flag for flag in flags if not re.search(rf"\bargs\.{flag.replace('-', '_')}\b", source)]
-    assert flags and not dead, dead
+    source = (ROOT / "glue_moefy.py").read_text() + (ROOT / "lab/options.py").read_text()
+    flags = {action.dest for action in glue_moefy.make_parser()._actions} - {"help"}
+    dead = [flag for flag in flags if not re.search(rf'\bargs\.{flag}\b|getattr\(.*"{flag}"|[(,] "{flag}"', source)]
+    assert len(flags) > 30 and not dead, dead
 
 
 def test_method_defaults_are_those_of_the_config():

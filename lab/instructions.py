@@ -1,0 +1,250 @@
+"""Pictures with instructions: what `toy_lvlm.py` trains on, wherever they come from, as tokens, and when an answer is right.
+
+Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.
+
+  1 Instructions  2 Tokens  3 Batches  4 Right and wrong
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import NamedTuple
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerFast
+
+IMAGE = "<image>"  # marks the picture's place in a question
+KINDS = ("caption", "vqa", "choice", "ocr", "region")
+
+# ---- 1. Instructions ----
+
+
+Turns = tuple[tuple[str, str | None], ...]  # of a conversation: (question, answer); `<image>` stands in one question
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One conversation about one picture, or about none."""
+
+    turns: Turns
+    image: int | None  # row of the pictures
+    kind: str  # one of KINDS
+    part: str = ""  # what is asked within the kind: colour, count, box, ...
+    where: str = ""  # condition of a test: clean, cluttered, new pairs, ...
+    accept: tuple[str, ...] = ()  # right answers beside the last turn's
+
+
+class InstructionSet(NamedTuple):
+    images_N3SS: Tensor  # uint8
+    instructions: list[Instruction]
+
+
+# ---- 2. Tokens ----
+
+USER, ASSISTANT = "USER:", "ASSISTANT:"
+PAD, EOS = "<pad>", "<eos>"
+IGNORED = -100  # a label that has no loss
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the texts: any text has tokens, frequent words have one. Digits stay apart."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [PAD, EOS, IMAGE, USER, ASSISTANT]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+class Encoded(NamedTuple):
+    """One conversation in tokens, all lists of one length."""
+
+    input_ids: list[int]
+    labels: list[int]  # the token itself in answers and behind them, IGNORED elsewhere
+    asked: list[bool]  # the question's tokens, without the picture's
+
+
+def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list[Encoded]:
+    """`USER: question ASSISTANT: answer <eos>` for each turn, `<image>` as so many tokens. An answer that is None is what
+    the model is to write: the tokens end before it."""
+    image_id, end = tokenizer.convert_tokens_to_ids(IMAGE), [tokenizer.eos_token_id]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("")["input_ids"] else []
+    turns = [turn for conversation in conversations for turn in conversation]
+    texts = [(f"{USER} {question} {ASSISTANT}", f" {answer}" if answer is not None else "") for question, answer in turns]
+    tokens = iter(tokenizer([text for pair in texts for text in pair], add_special_tokens=False)["input_ids"])
+    encoded = []
+    for conversation in conversations:
+        ids, labels, asked = list(start), [IGNORED] * len(start), [False] * len(start)
+        for _, answer in conversation:
+            for token in next(tokens):
+                times = image_tokens if token == image_id else 1
+                ids += [token] * times
+                labels += [IGNORED] * times
+                asked += [token != image_id] * times
+            reply = next(tokens) + (end if answer is not None else [])
+            ids += reply
+            labels += reply
+            asked += [False] * len(reply)
+        encoded.append(Encoded(ids, labels, asked))
+    return encoded
+
+
+# ---- 3. Batches ----
+
+
+class Pixels(NamedTuple):
+    """What a vision tower expects of a picture."""
+
+    size: int  # side in pixels
+    mean: tuple[float, float, float]  # of the channels, in [0, 1]
+    std: tuple[float, float, float]
+
+    def values(self, images_B3SS: Tensor) -> Tensor:
+        """uint8 pictures as normalised floats of the same shape."""
+        mean_311, std_311 = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return (images_B3SS / 255 - mean_311) / std_311
+
+
+class Pack(NamedTuple):
+    """Conversations that begin with the same tokens, up to their picture's last: these are there once."""
+
+    rows: list[int]  # of the instructions
+    prefix: Encoded
+    rests: list[Encoded]
+
+
+def make_packs(data: InstructionSet, encoded: Sequence[Encoded], image_id: int, max_length: int, share=True) -> list[Pack]:
+    """Conversations about one picture as packs of at most max_length tokens, in the order of the first; a longer one, and
+    any if not `share`, is a pack of its own. In a pack none sees another: their logits are those of single ones."""
+    packs, opened = [], {}
+    for row, (instruction, one) in enumerate(zip(data.instructions, encoded, strict=True)):
+        ids = one.input_ids
+        cut = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+        prefix, rest = (Encoded(*(part[a:b] for part in one)) for a, b in ((0, cut), (cut, None)))
+        key = (instruction.image, tuple(prefix.input_ids))
+        pack = opened.get(key) if share and cut else None
+        if pack is None or cut + sum(len(own.input_ids) for own in (*pack.rests, rest)) > max_length:
+            pack = opened[key] = Pack([], prefix, [])
+            packs.append(pack)
+        pack.rows.append(row)
+        pack.rests.append(rest)
+    return packs
+
+
+class Collate:
+    """Packs to a batch for LlavaForConditionalGeneration, padded on the right; on the left for `prompts`, which are single.
+
+    Beside the model's own arguments a batch has `keep`, its real tokens, `asked`, the questions', and `rows`, the first
+    instruction of each pack: the script takes them out.
+    """
+
+    def __init__(self, data: InstructionSet, packs: list[Pack], pixels: Pixels, pad_id: int, prompts: bool = False):
+        self.data, self.packs, self.pixels, self.pad_id, self.prompts = data, packs, pixels, pad_id, prompts
+
+    def __call__(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        packs = [self.packs[index] for index in chosen]
+        parts = [[pack.prefix, *pack.rests] for pack in packs]
+        length = max(sum(len(part.input_ids) for part in row) for row in parts)
+
+        def padded(rows: list[list], fill) -> Tensor:
+            rows = [list(chain.from_iterable(row)) for row in rows]
+            fills = ([fill] * (length - len(row)) for row in rows)
+            return torch.tensor([rest + row if self.prompts else row + rest for row, rest in zip(rows, fills)])
+
+        batch = {
+            "input_ids": padded([[part.input_ids for part in row] for row in parts], self.pad_id),
+            "asked": padded([[part.asked for part in row] for row in parts], False),
+            "rows": torch.tensor([pack.rows[0] for pack in packs]),
+        }
+        # 0: what all of the row's tokens behind it see; 1, 2, ...: what the same conversation sees; -1: padding
+        group_BL = padded([[[i] * len(part.input_ids) for i, part in enumerate(row)] for row in parts], -1)
+        batch["keep"] = group_BL >= 0
+        if self.prompts:
+            batch["attention_mask"] = batch["keep"].long()
+        else:
+            batch["labels"] = padded([[part.labels for part in row] for row in parts], IGNORED)
+            starts = [[0, *[len(row[0].input_ids)] * (len(row) - 1)] for row in parts]
+            positions = [[range(s, s + len(part.input_ids)) for s, part in zip(own, row)] for own, row in zip(starts, parts)]
+            batch["position_ids"] = padded(positions, 0)
+            query_BL1, key_B1L = group_BL.unsqueeze(2), group_BL.unsqueeze(1)
+            sees_BLL = ((query_BL1 == key_B1L) | (key_B1L == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+            sees_BLL &= key_B1L >= 0
+            sees_BLL[:, :, 0] |= group_BL < 0  # padding sees one token, for a softmax over none is NaN; none sees padding
+            batch["attention_mask"] = sees_BLL.unsqueeze(1)
+        pictures = [self.data.instructions[pack.rows[0]].image for pack in packs]
+        shown = torch.tensor([picture for picture in pictures if picture is not None], dtype=torch.long)
+        if len(shown):
+            batch["pixel_values"] = self.pixels.values(self.data.images_N3SS[shown])
+        return batch
+
+
+class Shuffled(Sampler):
+    """`count` rows of `size`: whole shufflings one after another, the same ones for the same seed."""
+
+    def __init__(self, size: int, count: int, seed: int):
+        self.size, self.count, self.seed = size, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.Generator().manual_seed(self.seed)
+        shufflings = (torch.randperm(self.size, generator=order).tolist() for _ in repeat(None))
+        return islice(chain.from_iterable(shufflings), self.count)
+
+
+# ---- 4. Right and wrong ----
+
+OVERLAP = 0.5  # a box is right when it shares this much of the union with the true one
+
+
+def is_right(instruction: Instruction, answer: str) -> bool:
+    """Exact match up to case, spaces and a final stop, with the answer or with one that is accepted beside it (a relation
+    can be right in two ways). A box is right where its intersection over union with the true one is 0.5 or more."""
+    expected = instruction.turns[-1][1]
+    if instruction.kind == "region" and instruction.part == "box":
+        return overlap(answer, expected) >= OVERLAP
+    return plain(answer) in {plain(text) for text in (expected, *instruction.accept)}
+
+
+def plain(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+def overlap(one: str, other: str) -> float:
+    """Intersection over union of two boxes "x1 y1 x2 y2"; 0 where one is none."""
+    try:
+        (a, b, c, d), (e, f, g, h) = ([float(word) for word in text.replace(",", " ").split()] for text in (one, other))
+    except ValueError:
+        return 0.0
+    if not (a < c and b < d and e < g and f < h):
+        return 0.0
+    shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
+    return shared / ((c - a) * (d - b) + (g - e) * (h - f) - shared)
+
+
+def score(instructions: Sequence[Instruction], right: Sequence[bool]) -> dict[str, float]:
+    """Share of right answers: `score` over all, and by kind, by condition and by both; in [0, 1]."""
+    groups: dict[str, list[bool]] = {"score": list(right)}
+    for one, good in zip(instructions, right, strict=True):
+        for name in {one.kind, one.where, f"{one.kind}, {one.where}"} - {"", f"{one.kind}, "}:
+            groups.setdefault(name, []).append(good)
+    return {name: sum(group) / len(group) for name, group in sorted(groups.items(), key=lambda item: item[0] != "score")}
+
+
+def majority(train: Sequence[Instruction], test: Sequence[Instruction]) -> list[str]:
+    """What one answers who sees neither picture nor question: the training's most frequent answer to that kind and part."""
+    counts: dict[tuple[str, str], Counter] = {}
+    for one in train:
+        counts.setdefault((one.kind, one.part), Counter())[one.turns[-1][1]] += 1
+    best = {key: min(count, key=lambda answer: (-count[answer], answer)) for key, count in counts.items()}
+    return [best.get((one.kind, one.part), "") for one in test]
