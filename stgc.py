@@ -230,13 +230,16 @@ class MoELayer(nn.Module):
         self.mask: Tensor | None = None
         self.watch: Callable | None = None  # set by an STGC object; without one the layer costs nothing extra
 
+    def routing(self, x_TD: Tensor) -> Routing:
+        return route(self.router, x_TD, self.top_k, self.normalize, self.scale)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         mask, self.mask = self.mask if mask is None else mask, None
         x_TD = x.reshape(-1, x.shape[-1])
         keep_T = x_TD.new_ones(len(x_TD), dtype=torch.bool) if mask is None else mask.reshape(-1).to(torch.bool)
         if len(keep_T) != len(x_TD):
             raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}: one entry per token is needed")
-        routing = route(self.router, x_TD, self.top_k, self.normalize, self.scale)
+        routing = self.routing(x_TD)
         pairs = sort_pairs(routing.expert_ids_TK, keep_T, self.experts.num_experts, routing.logits_TE.dtype)
         step = None if self.watch is None else self.watch(x_TD, routing, pairs, keep_T)
         x_SD = x_TD.unsqueeze(1).expand(-1, self.top_k, -1).flatten(0, 1)

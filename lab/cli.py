@@ -102,12 +102,12 @@ def hub_is_reachable(seconds: float = 6.0) -> bool:
     return bool(answers)
 
 
-def offline_message(what: str, name: str) -> str:
+GLUE_WAYS = "give local folders (--model DIR --data-dir DIR), or try the whole path without any download (--toy)"
+
+
+def offline_message(what: str, name: str, ways: str = GLUE_WAYS) -> str:
     """What to do where the hub cannot be reached and `name` was never fetched."""
-    return (
-        f"{what} {name} is not in the local cache and the Hugging Face hub cannot be reached: "
-        "give local folders (--model DIR --data-dir DIR), or try the whole path without any download (--toy)"
-    )
+    return f"{what} {name} is not in the local cache and the Hugging Face hub cannot be reached: {ways}"
 
 
 def model_is_cached(name: str) -> bool:

@@ -6,6 +6,8 @@ difference. Each interval stands alone: of twenty, one misses by chance. All fun
   best   the best epoch on dev, and per variant the learning rate whose best epochs have the highest mean score. This is how
          the published rows were made. It picks the luckiest of several on the set it is then measured on, so it flatters.
   last   the last epoch. Nothing is selected: several learning rates are rows of their own, each against its own baseline.
+
+Runs that were measured once, at their end, on test data, have no `best`: for their records there is only `last`.
 """
 
 from math import sqrt
@@ -84,14 +86,22 @@ def in_order(variants) -> list[str]:
     return sorted(dict.fromkeys(variants), key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
+def has_best(record: dict) -> bool:
+    """Whether the runs chose a best epoch, on dev; without one they were measured on test data, once."""
+    return all("best" in run for run in record["runs"])
+
+
 def select_rows(record: dict, select: str) -> list[Row]:
     """The rows of a record; see the module's docstring for `select`.
 
     `best` chooses among the rates with the most of the variant's seeds (all of them, unless runs are missing); of equal
-    ones the lowest. `last` orders by rate first. ValueError for another `select`, no runs, or a run that is there twice.
+    ones the lowest. `last` orders by rate first. ValueError for another `select`, `best` where a run has none, no runs, or a
+    run that is there twice.
     """
     if select not in ("best", "last"):
         raise ValueError(f"select={select!r}: use best or last")
+    if select == "best" and record["runs"] and not has_best(record):
+        raise ValueError(f"{record['name']} has runs without a best epoch: use select='last'")
     grid: dict[tuple[str, float], dict[int, dict]] = {}
     for run in sorted(record["runs"], key=lambda run: run["seed"]):
         runs = grid.setdefault((run["variant"], run["lr"]), {})
@@ -114,9 +124,13 @@ def select_rows(record: dict, select: str) -> list[Row]:
 
 
 def metric_names(record: dict) -> list[str]:
-    """The task's metrics; `score`, their mean, only where it is not one of them (accuracy of RTE, or matched of MNLI)."""
-    entries = [run[select] for run in record["runs"] for select in ("best", "last")]
-    names = [name for name in entries[0] if name not in ("epoch", "score")]
+    """The task's metrics; `score`, their mean, only where it is not one of them (accuracy of RTE, or matched of MNLI).
+
+    An entry that is no number is none of them.
+    """
+    entries = [run[select] for run in record["runs"] for select in ("best", "last") if select in run]
+    names = [name for name, value in entries[0].items() if isinstance(value, (int, float))]
+    names = [name for name in names if name not in ("epoch", "score")]
     return names + ["score"] * (not any(all(entry[name] == entry["score"] for entry in entries) for name in names))
 
 
@@ -151,7 +165,8 @@ def comparison_table(record: dict, select: str = "best", markdown: bool = False)
                 line[4:] = [f"{gap.mean:+.1f}{interval}", won, gap.verdict]
             lines.append([*line, f"{len(row.collapsed)} collapsed" if row.collapsed else ""])
     rates, seeds = (sorted({run[key] for run in record["runs"]}) for key in ("lr", "seed"))
-    how = "last epoch, nothing selected" if select == "last" else "best epoch on dev"
+    how = "last epoch" if has_best(record) else "end of the run"
+    how = f"{how}, nothing selected" if select == "last" else "best epoch on dev"
     if select == "best" and len(rates) > 1:
         how += f", best learning rate on dev of {' '.join(f'{lr:g}' for lr in rates)}"
     title = f"{record['name']}, in %, {how}; seeds: {' '.join(map(str, seeds))}"

@@ -5,6 +5,7 @@ Variants differ by line style and marker as well as by colour, so that a grey pr
 
 import argparse
 import json
+import textwrap
 from itertools import cycle, product
 from pathlib import Path
 
@@ -14,7 +15,7 @@ matplotlib.use("Agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lab.compare import select_rows
+from lab.compare import has_best, select_rows
 
 STYLES = [
     ("#1b1b1b", "-", "o"),
@@ -28,8 +29,11 @@ PANELS = [
     ("conflict_ratio", "conflict ratio\n(flagged / all pairs)"),
     ("consistency", "gradient consistency\n(mean over experts)"),
     ("load", "share of pairs\non the busiest expert"),
-    ("eval_score", "dev score"),
+    ("eval_score", "{what} score"),
 ]
+SHADES = ["#ffffff", "#9ecae1", "#fdd49e", "#6a8caf", "#d9d9d9", "#c994c7", "#a1d99b", "#8c8c8c"]  # of experts: black on all
+HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
+MARKS = {True: ("\u2713 right", "-", "#2e86ab", 1.2), False: ("\u2717 wrong", (0, (4, 2)), "#d1495b", 2.6)}
 
 
 def read_curves(folder: Path) -> dict[str, list[list[dict]]]:
@@ -62,12 +66,16 @@ def smooth(values: list[float]) -> np.ndarray:
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 
 
-def plot_run(folder: Path, title: str) -> Path:
-    """Loss, conflict ratio, consistency, load and dev score of every run in the folder: a thin line per seed, a thick one
-    for the mean of each variant's seeds. Returns the path of the PNG, `curves.png`."""
+def plot_run(folder: Path, title: str, what: str = "dev") -> Path:
+    """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, a thick one for
+    the mean of each variant's seeds. What no run has logged gets no panel. `what`: the data that gave the logged scores.
+    Returns the path of the PNG, `curves.png`."""
     curves = read_curves(folder)
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.3 * len(PANELS), 3.1), constrained_layout=True)
-    for axis, (key, label) in zip(axes, PANELS, strict=True):
+    lines = [line for runs in curves.values() for lines in runs for line in lines]
+    panels = [panel for panel in PANELS if panel[0] == "loss" or any(value_of(line, panel[0]) is not None for line in lines)]
+    size = (3.3 * max(2, len(panels)), 3.1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, constrained_layout=True)
+    for axis, (key, label) in zip(axes[0], panels, strict=True):
         for (variant, runs), (colour, style, marker) in zip(curves.items(), cycle(STYLES)):
             drawn = [series(lines, key) for lines in runs]
             drawn = [(steps, values if key == "eval_score" else smooth(values)) for steps, values in drawn if values]
@@ -78,11 +86,11 @@ def plot_run(folder: Path, title: str) -> Path:
                 mean = np.mean([values[:shared] for _, values in drawn], axis=0)
                 points = {"marker": marker, "markersize": 4} if key == "eval_score" else {}
                 axis.plot(drawn[0][0][:shared], mean, style, color=colour, linewidth=1.8, label=variant, **points)
-        axis.set(xlabel="step", title=label)
+        axis.set(xlabel="step", title=label.format(what=what))
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    axes[0][0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     path = folder / "curves.png"
     figure.savefig(path, dpi=110)
@@ -90,10 +98,14 @@ def plot_run(folder: Path, title: str) -> Path:
     return path
 
 
-def plot_comparison(folder: Path, records: list[dict], select: str = "best", metric: str = "score") -> Path:
+def plot_comparison(
+    folder: Path, records: list[dict], select: str = "best", metric: str = "score", what: str | None = None
+) -> Path:
     """A panel per record: a point per seed over its variants, the points of a seed joined by a thin line, since variants are
     compared seed by seed; a short bar at each variant's mean; hollow where a run collapsed. `select`: see lab.compare.
-    Under `last` rows of several learning rates stand side by side, joined within a rate. Writes folder/comparison.png."""
+    Under `last` rows of several learning rates stand side by side, joined within a rate. `what` names the data that gave the
+    scores: None says dev where best epochs were chosen on it, else test. Writes folder/comparison.png."""
+    what = what or ("dev" if any(map(has_best, records)) else "test")
     panels = [select_rows(record, select) for record in records]
     widths = [1 + 0.75 * len(rows) for rows in panels]
     size = (2.2 + sum(widths), 3.6)  # the legend stands to the right
@@ -118,7 +130,7 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best", met
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel(f"dev {metric} in % ({select})")
+    axes[0][0].set_ylabel(f"{what} {metric} in % ({select})")
     for seed, (colour, _, marker) in styles.items():
         axes[0][0].plot([], [], marker, color=colour, label=f"seed {seed}")
     axes[0][0].plot([], [], "-", color="#1b1b1b", linewidth=2.2, label="mean")
@@ -126,6 +138,101 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best", met
         axes[0][0].plot([], [], "o", color="#1b1b1b", markerfacecolor="white", label="hollow: collapsed")
     figure.legend(frameon=False, loc="outside right upper", fontsize=9)
     path = folder / "comparison.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str = "") -> Path:
+    """Where tokens go, from lab.routes.summary: a row per modality, pictures first. Left a bar per MoE layer, divided into
+    the experts' shares of first choices; right the most frequent pathways. `names`: the layers', in their order; None counts
+    them from 0."""
+    names = names or [f"layer {i}" for i in range(len(summary["layers"]))]
+    if not summary["modalities"]:
+        raise ValueError("no token's route was recorded")
+    if isinstance(names, str) or len(names) != len(summary["layers"]):
+        raise ValueError(f"names={names!r}: a list with one for each of {len(summary['layers'])} MoE layers is needed")
+    percent = lambda share: f"{100 * share:.{1 if share >= 0.01 else 3}f}"  # noqa: E731
+    modalities = [name for name in ("picture", "text") if name in summary["modalities"]]
+    widths = [1.8 + 0.8 * len(names), 3.8 + 0.12 * len(names)]
+    size = (sum(widths) + 1.4, 3.1 * len(modalities))  # the legend stands to the right
+    figure, axes = plt.subplots(
+        len(modalities), 2, figsize=size, width_ratios=widths, squeeze=False, constrained_layout=True
+    )
+    for (left, right), modality in zip(axes, modalities, strict=True):
+        row, experts = summary["modalities"][modality], range(summary["num_experts"])
+        share_ME = np.asarray(row["first_ME"])
+        start_ME = share_ME.cumsum(1) - share_ME
+        for e, face, hatch in zip(experts, cycle(SHADES), cycle(HATCHES)):
+            bars = {"color": face, "hatch": hatch, "edgecolor": "#1b1b1b", "linewidth": 0.8, "label": f"expert {e}"}
+            left.bar(range(len(names)), share_ME[:, e], 0.72, start_ME[:, e], **bars)
+            for x in np.flatnonzero(share_ME[:, e] >= 0.07):  # below there is no room
+                middle, box = start_ME[x, e] + share_ME[x, e] / 2, {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+                left.text(x, middle, f"{100 * share_ME[x, e]:.0f}", ha="center", va="center", fontsize=9, bbox=box)
+        for e in experts[1:]:
+            left.axhline(e / len(experts), color="#1b1b1b", linestyle=":", linewidth=1.2, label="even shares" * (e == 1))
+        left.set_xticks(range(len(names)), names, fontsize=9, rotation=30 if max(map(len, names)) > 9 else 0)
+        left.set(xlim=(-0.6, len(names) - 0.4), ylim=(0, 1), ylabel="share of first choices")
+        left.set_title(f"{modality}: {row['tokens']:,} tokens", fontsize=10)
+
+        paths, shares = zip(*[(one["path"], one["share"]) for one in row["pathways"]])
+        right.barh(range(len(paths)), [100 * share for share in shares], 0.7, color="#9ecae1", edgecolor="#1b1b1b")
+        for y, share in enumerate(shares):
+            right.text(100 * share, y, f" {percent(share)}", va="center", fontsize=9)
+        labels = ["-".join(map(str, one)) for one in paths]
+        right.set_yticks(range(len(paths)), labels, fontsize=9, family="monospace")
+        right.set(xlabel=f"% of {modality} tokens", xlim=(0, 116 * max(shares)), ylim=(len(paths) - 0.4, -0.6))
+        right.set_title(f"{modality}: the most frequent paths, together {percent(sum(shares))} %", fontsize=10)
+        right.locator_params(axis="x", nbins=5)
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper", fontsize=9, handleheight=1.6)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def cut(mark: str, text: str, lines: int) -> list[str]:
+    """A text behind a mark, wrapped for a cell of a sheet, in so many lines at most."""
+    whole = " ".join([mark, *text.split()])
+    return textwrap.wrap(whole, 34, subsequent_indent="   ", max_lines=lines, placeholder=" \u2026")
+
+
+def plot_sheet(images_N3SS, rows: list[dict], path: Path, columns: int = 4) -> Path:
+    """Test pictures (uint8, or floats in [0, 1]), each with its kind, question, the model's answer, and the right one where
+    that is wrong. rows: dicts of question, answer, expected, right, kind, and `image`, the picture's number or None; without
+    that, they go in step. Right and wrong differ by symbol and frame as well as by colour; long texts are cut."""
+    if not rows or not all("image" in row for row in rows) and len(images_N3SS) != len(rows):
+        raise ValueError(f"{len(images_N3SS)} pictures for {len(rows)} rows: a sheet needs rows, and to know their pictures")
+    texts = []
+    for row in rows:
+        lines = [*cut("Q:", row["question"].replace("<image>", ""), 4), *cut("A:", row["answer"], 3)]
+        texts.append(lines + ([] if row["right"] else cut("Right:", row["expected"], 3)))
+    columns = min(columns, len(rows))
+    wide, head, side, deep = 2.45, 0.4, 1.8, 0.25 + 0.172 * max(map(len, texts))  # inches: a cell, and its parts downwards
+    tall = head + side + deep
+    shape = (-(-len(rows) // columns), columns)
+    figure, axes = plt.subplots(*shape, figsize=(wide * shape[1], tall * shape[0]), squeeze=False)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0, hspace=0)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, (axis, row, lines) in enumerate(zip(axes.flat, rows, texts)):
+        number = row.get("image", number)
+        verdict, style, colour, width = MARKS[bool(row["right"])]
+        picture = axis.inset_axes([(wide - side) / 2 / wide, deep / tall, side / wide, side / tall])
+        if number is None:
+            picture.text(0.5, 0.5, "no picture", fontsize=9, ha="center", va="center")
+        else:
+            picture.imshow(np.asarray(images_N3SS[number]).transpose(1, 2, 0), interpolation="nearest")
+        picture.set(xticks=[], yticks=[])
+        for spine in picture.spines.values():
+            spine.set(linestyle=style, color=colour, linewidth=width)
+        title = f"{verdict} ({row['kind']})"
+        axis.text(0.5, (deep + side + 0.1) / tall, title, fontsize=10, weight="bold", ha="center")
+        text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "parse_math": False, "clip_on": True}
+        axis.text(0.05, (deep - 0.08) / tall, "\n".join(lines), **text)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -177,4 +284,4 @@ if __name__ == "__main__":
         record = json.loads((args.folder / "results.json").read_text())
         print(plot_run(args.folder, record["name"]))
         if len({run["variant"] for run in record["runs"]}) > 1:
-            print(plot_comparison(args.folder, [record]))
+            print(plot_comparison(args.folder, [record], "best" if has_best(record) else "last"))

@@ -3,7 +3,6 @@
 Nothing is taken silently: every way in which data can be wrong is a UserError that names the flag and the fix.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +13,12 @@ import pyarrow
 import torch
 from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lab.cli import UserError, offline_message
+from lab.cli import UserError
+from lab.hub import from_hub
 from lab.tasks import Task
 
 HUB = "nyu-mll/glue"
@@ -36,20 +34,6 @@ class Source:
     load_model: Callable[[], torch.nn.Module]  # the dense classifier, its head drawn from the global seed
     tokenizer: object
     splits: dict[str, datasets.Dataset]  # train and the task's dev splits, checked
-
-
-def from_hub(what: str, flag: str, name: str, load: Callable):
-    """Runs `load`; where the hub or its cache cannot give `name`, UserError names the ways on."""
-    try:
-        return load()
-    except (OSError, ValueError, HTTPError, DatasetGenerationError, SafetensorError) as error:  # absent, cut off, damaged
-        if os.environ.get("HF_HUB_OFFLINE"):
-            raise UserError(offline_message(what, name)) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        again = "a download that broke off goes on where it stopped when the command is run again"
-        if Path(name).is_dir():
-            again = "save or fetch it again"
-        raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None
 
 
 def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datasets.Dataset]:

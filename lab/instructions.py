@@ -150,6 +150,9 @@ class Collate:
     def __init__(self, data: InstructionSet, packs: list[Pack], pixels: Pixels, pad_id: int, prompts: bool = False):
         self.data, self.packs, self.pixels, self.pad_id, self.prompts = data, packs, pixels, pad_id, prompts
 
+    def __len__(self) -> int:
+        return len(self.packs)
+
     def __call__(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         packs = [self.packs[index] for index in chosen]
         parts = [[pack.prefix, *pack.rests] for pack in packs]

@@ -45,8 +45,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from lab.baselines import CosineRouter
-from stgc import Experts, MoELayer, Router
+from lab import baselines
+from stgc import Experts, MoELayer
 
 # ---- 1. Neurons: which of them make an expert ----
 
@@ -170,16 +170,17 @@ class MoESpec:
     top_k: int = 2  # experts per token
     experts: str = "copy"  # copy | split
     split: str = "kmeans"  # kmeans | random | contiguous: how `experts="split"` groups the neurons
-    router: str = "linear"  # linear (stgc.Router) | cosine (lab.baselines.CosineRouter)
+    router: str = "linear"  # linear (stgc.Router) | another of lab.baselines.ROUTERS
+    num_clusters: int = 128  # router="embedding": of instructions
     normalize: bool = True  # the K weights sum to 1 (split: to K) | off: they are the routing scores
     seed: int = 0  # of the routers and the groups
 
     def __post_init__(self):
-        kinds = {"layers": str, "num_experts": int, "top_k": int, "normalize": bool, "seed": int}
+        kinds = {"layers": str, "num_experts": int, "top_k": int, "num_clusters": int, "normalize": bool, "seed": int}
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind.__name__}")
-        choices = {"experts": ("copy", "split"), "split": SPLITS, "router": ("linear", "cosine")}
+        choices = {"experts": ("copy", "split"), "split": SPLITS, "router": (*baselines.ROUTERS,)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
@@ -315,9 +316,8 @@ def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
     The router's numbers come from torch's default generator on the CPU, so that a seed means the same on every device. For
     `split` a linear router starts as MoEfication's parameter centres: each part's mean of normalised rows.
     """
-    router_class = {"linear": Router, "cosine": CosineRouter}[spec.router]
-    first = ffn.first
-    router = router_class(first.in_features, spec.num_experts, device="cpu", dtype=torch.float32).to(first.weight)
+    shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters)
+    router = baselines.make_router(spec.router, *shape, device="cpu", dtype=torch.float32).to(ffn.first.weight)
     if spec.experts == "copy":
         experts = copy_ffn(ffn, spec.num_experts)
     else:
@@ -361,6 +361,7 @@ def install(model: PreTrainedModel, spec: MoESpec) -> None:
                 layer.output.dense = moe = build_moe(ffn, spec).train(layer.training)
                 attention = layer.attention
             attention.register_forward_pre_hook(PassMask(moe), with_kwargs=True)
+    baselines.share_samples(model)
 
 
 def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:

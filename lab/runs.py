@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from lab.cli import Interrupted, RunFailed, UserError
 
-RECORD, CHECKPOINTS = "results.json", "checkpoints"
+RECORD, CHECKPOINTS, STAGES, ENTRIES = "results.json", "checkpoints", "stages", "entries.json"
 
 # ---- 1. Device ----
 
@@ -109,8 +109,8 @@ def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, re
         raise UserError(f"--resume: {folder} was begun with {flags}; give the same, or name another --output-dir")
 
 
-OWN = {RECORD, CHECKPOINTS, "all_results.json", "curves.png", "comparison.png", "tensorboard"}
-OWN_RUN = re.compile(r"(model-)?[a-z]+(-[a-z]+)*(-lr[\d.e-]+)?-s\d+(\.jsonl)?")  # the curve or the model of one run
+OWN = {RECORD, CHECKPOINTS, STAGES, ENTRIES, "all_results.json", "curves.png", "comparison.png", "tensorboard"}
+OWN_RUN = re.compile(r"[a-z]+(-[a-z]+)*(-lr[\d.e-]+)?-s\d+(\.jsonl|\.png)?")  # curve, pictures and model of one run
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -189,11 +189,11 @@ class RunFolder:
 
     def find(self, **key) -> dict | None:
         """The entry of a finished run (variant, seed, lr)."""
-        return next((run for run in self.record["runs"] if key.items() <= run.items()), None)
+        return next((run for run in self.record["runs"] if all(run.get(name) == value for name, value in key.items())), None)
 
-    def add(self, run: dict) -> None:
-        """Adds a finished run."""
-        self.record["runs"].append(run)
+    def add(self, entry: dict, to: str = "runs") -> None:
+        """Adds a finished run, or a finished stage before the runs (`to="stages"`)."""
+        self.record.setdefault(to, []).append(entry)
         self.write()
 
     def write(self) -> None:

@@ -160,6 +160,27 @@ def test_score_is_printed_where_it_is_no_metric():
     assert row_of(comparison_table(mrpc), "f1", "none") == ["2", "90.0 ± 0.0"]
 
 
+def measured_once():
+    """Runs that have no best epoch: measured on test data when they ended."""
+    runs = [run(v, s, 0.0, 0.5 + 0.1 * s + 0.02 * (v == "ce")) for v in ("ce", "none") for s in (0, 1, 2)]
+    for one in runs:
+        del one["best"]
+        score = one["last"].pop("accuracy")
+        one["last"] |= {"caption": score + 0.1, "vqa": score - 0.1, "parts": {"colour": score}}
+    return record("toy-lvlm", runs)
+
+
+def test_runs_without_a_best_epoch():
+    table = comparison_table(measured_once(), "last")
+    assert table.splitlines()[0] == "toy-lvlm, in %, end of the run, nothing selected; seeds: 0 1 2"
+    assert metric_names(measured_once()) == ["caption", "vqa", "score"]
+    assert [row.label for row in select_rows(measured_once(), "last")] == ["none", "ce"]
+    assert row_of(table, "vqa", "none") == ["3", "50.0 ± 10.0"]
+    assert row_of(table, "score", "ce")[:3] == ["3", "62.0 ± 10.0", "+2.0"]
+    with pytest.raises(ValueError, match="toy-lvlm has runs without a best epoch: use select='last'"):
+        comparison_table(measured_once())
+
+
 def full_records(lr=LR):
     scores = {"cola": 0.6, "mrpc": 0.9, "qnli": 0.91, "mnli": 0.85, "rte": 0.7}
     return {
@@ -245,6 +266,16 @@ def test_figure_has_a_point_per_seed_and_joins_the_pairs(tmp_path, monkeypatch):
     assert [(0.7, 68.666667), (1.3, 68.666667)] in lines
     assert len({line.get_marker() for line in left.lines if line.get_linestyle() == "None" and len(line.get_xdata())}) == 3
     assert sorted(y for one in points(right, "None") for _, y in one) == pytest.approx([-10, 20])
+
+
+def test_figure_names_the_data_of_its_scores(tmp_path, monkeypatch):
+    for args, label in (
+        ((measured_once(), "last"), "test score in % (last)"),
+        ((measured_once(), "last", "vqa", "held-out"), "held-out vqa in % (last)"),
+        ((several_rates(), "last"), "dev score in % (last)"),
+    ):
+        (axis,), _ = drawn(monkeypatch, tmp_path, [args[0]], *args[1:])
+        assert axis.get_ylabel() == label
 
 
 def test_figure_joins_within_a_rate(tmp_path, monkeypatch):

@@ -1,0 +1,200 @@
+"""A user's own pictures and conversations, in LLaVA's format, for `toy_lvlm.py`. Nothing is left out or changed silently.
+
+The file is a JSON list, or JSON lines, of entries: {"image": "dogs/7.png", "conversations": [{"from": "human", "value":
+"<image>\\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}. Without "image" an entry is text only. `<image>` marks the
+picture's place in the first question. Optional: "id", "kind" (one of KINDS), "accept" (right answers beside the last one).
+
+CHOICE: without "kind" an entry is "vqa" where its last answer is one word, else "caption".
+CHOICE: a question without `<image>` gets it in front, where LLaVA puts it, and the run says so. LLaVA trains blind there.
+DIFFERS: LLaVA makes one `<image>` of several, and moves it to the front of its turn; here several are a fault, one stays.
+
+Shapes: N pictures, S a picture's side in pixels.   1 Problems  2 Entries  3 Pictures  4 Loading
+"""
+
+import json
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lab.cli import UserError
+from lab.instructions import IMAGE, KINDS, Instruction, InstructionSet
+
+NAMED = 3  # entries of each kind of problem that a message names
+CLIP_MEAN = (122, 116, 104)  # image_mean of openai/clip-vit-large-patch14-336 x 255, as LLaVA pads
+MEMORY_SHARE = 0.8  # of the free memory, for pictures; the rest is the model's
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which Pillow has Ghostscript run
+
+# ---- 1. Problems ----
+
+
+class BadEntry(Exception):
+    """An entry that cannot be used. The message reads "kind of problem: detail"."""
+
+
+class Problems:
+    """What is wrong with entries: ("train.json entry 17", "kind of problem: detail"). All files and all steps share one."""
+
+    def __init__(self, max_bad: int):
+        self.max_bad, self.total = max_bad, 0  # total: entries of all files; who reads one adds to it
+        self.left_out: list[tuple[str, str]] = []  # all of them, in the order found
+        self.changed: list[tuple[str, str]] = []  # used, but not as given: not bad
+        self.places: dict[str, list[str]] = {}  # flag -> where each instruction of that set stood, for later steps
+
+    def add(self, where: str, what: str) -> None:
+        """Leaves an entry out. UserError when there are more than `max_bad`."""
+        self.left_out.append((where, what))
+        if len(self.left_out) > self.max_bad:
+            raise UserError(f"--max-bad {self.max_bad}: {by_kind(self.left_out)}; mend or remove these, or allow more")
+
+    def summary(self) -> str:
+        """One line, or "" where every entry is used as it is."""
+        told = ((self.left_out, "left out"), (self.changed, "changed"))
+        return ". ".join(f"{len(own)} of {self.total} entries {how}: {by_kind(own)}" for own, how in told if own)
+
+
+def by_kind(problems: list[tuple[str, str]]) -> str:
+    """2 x picture not found (train.json entry 3: 'a.png'; dev.json line 8: 'b.png'); 1 x blank text (...). NAMED of each."""
+    groups: dict[str, list[str]] = {}
+    for where, what in problems:
+        kind, _, detail = what.partition(": ")
+        groups.setdefault(kind, []).append(f"{where}: {detail}" if detail else where)
+    return "; ".join(f"{len(own)} x {kind} ({'; '.join(own[:NAMED])})" for kind, own in groups.items())
+
+
+# ---- 2. Entries ----
+
+
+def read_entries(path: Path, flag: str) -> list[tuple[str, object]]:
+    """Entries, not looked at yet, each behind where it stands: "train.json entry 17 (id 'a7')", from 1. UserError."""
+    where, entries = "", []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if is_list := text.lstrip().startswith("["):
+            entries = list(enumerate(json.loads(text), start=1))
+        else:
+            for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split at a U+2028 in a text
+                where = f"line {number}: "
+                entries += [(number, json.loads(line))] if line.strip() else []
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8 and no JSON are ValueErrors
+        raise UserError(f"{flag} {path} is neither a JSON list nor JSON lines ({where}{error}): give one") from None
+    if not entries:
+        raise UserError(f"{flag} {path} has no entries: give one at least")
+    ids = [f" (id {entry['id']!r:.40})" if isinstance(entry, dict) and "id" in entry else "" for _, entry in entries]
+    return [(f"{path} {'entry' if is_list else 'line'} {number}{own}", entry) for (number, entry), own in zip(entries, ids)]
+
+
+def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instruction, bool]:
+    """The picture's file, the instruction (its `image` still None), and whether `<image>` had to be put in. BadEntry."""
+    if not isinstance(entry, dict):
+        raise BadEntry(f"not an object: a {type(entry).__name__}")
+    entry = {"accept": []} | {key: value for key, value in entry.items() if value is not None}
+    for key, form in (("conversations", list), ("accept", list), ("image", str)):
+        if not isinstance(entry.get(key, ""), form):
+            raise BadEntry(f"{key} of the wrong type: {entry.get(key)!r:.60} instead of a {form.__name__}")
+    turns, picture = entry["conversations"], entry.get("image")
+    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if speakers != ["human", "gpt"] * max(1, len(turns) // 2):
+        raise BadEntry(f"turns out of order: {speakers!r:.60} instead of human, gpt, human, gpt and so on")
+    texts = [check_text(turn.get("value"), f"turn {number}") for number, turn in enumerate(turns, start=1)]
+    accept = tuple(check_text(text, f"accept {number}") for number, text in enumerate(entry["accept"], start=1))
+    if any(IMAGE in text for text in (*texts[1:], *accept)):
+        raise BadEntry(f"{IMAGE} outside the first question: it may only stand there")
+    if (markers := texts[0].count(IMAGE)) > (picture is not None):
+        raise BadEntry(f"{IMAGE} without a picture" if picture is None else f"several {IMAGE}: {markers}, for one picture")
+    kind = entry.get("kind", "caption" if len(texts[-1].split()) > 1 else "vqa")
+    if kind not in KINDS:
+        raise BadEntry(f"unknown kind: {kind!r:.40} instead of {', '.join(KINDS)}")
+    if put_in := picture is not None and not markers:
+        texts[0] = f"{IMAGE}\n{texts[0]}"
+    instruction = Instruction(tuple(zip(texts[::2], texts[1::2])), None, kind, accept=accept)
+    return None if picture is None else find_picture(picture, folder), instruction, put_in
+
+
+def check_text(text: object, which: str) -> str:
+    """The text without white space around it. BadEntry."""
+    if not isinstance(text, str):
+        raise BadEntry(f"text of the wrong type: {which} is a {type(text).__name__}")
+    if not text.strip() or text.encode(errors="ignore").decode() != text:  # half a surrogate pair, which no tokenizer takes
+        raise BadEntry(f"{'broken Unicode' if text.strip() else 'blank text'}: {which}")
+    return text.strip()
+
+
+def find_picture(picture: str, folder: Path | None) -> Path:
+    """The file in the folder. A link there may lead out of it: the folder is the user's own, a path may be not. BadEntry."""
+    if folder is None:
+        raise UserError("--image-dir is missing: give the folder that the pictures' paths start from")
+    path = PureWindowsPath(picture)  # knows / and \, roots and drives, on any system
+    if path.drive or path.root or ".." in path.parts:
+        raise BadEntry(f"path outside --image-dir: {picture!r:.80}")
+    if not os.path.isfile(folder / picture):  # False too for what cannot be a path
+        raise BadEntry(f"picture not found: {picture!r:.80}" + ", as URLs are not fetched" * ("://" in picture))
+    return folder / picture
+
+
+# ---- 3. Pictures ----
+
+
+def read_picture(file: Path, size: int) -> Tensor:
+    """uint8 (3, S, S): the whole picture, upright, transparency on white, centred on a square of CLIP's mean colour.
+    DIFFERS: LLaVA pads and then scales; scaled first, a very long picture needs no huge square. BadEntry."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit on pixels
+            with Image.open(file, formats=FORMATS) as opened:
+                image = ImageOps.exif_transpose(opened)  # decodes all of it: a truncated file fails here
+        if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))  # convert() would clip at 255
+        if image.mode in ("I", "F"):  # 32 bits
+            raise ValueError(f"mode {image.mode} has no known white, save it as RGB")
+        if max(image.size) >= 2 * size * min(image.size):  # pad() would return nothing of it
+            raise ValueError("it is so thin that nothing of it is left when scaled")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        square = ImageOps.pad(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC, CLIP_MEAN)
+    except Exception as error:  # decoders raise about anything on damaged files
+        raise BadEntry(f"picture cannot be read as {', '.join(FORMATS)}: {str(file)!r}, {error!r:.120}") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+# ---- 4. Loading ----
+
+
+def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--data") -> InstructionSet:
+    """Good entries in the file's order, each picture once; `problems` has the rest. `image_dir` None: no pictures."""
+    path, folder = Path(path).expanduser(), None if image_dir is None else Path(image_dir).expanduser()
+    if folder and not folder.is_dir():
+        raise UserError(f"--image-dir {folder}: no such folder; give the one that holds the pictures of {flag}")
+    entries, earlier, checked = read_entries(path, flag), len(problems.left_out), []
+    problems.total += len(entries)
+    for where, entry in entries:
+        try:
+            checked.append((where, *check_entry(entry, folder)))
+        except BadEntry as fault:
+            problems.add(where, str(fault))
+    count = len({file for _, file, *_ in checked if file})
+    if count > (fit := int(MEMORY_SHARE * psutil.virtual_memory().available / (3 * size * size))):
+        raise UserError(f"{flag} {path}: {fit} of its {count} pictures of {size} x {size} fit in memory; give fewer")
+    images_N3SS = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    rows, instructions, problems.places[flag] = {}, [], []
+    for where, file, instruction, put_in in tqdm(checked, f"read {path.name}", dynamic_ncols=True, disable=None):
+        try:
+            if file and file not in rows:
+                images_N3SS[len(rows)] = read_picture(file, size)
+                rows[file] = len(rows)
+        except BadEntry as fault:
+            problems.add(where, str(fault))
+        else:
+            instructions.append(replace(instruction, image=rows.get(file)))
+            problems.places[flag].append(where)
+            problems.changed += [(where, f"no {IMAGE}, so it was put before the first question")] * put_in
+    if not instructions:
+        raise UserError(f"{flag} {path} has no entry that can be used: {by_kind(problems.left_out[earlier:])}; mend them")
+    return InstructionSet(images_N3SS[: len(rows)], instructions)

@@ -1,0 +1,385 @@
+"""The parts of `toy_lvlm.py`: its data, the tiny CLIP, the small language model, and the LLaVA that joins them.
+
+Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.   1 Data  2 Parts  3 LLaVA  4 Saved models
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from lab import baselines, moefication
+from lab.cli import UserError
+from lab.hub import from_hub
+from lab.instructions import (
+    EOS,
+    IMAGE,
+    PAD,
+    Collate,
+    Encoded,
+    Instruction,
+    InstructionSet,
+    Pixels,
+    encode,
+    make_packs,
+    make_tokenizer,
+)
+from lab.llava import Problems, load_llava
+from lab.runs import write_json
+from lab.scenes import make_scenes
+
+SIZE = 64  # of a picture without a pretrained CLIP, in pixels
+PATCH = 16
+
+# ---- 1. Data ----
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and tests on, and how it becomes tokens and pixels."""
+
+    name: str
+    train: InstructionSet
+    test: InstructionSet
+    captions: tuple[list[str], list[str]]  # of the pictures of train and test, for a CLIP
+    tokenizer: object
+    pixels: Pixels
+    image_tokens: int  # of a picture
+    encoded: list[Encoded]  # train
+
+    @property
+    def image_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(IMAGE)
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+
+def captions_of(data: InstructionSet) -> list[str]:
+    """A text for each picture: the answer to its first caption instruction, else its first question and answer."""
+    texts: dict[int, str] = {}
+    for one in sorted(data.instructions, key=lambda one: one.kind != "caption"):
+        question, answer = one.turns[0]
+        text = answer if one.kind == "caption" else f"{question.replace(IMAGE, '').strip()} {answer}"
+        texts.setdefault(one.image, text)
+    return [texts[picture] for picture in range(len(data.images_N3SS))]
+
+
+def hold_out(data: InstructionSet, places: list[str], seed: int) -> tuple[list[InstructionSet], list[list[str]]]:
+    """A tenth of the pictures (and of what has none), one at least, with all their instructions, for testing."""
+    units = sorted({(one.image is None, i if one.image is None else one.image) for i, one in enumerate(data.instructions)})
+    random.Random(seed).shuffle(units)
+    chosen = set(units[: max(1, len(units) // 10)])
+    parts, where = ([], []), ([], [])
+    for i, one in enumerate(data.instructions):
+        held = (one.image is None, i if one.image is None else one.image) in chosen
+        parts[held].append(one)
+        where[held].append(places[i])
+    if not parts[0]:
+        raise UserError("--data: one picture alone cannot be both trained and tested on; give more, or --eval-data")
+    return [select(data.images_N3SS, part) for part in parts], list(where)
+
+
+def select(images_N3SS: Tensor, instructions: Sequence[Instruction]) -> InstructionSet:
+    """The instructions with their pictures alone."""
+    used = sorted({one.image for one in instructions if one.image is not None})
+    rows = {picture: row for row, picture in enumerate(used)}
+    return InstructionSet(images_N3SS[used], [replace(one, image=rows.get(one.image)) for one in instructions])
+
+
+def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Data:
+    """Generated scenes, or the user's own. `clip` and `tokenizer`: of pretrained parts, else None. UserError."""
+    pixels = Pixels(SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if clip is None else clip_pixels(args.clip, clip)
+    places: list[list[str]] = [[], []]
+    if args.data:
+        load = partial(load_llava, image_dir=args.image_dir, size=pixels.size, problems=problems)
+        train = load(args.data, flag="--data")
+        if args.eval_data:
+            sets = [train, load(args.eval_data, flag="--eval-data")]
+            places = [problems.places["--data"], problems.places["--eval-data"]]
+        else:
+            sets, places = hold_out(train, problems.places["--data"], seed=0)
+        name = Path(args.data).stem
+    else:
+        scenes = make_scenes(args.scenes, args.test_scenes, size=pixels.size)
+        sets, name = [scenes["train"].data, scenes["test"].data], "scenes"
+    if tokenizer is None:
+        texts = (text for one in sets[0].instructions for question, answer in one.turns for text in (question, f" {answer}"))
+        tokenizer = make_tokenizer(texts)
+    image_tokens = count_patches(clip.config.vision_config) if clip else (SIZE // PATCH) ** 2
+    encoded = []
+    for number, own in enumerate(sets):
+        found = encode([one.turns for one in own.instructions], tokenizer, image_tokens)
+        fits = [len(one.input_ids) <= args.max_length for one in found]
+        if not all(fits) and not args.data:
+            raise UserError(f"--max-length {args.max_length}: generated scenes need {max(len(e.input_ids) for e in found)}")
+        for where, one, good in zip(places[number], found, fits):
+            if not good:
+                problems.add(where, f"too long: {len(one.input_ids)} tokens with picture and answer, --max-length is less")
+        encoded.append([one for one, good in zip(found, fits) if good])
+        if not encoded[-1]:
+            raise UserError(f"--max-length {args.max_length}: no conversation is as short as that; raise it")
+        sets[number] = select(own.images_N3SS, [one for one, good in zip(own.instructions, fits) if good])
+    captions = tuple(map(captions_of, sets))
+    return Data(name, *sets, captions, tokenizer, pixels, image_tokens, encoded[0])
+
+
+def sample_values(data: Data, model: PreTrainedModel, rows: Tensor, input_ids: Tensor, asked: Tensor) -> dict:
+    """What `lab.baselines.Samples.set` wants beside the mask, of a batch of single conversations: the question's tokens, its
+    cluster, its task family. CHOICE: an instruction's embedding is the mean of its tokens', as the model's input table has
+    them."""
+    kinds = [data.train.instructions[row].kind for row in rows.tolist()]
+    task_B = torch.tensor([baselines.FAMILIES[kind] for kind in kinds], device=input_ids.device)
+    return {"task_B": task_B} | question_values(model, input_ids, asked)
+
+
+@torch.no_grad()
+def embed_questions(model: PreTrainedModel, input_ids: Tensor, asked: Tensor) -> Tensor:
+    """embeddings_BD: the mean of the question's token embeddings."""
+    tokens_BLD = model.get_input_embeddings()(input_ids)
+    return (tokens_BLD * asked.unsqueeze(2)).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
+
+
+def question_values(model: PreTrainedModel, input_ids: Tensor, asked: Tensor) -> dict:
+    """Those of them that are known without the task: what an answer may be generated from."""
+    values = {"instruction_BL": asked}
+    router = next((module for module in model.modules() if isinstance(module, baselines.EmbeddingRouter)), None)
+    if router:
+        values["cluster_B"] = baselines.nearest_cluster(embed_questions(model, input_ids, asked), router.centres_CD)
+    return values
+
+
+# ---- 2. Parts ----
+
+
+def count_patches(vision_config) -> int:
+    return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+def make_clip(tokenizer) -> CLIPModel:
+    """A tiny CLIP, untrained: four layers for pictures, two for texts, width 128."""
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = shape | special | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 77}
+    vision = shape | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def load_clip(name: str) -> CLIPModel:
+    ways = "give a folder (--clip DIR), or leave --clip out: a tiny one is trained"
+    return from_hub("the CLIP", "--clip", name, lambda: CLIPModel.from_pretrained(name, dtype=torch.float32), ways)
+
+
+def clip_pixels(name: str, clip: CLIPModel) -> Pixels:
+    processor = from_hub("the image processor", "--clip", name, lambda: CLIPImageProcessorPil.from_pretrained(name))
+    return Pixels(clip.config.vision_config.image_size, tuple(processor.image_mean), tuple(processor.image_std))
+
+
+class CollateClip:
+    """Pictures with captions, for the contrastive loss of `CLIPModel`. Captions longer than its 77 positions are cut."""
+
+    def __init__(self, images_N3SS: Tensor, captions: Sequence[str], tokenizer, pixels: Pixels):
+        self.images_N3SS, self.pixels, self.pad_id = images_N3SS, pixels, tokenizer.pad_token_id
+        self.ids = [[*ids[:76], tokenizer.eos_token_id] for ids in tokenizer(list(captions))["input_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __call__(self, rows: Sequence[int]) -> dict:
+        length = max(len(self.ids[row]) for row in rows)
+        ids_BL = torch.tensor([self.ids[row] + [self.pad_id] * (length - len(self.ids[row])) for row in rows])
+        return {
+            "input_ids": ids_BL,
+            "attention_mask": (ids_BL != self.pad_id).long(),
+            "pixel_values": self.pixels.values(self.images_N3SS[torch.tensor(rows)]),
+        }
+
+
+@torch.no_grad()
+def retrieval(clip: CLIPModel, collate: CollateClip, group: int = 64) -> tuple[float, int]:
+    """Share of the pictures whose own caption is the nearest among a group's, and the group's size; a smaller last group is
+    left out."""
+    clip.eval()
+    size = min(group, len(collate.ids))
+    starts = range(0, len(collate.ids) - size + 1, size)
+    batches = [{key: value.to(clip.device) for key, value in collate(range(s, s + size)).items()} for s in starts]
+    best = [clip(**batch).logits_per_image.argmax(1).cpu() == torch.arange(size) for batch in batches]
+    return torch.cat(best).float().mean().item(), size
+
+
+SMALL = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "tie_word_embeddings": True,
+}
+
+
+def make_lm(tokenizer, max_length: int) -> LlamaForCausalLM:
+    """A small decoder, untrained: four layers of width 192, SwiGLU, no biases."""
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": max(512, 2 * max_length)}
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **size, **special))
+
+
+def load_lm(name: str) -> tuple[PreTrainedModel, object]:
+    """A pretrained decoder and its tokenizer, which gets `<image>`, and a padding token where it has none. UserError."""
+    ways = "give a folder (--lm DIR), or leave --lm out: a small one is trained"
+    tokenizer = from_hub("the tokenizer", "--lm", name, lambda: AutoTokenizer.from_pretrained(name), ways)
+    load = partial(AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32)
+    lm = from_hub("the language model", "--lm", name, load, ways)
+    if tokenizer.eos_token_id is None:
+        tokenizer.add_special_tokens({"eos_token": EOS})
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if len(tokenizer) > lm.config.vocab_size:
+        lm.resize_token_embeddings(len(tokenizer))
+    return lm, tokenizer
+
+
+# ---- 3. LLaVA ----
+
+
+def join(clip: CLIPModel, lm: PreTrainedModel, data: Data) -> LlavaForConditionalGeneration:
+    """transformers' LLaVA of both, with a new two-layer projector behind CLIP's last layer but one, as in MoE-LLaVA."""
+    config = LlavaConfig(
+        vision_config=clip.config.vision_config,
+        text_config=lm.config,
+        image_token_index=data.image_id,
+        image_seq_length=data.image_tokens,
+        tie_word_embeddings=lm.config.tie_word_embeddings,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    model.model.language_model.load_state_dict(lm.base_model.state_dict())
+    model.lm_head.load_state_dict(lm.lm_head.state_dict())
+    return model
+
+
+def trainable(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """All but CLIP, which stays frozen; tied ones once."""
+    frozen = {id(parameter) for parameter in model.model.vision_tower.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in frozen]
+
+
+def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moefication.MoESpec:
+    """What becomes of which layers of the language model. UserError."""
+    text = LlamaConfig(**SMALL) if lm is None else lm.config
+    vision = {} if clip is None else {"vision_config": clip.config.vision_config}
+    try:
+        if lm is not None:
+            moefication.decoder_ffn(lm.base_model.layers[0])
+        spec = moefication.MoESpec(args.moe_layers, args.num_experts, args.top_k, args.experts, router=args.router)
+        return moefication.check_spec(spec, LlavaConfig(text_config=text, **vision))
+    except (ValueError, AttributeError) as error:
+        flags = (("layers=", "--moe-layers"), ("neurons", "--num-experts"), ("", "--lm"))
+        raise UserError(f"{next(flag for word, flag in flags if word in str(error))}: {error}") from None
+
+
+def cluster_questions(model: PreTrainedModel, data: Data, num_clusters: int, seed: int) -> Tensor:
+    """centres_CD of the training's questions."""
+    found = {tuple(id for id, asked in zip(one.input_ids, one.asked) if asked): None for one in data.encoded}
+    table_VD = model.get_input_embeddings().weight.detach()
+    return baselines.cluster_instructions(torch.stack([table_VD[list(ids)].mean(0) for ids in found]), num_clusters, seed)
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, samples, batch: dict, tokenizer, max_new_tokens: int) -> Tensor:
+    """new_BL: what the model writes to the prompts of a batch of `Collate`, greedily; `samples`: its Samples, or None."""
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    keep, asked = batch.pop("keep"), batch.pop("asked")
+    if samples:
+        samples.set(keep, **question_values(model, batch["input_ids"], asked))
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids_BL = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, **special)
+    return ids_BL[:, batch["input_ids"].shape[1] :]
+
+
+def ask(model: PreTrainedModel, tokenizer, card: "Card", images_N3SS: Tensor, question: str) -> str:
+    """The answer to one question, about the picture if there is one."""
+    question = question.replace(IMAGE, " ").strip()
+    text = f"{IMAGE}\n{question}" if len(images_N3SS) else question
+    data = InstructionSet(images_N3SS, [Instruction(((text, None),), 0 if len(images_N3SS) else None, "vqa")])
+    encoded = encode([one.turns for one in data.instructions], tokenizer, card.image_tokens)
+    packs = make_packs(data, encoded, tokenizer.convert_tokens_to_ids(IMAGE), 0, share=False)
+    batch = Collate(data, packs, card.pixels, tokenizer.pad_token_id, prompts=True)([0])
+    del batch["rows"]
+    ids_BL = generate(model, baselines.samples_of(model), batch, tokenizer, max_new_tokens=64)
+    return tokenizer.decode(ids_BL[0], skip_special_tokens=True).strip()
+
+
+# ---- 4. Saved models ----
+
+CARD = "lvlm.json"
+
+
+def save(model: PreTrainedModel, folder: Path, data: Data) -> None:
+    """Weights and tokenizer in transformers' format, and a card that says what a picture is to it."""
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    write_json(folder / CARD, asdict(Card(*data.pixels, data.image_tokens)))
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a saved model expects of a picture. Bad values raise ValueError."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_tokens: int
+
+    def __post_init__(self):
+        whole = all(type(value) is int and 0 < value < 10_000 for value in (self.size, self.image_tokens))
+        triples = all(len(value) == 3 and all(type(v) is float for v in value) for value in (self.mean, self.std))
+        if not (whole and triples and 0 not in self.std):
+            raise ValueError(f"{CARD} cannot have {asdict(self)}")
+
+    @property
+    def pixels(self) -> Pixels:
+        return Pixels(self.size, tuple(self.mean), tuple(self.std))
+
+
+def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
+    """Model (moefied or dense, in eval mode), tokenizer and card, from this folder alone. UserError for a damaged one."""
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        for name in ("config.json", "tokenizer.json", CARD):
+            if not (folder / name).is_file():
+                raise ValueError(f"it has no {name}")
+        card = Card(**json.loads((folder / CARD).read_text()))
+        if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
+            model = moefication.load_moefied(folder)
+        else:
+            options = local | {"use_safetensors": True, "output_loading_info": True}
+            model, info = LlavaForConditionalGeneration.from_pretrained(folder, **options)
+            if info["missing_keys"]:  # transformers has drawn them at random
+                raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        if len(tokenizer) > model.config.get_text_config().vocab_size:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the model")
+    except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
+        reason = " ".join(str(error).split())
+        raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again") from error
+    return model.eval(), tokenizer, card

@@ -1,0 +1,467 @@
+"""The pictures show what their captions say, and every answer is right, by other means than those that made it."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import scenes
+from lab.instructions import IMAGE, KINDS
+from lab.scenes import CELLS, COLOURS, HELD_OUT, OUTLINES, Scene, Thing
+
+SIZES = ("small", "large")
+NUM_TRAIN, NUM_TEST = 1200, 450
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return scenes.make_scenes(NUM_TRAIN, NUM_TEST)
+
+
+def instructions(splits, kind: str = "", part: str | None = None) -> list:
+    found = [some for split in splits.values() for some in split.data.instructions]
+    return [some for some in found if kind in ("", some.kind) and part in (None, some.part)]
+
+
+def digest(num_train: int, num_test: int, seed: int) -> dict[str, str]:
+    made = scenes.make_scenes(num_train, num_test, seed, 32)
+    return {
+        split: hashlib.sha256(
+            repr([some.data.images_N3SS.numpy().tobytes(), *some.data[1:], some.captions]).encode()
+        ).hexdigest()
+        for split, some in made.items()
+    }
+
+
+# ---- The whole ----
+
+
+def test_same_seed_same_scenes():
+    once = digest(40, 30, 0)
+    assert once == digest(40, 30, 0)
+    assert once["test"] == digest(10, 30, 0)["test"]
+    captions = [set(some.captions) for seed in (0, 1) for some in scenes.make_scenes(40, 30, seed, 32).values()]
+    assert all(len(one & other) < 5 for i, one in enumerate(captions) for other in captions[:i])
+
+
+def test_string_hashes_do_not_matter():
+    """In another process the hashes of strings, and so the order of a set, are others."""
+    code = "from tests.test_scenes import digest; print(digest(40, 30, 0))"
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(digest(40, 30, 0))
+
+
+def test_form(splits):
+    for split, num in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        data, captions = splits[split]
+        assert data.images_N3SS.shape == (num, 3, 64, 64) and data.images_N3SS.dtype == torch.uint8 and len(captions) == num
+        kinds = defaultdict(list)
+        for some in data.instructions:
+            ((question, answer),) = some.turns
+            kinds[some.image].append(some.kind)
+            assert question.startswith(f"{IMAGE}\n") and (question + answer) == (question + answer).lower()
+            assert some.where == scenes.WHERE[split][some.image % len(scenes.WHERE[split])]
+            assert question.endswith(
+                (" one word.", " one number.", " one letter.", " sentence.", " the text.", " the cell.", " the box.")
+            )
+        assert list(kinds) == list(range(num))
+        for image, found in kinds.items():
+            assert found == [kind for kind in KINDS if kind in found] and {"caption", "vqa"} <= set(found)
+            assert ("ocr" in found) == bool(re.search("the (word|number)", captions[image]))
+    assert 0.35 < len(instructions(splits, "ocr")) / (NUM_TRAIN + NUM_TEST) < 0.45
+    assert len(instructions(splits)) > 4 * (NUM_TRAIN + NUM_TEST)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_other_sizes_show_the_same(size):
+    small, other = (scenes.make_scenes(12, 0, 0, some)["train"] for some in (64, size))
+    assert other.data.images_N3SS.shape == (12, 3, size, size)
+    assert small.captions == other.captions and small.data.instructions == other.data.instructions
+    coarse, coarse_other = (
+        torch.nn.functional.adaptive_avg_pool2d(some.data.images_N3SS[::2].double(), 16) for some in (small, other)
+    )  # the clean ones
+    assert (coarse - coarse_other).abs().mean() < 1.5
+
+
+def test_no_picture_asked_for():
+    assert scenes.make_scenes(3, 0)["test"].data.images_N3SS.shape == (0, 3, 64, 64)
+
+
+# ---- What is shown, read from the captions ----
+
+
+def read(caption: str) -> tuple[list[dict], dict | None]:
+    """The shapes and the text of a caption."""
+    assert caption.endswith(".")
+    shapes, text = [], None
+    for part in re.split(", | and ", caption[:-1]):
+        if found := re.fullmatch(r"the (word|number) (\w+) in (\w+) (?:at the|in the) (top|center|bottom)", part):
+            noun, word, colour, cell = found.groups()
+            assert (noun == "number") == word.isdigit() and word.isdigit() != (word in scenes.WORDS)
+            text = {"noun": noun, "word": word, "colour": colour, "cell": cell}
+        else:
+            size, colour, shape, where, cell = re.fullmatch(r"a (\w+) (\w+) (\w+) (at|in) the ([\w ]+)", part).groups()
+            assert (where == "in") == (cell == "center")
+            shapes.append({"size": size, "colour": colour, "shape": shape, "cell": CELLS.index(cell)})
+    return shapes, text
+
+
+def test_captions_keep_the_rules(splits):
+    counts = Counter()
+    for split in splits.values():
+        for caption in split.captions:
+            shapes, text = read(caption)
+            cells = [shape["cell"] for shape in shapes]
+            assert cells == sorted(set(cells))
+            assert all(s["size"] in SIZES and s["colour"] in COLOURS and s["shape"] in OUTLINES for s in shapes)
+            if text:
+                assert text["colour"] not in [shape["colour"] for shape in shapes]
+                assert CELLS.index(text["cell"]) // 3 not in [cell // 3 for cell in cells]
+            counts[len(shapes), bool(text)] += 1
+    assert set(counts) == {(1, False), (2, False), (3, False), (4, False), (0, True), (1, True), (2, True)}
+
+
+def test_train_and_test_share_no_scene(splits):
+    assert not set(splits["train"].captions) & set(splits["test"].captions)
+    free = scenes.random_scenes(NUM_TRAIN, "train", 0)  # unless told to, it does
+    assert {scenes.caption(scene) for scene in free} & set(splits["test"].captions)
+
+
+def test_held_out_pairs_are_in_test_only(splits):
+    assert len(HELD_OUT) == 6 and {shape for _, shape in HELD_OUT} == set(OUTLINES)
+    names = [" ".join(pair) for pair in HELD_OUT]
+    shown = {split: [any(name in caption for name in names) for caption in splits[split].captions] for split in splits}
+    assert not any(shown["train"])
+    assert shown["test"] == [False, False, True] * (NUM_TEST // 3)
+    about = []
+    for some in instructions(splits):
+        question, answer = some.turns[0]
+        if some.where != "new pairs":
+            assert not any(name in question or name in answer for name in names), some
+            if some.kind == "choice":
+                options = re.findall(r"[a-d]: (\w+)", question)
+                asked = question.split("?")[0].split()
+                assert not any(a in options and b in asked or b in options and a in asked for a, b in HELD_OUT), some
+        elif some.kind in ("vqa", "choice", "region"):
+            words = question.split("?")[0].replace("crosses", "cross").split()
+            words += [word.rstrip("s") for word in words]
+            new = [pair for pair in HELD_OUT if " ".join(pair) in splits["test"].captions[some.image]]
+            about.append("shapes" in words and "many" in words or any(set(pair) & set(words) for pair in new))
+    assert sum(about) > 0.95 * len(about)  # a held-out thing that has no name of its own is not asked about
+
+
+# ---- What is asked ----
+
+
+def the(name: str, shapes: list[dict]) -> dict:
+    """The one shape that this names."""
+    words = name.split()
+    assert words[0] == "the"
+    (found,) = [s for s in shapes if set(words[1:]) - {"object"} <= {s["size"], s["colour"], s["shape"]}]
+    return found
+
+
+def true_answers(question: str, caption: str) -> set[str]:
+    """All right answers, of those questions that a caption can answer."""
+    shapes, text = read(caption)
+    question = question.removeprefix(f"{IMAGE}\n").rsplit("?", 1)[0]
+    if found := re.fullmatch(r"what (colour|shape|size) is (the [\w ]+)", question):
+        part, name = found.groups()
+        return {text["colour"] if text and name == f"the {text['noun']}" else the(name, shapes)[part]}
+    if found := re.fullmatch(r"how many (?:(\w+) )?(\w+) are there", question):
+        colour, plural = found.groups()
+        shape = next((shape for shape in OUTLINES if plural in (f"{shape}s", f"{shape}es")), None)
+        assert shape or plural == "shapes"
+        assert not (text and text["colour"] == colour)
+        return {str(sum(colour in (None, s["colour"]) and shape in (None, s["shape"]) for s in shapes))}
+    if found := re.fullmatch(r"is there (an?) (\w+) (\w+)", question):
+        article, colour, shape = found.groups()
+        assert (article == "an") == (colour == "orange")
+        return {"yes" if any((s["colour"], s["shape"]) == (colour, shape) for s in shapes) else "no"}
+    if found := re.fullmatch(r"where is (the [\w ]+) from (the [\w ]+)", question):
+        (row, column), (other_row, other_column) = (divmod(the(name, shapes)["cell"], 3) for name in found.groups())
+        ways = {
+            "left": other_column - column,
+            "right": column - other_column,
+            "above": other_row - row,
+            "below": row - other_row,
+        }
+        return {way for way, cells in ways.items() if cells > 0}
+    if question == "what is written":
+        return {text["word"]}
+    if question.startswith("where is the "):
+        return {CELLS[the(question.removeprefix("where is "), shapes)["cell"]]}
+    raise AssertionError(question)
+
+
+def test_every_answer_is_right(splits):
+    asked = Counter()
+    for split in splits.values():
+        for some in split.data.instructions:
+            ((question, answer),) = some.turns
+            asked[some.kind, some.part] += 1
+            caption = split.captions[some.image]
+            if some.kind == "caption":
+                assert (question, answer) == (f"{IMAGE}\ndescribe the picture in one sentence.", caption)
+            elif some.kind == "choice":
+                question, options = question.split("? ")
+                found = dict(re.findall(r"([a-d]): (\w+)", options))
+                assert list(found) == list("abcd") and len(set(found.values())) == 4
+                assert {found[answer]} == true_answers(f"{question}?", caption)
+            elif some.part != "box":
+                assert {answer, *some.accept} == true_answers(question, caption), (question, caption)
+                assert some.part == "relation" or not some.accept
+    assert len(asked) == 12 and min(asked.values()) > 100
+
+
+def test_the_way_named_first_is_the_longer_one():
+    long_across = Scene((shape("large red circle", 0), shape("large blue square", 5)))
+    asks = {ask.question: ask[1::2] for ask in scenes.ask_relation(long_across)}
+    assert asks["where is the red circle from the blue square?"] == ("left", ("above",))
+    assert asks["where is the blue square from the red circle?"] == ("right", ("below",))
+    straight = Scene((shape("small red circle", 1, y=0.03), shape("large blue square", 2)))
+    asks = {ask.question: ask[1::2] for ask in scenes.ask_relation(straight)}
+    assert asks["where is the red circle from the blue square?"] == ("left", ())
+
+
+def test_no_is_hard_to_say(splits):
+    """The colour or the shape is there; both of them, apart, wherever the picture has such a pair."""
+    for split in splits.values():
+        for some in split.data.instructions:
+            if some.part == "yes/no" and some.turns[0][1] == "no":
+                colour, shape = re.search(r"is there an? (\w+) (\w+)\?", some.turns[0][0]).groups()
+                shapes, _ = read(split.captions[some.image])
+                colours, kinds, pairs = ({pick(s) for s in shapes} for pick in PICKS)
+                apart = {(a, b) for a in colours for b in kinds} - pairs
+                apart -= set() if some.where == "new pairs" else set(HELD_OUT)
+                assert (colour, shape) in apart if apart else colour in colours or shape in kinds
+
+
+PICKS = (lambda s: s["colour"], lambda s: s["shape"], lambda s: (s["colour"], s["shape"]))
+
+
+def test_options_come_from_the_picture_first(splits):
+    for split in splits.values():
+        for some in split.data.instructions:
+            if some.kind == "choice" and some.where == "new pairs":  # where no option is ruled out
+                shapes, text = read(split.captions[some.image])
+                shown = {s[some.part] for s in shapes} | ({text["colour"]} if text and some.part == "colour" else set())
+                options = set(re.findall(r"[a-d]: (\w+)", some.turns[0][0]))
+                assert len(options & shown) == min(4, len(shown))
+
+
+BOUNDS = {
+    **{
+        ("vqa", "colour"): 0.18,
+        ("vqa", "shape"): 0.24,
+        ("vqa", "size"): 0.54,
+        ("vqa", "count"): 0.27,
+        ("vqa", "yes/no"): 0.54,
+    },
+    **{("vqa", "relation"): 0.45, ("choice", "colour"): 0.29, ("choice", "shape"): 0.29, ("region", "cell"): 0.14},
+    **{("region", "box"): 0.03, ("ocr", ""): 0.05, ("caption", ""): 0.01},
+}
+
+
+@pytest.mark.parametrize("kind, part", BOUNDS)
+def test_no_constant_answer_does_well(splits, kind, part):
+    found = [some for some in splits["train"].data.instructions if (some.kind, some.part) == (kind, part)]
+    right = Counter(answer for some in found for answer in (some.turns[0][1], *some.accept))
+    assert max(right.values()) / len(found) < BOUNDS[kind, part], right.most_common(3)
+
+
+def test_counts_are_spread_within_each_question(splits):
+    forms = defaultdict(Counter)
+    for some in instructions(splits, "vqa", "count"):
+        words = some.turns[0][0].split()
+        forms["colour" if words[3] in COLOURS else "all" if words[3] == "shapes" else "shape"][some.turns[0][1]] += 1
+    for counts in forms.values():
+        assert set(counts) == set("01234") and max(counts.values()) < 0.42 * sum(counts.values())
+
+
+def test_parts_take_turns(splits):
+    for split in splits.values():
+        for where in scenes.WHERE["test"]:
+            for kind in ("vqa", "choice", "region"):
+                found = [some.part for some in split.data.instructions if (some.where, some.kind) == (where, kind)]
+                counts = Counter(found).values()
+                assert not found or max(counts) - min(counts) <= 0.1 * len(found) + 2
+
+
+# ---- Scenes by hand ----
+
+
+def shape(words: str, cell: int, x: float | None = None, y: float | None = None) -> Thing:
+    """ "large red circle", in the middle of its cell, or from x, or from y on."""
+    size, colour, kind = words.split()
+    side = {"small": 0.16, "large": 0.28}[size]
+    x, y = (i / 3 + (1 / 3 - side) / 2 if at is None else at for i, at in ((cell % 3, x), (cell // 3, y)))
+    return Thing(colour, kind, size, cell, (x, y, x + side, y + side))
+
+
+WORD = Thing("green", "word", "", 7, (0.25, 0.75, 0.75, 0.9), "cat")
+PAIR = Scene((shape("large red circle", 0), shape("small blue square", 4)), (WORD,))
+CROWD = Scene(
+    tuple(shape(words, cell) for cell, words in [(0, "large red star"), (2, "small red circle"), (6, "large red circle")])
+)
+TWINS = Scene(tuple(shape("large pink cross", cell) for cell in (1, 3, 8)))
+
+BY_HAND = [
+    ("caption", "", PAIR, "describe the picture in one sentence.", None),
+    ("vqa", "colour", PAIR, "what colour is the circle? one word.", "red"),
+    ("vqa", "colour", PAIR, "what colour is the word? one word.", "green"),
+    ("vqa", "shape", PAIR, "what shape is the blue object? one word.", "square"),
+    ("vqa", "size", PAIR, "what size is the square? one word.", "small"),
+    ("vqa", "count", PAIR, "how many shapes are there? one number.", "2"),
+    ("vqa", "count", PAIR, "how many red shapes are there? one number.", "1"),
+    ("vqa", "count", PAIR, "how many crosses are there? one number.", "0"),
+    ("vqa", "yes/no", PAIR, "is there a red circle? one word.", "yes"),
+    ("vqa", "yes/no", PAIR, "is there a red square? one word.", "no"),
+    ("vqa", "relation", PAIR, "where is the blue square from the red circle? one word.", {"right", "below"}),
+    ("ocr", "", PAIR, "what is written? the text.", "cat"),
+    ("region", "cell", PAIR, "where is the blue square? the cell.", "center"),
+    ("region", "box", PAIR, "where is the red circle? the box.", "1 1 10 10"),
+    ("region", "box", PAIR, "where is the word? the box.", "8 24 24 29"),
+    ("vqa", "colour", CROWD, "what colour is the small circle? one word.", "red"),
+    ("vqa", "shape", CROWD, "what shape is the small red object? one word.", "circle"),
+    ("vqa", "count", CROWD, "how many red shapes are there? one number.", "3"),
+    ("vqa", "count", CROWD, "how many circles are there? one number.", "2"),
+    ("vqa", "relation", CROWD, "where is the red star from the large red circle? one word.", {"above"}),
+    ("region", "cell", CROWD, "where is the small red circle? the cell.", "top right"),
+    ("vqa", "count", TWINS, "how many crosses are there? one number.", "3"),
+    ("vqa", "yes/no", TWINS, "is there a pink cross? one word.", "yes"),
+]
+
+
+def all_asked(kind: str, part: str, scene: Scene) -> dict:
+    find, how = scenes.ASKED[kind][part]
+    return {f"{ask.question} {how}": {ask.answer, *ask.accept} for ask in find(scene)}
+
+
+@pytest.mark.parametrize("kind, part, scene, question, answer", BY_HAND)
+def test_by_hand(kind, part, scene, question, answer):
+    expected = scenes.caption(scene) if kind == "caption" else answer
+    assert all_asked(kind, part, scene)[question] == (expected if isinstance(expected, set) else {expected})
+
+
+def test_captions_by_hand():
+    two = "a large red circle at the top left, a small blue square in the center and the word cat in green at the bottom."
+    assert scenes.caption(PAIR) == two
+    assert scenes.caption(Scene(PAIR.shapes)) == "a large red circle at the top left and a small blue square in the center."
+    assert scenes.caption(Scene((), (WORD,))) == "the word cat in green at the bottom."
+
+
+def test_the_ambiguous_is_not_asked():
+    for kind, part in [
+        ("vqa", "colour"),
+        ("vqa", "shape"),
+        ("vqa", "size"),
+        ("vqa", "relation"),
+        ("region", "cell"),
+        ("choice", "shape"),
+    ]:
+        assert not all_asked(kind, part, TWINS)
+    assert set(all_asked("vqa", "colour", CROWD)) == {
+        f"what colour is the {name}? one word." for name in ("star", "small circle", "large circle")
+    }
+    assert set(all_asked("vqa", "size", CROWD)) == {"what size is the star? one word."}
+    assert not any("green" in question for question in all_asked("vqa", "count", PAIR))  # the word's colour
+
+
+def test_cells_are_named_as_they_lie():
+    for cell, name in enumerate(CELLS):
+        row, column = divmod(cell, 3)
+        words = [("top", "", "bottom")[row], ("left", "", "right")[column]]
+        assert name == (" ".join(word for word in words if word) or "center")
+
+
+# ---- Pixels ----
+
+
+def covered(image_3SS: torch.Tensor, colour: str) -> torch.Tensor:
+    """Where a clean picture has this colour, in full."""
+    return (image_3SS.int() - torch.tensor(COLOURS[colour])[:, None, None]).abs().amax(0) <= 3
+
+
+def bounds(mask_SS: torch.Tensor) -> list[float]:
+    """Left, top, right, bottom in units of the side."""
+    ys, xs = mask_SS.nonzero().T / len(mask_SS)
+    return [*(float(some.min()) for some in (xs, ys)), *(float(some.max()) + 1 / len(mask_SS) for some in (xs, ys))]
+
+
+@pytest.mark.parametrize("kind", OUTLINES)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_shape_fills_its_box_and_nothing_else(kind, size):
+    thing = shape(f"{size} red {kind}", 5)
+    mask_SS = covered(scenes.draw_scene(Scene((thing,)), 256), "red")
+    for seen, edge in zip(bounds(mask_SS), thing.box, strict=True):
+        assert abs(seen - edge) < 0.013  # the tips of a star are thin
+    left, top, right, bottom = thing.box
+    share = {"circle": 0.785, "square": 1, "triangle": 0.5, "diamond": 0.5, "star": 0.3, "cross": 0.56}[kind]
+    assert abs(float(mask_SS.double().mean()) / ((right - left) * (bottom - top)) - share) < 0.08
+
+
+@pytest.mark.parametrize("word", ["ant", "king", "duck", "7", "408"])
+def test_a_text_fills_its_box(word):
+    width, height = scenes.ink(word)[2:]
+    text = Thing("pink", "word", "", 4, (0.1, 0.35, 0.1 + width, 0.35 + height), word)
+    for seen, edge in zip(bounds(covered(scenes.draw_scene(Scene((), (text,)), 256), "pink")), text.box, strict=True):
+        assert abs(seen - edge) < 0.015  # hinting moves letters by a pixel or two of 768
+    digit = scenes.ink("8")[3]
+    assert 14 <= 64 * digit <= 18
+
+
+def test_things_lie_apart_and_inside():
+    for split in ("train", "test"):
+        for scene in scenes.random_scenes(300, split, 3):
+            for thing in scene.shapes + scene.texts:
+                left, top, right, bottom = thing.box
+                row, column = divmod(thing.cell, 3)
+                assert 0 < left < right < 1 and row / 3 < top < bottom < (row + 1) / 3
+                assert thing.text or column / 3 < left < right < (column + 1) / 3
+
+
+def test_the_box_asked_for_holds_the_thing(splits):
+    """In clean pictures, the pixels of the named thing's colour in its part of the picture are bounded by the answer."""
+    checked = 0
+    for split in splits.values():
+        for some in split.data.instructions:
+            if some.part == "box" and some.where != "cluttered":
+                shapes, text = read(split.captions[some.image])
+                name = some.turns[0][0].split("where is ")[1].split("?")[0]
+                if text and name == f"the {text['noun']}":
+                    colour, rows, columns = text["colour"], slice(None), slice(None)
+                else:
+                    thing = the(name, shapes)
+                    row, column = divmod(thing["cell"], 3)
+                    colour, rows, columns = (
+                        thing["colour"],
+                        *(slice(64 * i // 3, 64 * (i + 1) // 3 + 1) for i in (row, column)),
+                    )
+                mask_SS = torch.zeros(64, 64, dtype=torch.bool)
+                mask_SS[rows, columns] = covered(split.data.images_N3SS[some.image], colour)[rows, columns]
+                numbers = [int(number) for number in some.turns[0][1].split()]
+                assert len(numbers) == 4 and min(numbers) >= 0 and max(numbers) <= scenes.BOX
+                assert all(
+                    abs(scenes.BOX * seen - edge) <= 1.51 for seen, edge in zip(bounds(mask_SS), numbers, strict=True)
+                ), some
+                checked += 1
+    assert checked > 300
+
+
+def test_clutter_is_no_colour_of_a_thing():
+    """Nothing in an empty cluttered picture is near a colour of things, and it is not plain."""
+    palette_K3 = torch.tensor(list(COLOURS.values())).float()
+    for seed, background in enumerate(scenes.BACKGROUNDS * 3):
+        image_3SS = scenes.draw_scene(Scene((), (), "cluttered", background, seed)).float()
+        assert torch.cdist(image_3SS.flatten(1).T, palette_K3).min() > 60
+        assert 8 < image_3SS.std(dim=(1, 2)).min() and image_3SS.std(dim=(1, 2)).max() < 30
+        assert scenes.draw_scene(Scene((), (), "clean", background, seed)).flatten(1).unique(dim=1).shape == (3, 1)

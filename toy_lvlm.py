@@ -1,0 +1,586 @@
+"""Builds a vision-language Mixture-of-Experts from nothing and shows what STGC does in it, in MoE-LLaVA's shape.
+
+  python toy_lvlm.py                                  generated pictures, nothing downloaded, ten minutes on a laptop CPU
+  python toy_lvlm.py --compare --seeds 0 1 2          the baseline, STGC and the placebo, seed by seed
+  python toy_lvlm.py --variants none,ce,embedding,feature,task    beside the paper's sample-level routings
+  python toy_lvlm.py --capacity 0.5 1.0 --bpr         evaluation with experts that take so many tokens only
+  python toy_lvlm.py --data FILE.json --image-dir DIR --eval-data FILE.json      your pictures, in LLaVA's format
+  python toy_lvlm.py --clip openai/clip-vit-base-patch32 --lm HuggingFaceTB/SmolLM2-135M    pretrained parts
+  python toy_lvlm.py ... --resume                     goes on where a run was stopped
+  accelerate launch --num_processes 2 toy_lvlm.py ... several processes or GPUs
+
+  python toy_lvlm.py --ask "what colour is the circle?" --image x.png --run RUN      asks a trained model; --chat goes on
+
+A tiny CLIP learns pictures with captions, a small language model learns the texts, and a LLaVA joins them: stage I trains
+the projector, II the language model too, III its experts, which start as copies of its FFNs. A run is written to
+--output-dir: results.json, a curve per run as JSON lines, the models of all stages, plots, a sheet of answers.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lab import options
+from lab.cli import Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
+
+ROUTINGS = ("embedding", "feature", "task")
+STAGES = {  # flag: (default steps, learning rate, what is trained)
+    "clip": (400, 1e-3, "the tiny CLIP"),
+    "text": (150, 1e-3, "the small language model, on texts alone"),
+    "stage1": (100, 1e-3, "the projector, on captions"),
+    "stage2": (900, 1e-3, "projector and language model, on all instructions"),
+    "stage3": (300, 3e-4, "the MoE layers"),
+}
+FREE = options.FREE | {"max_bad"}
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="toy_lvlm.py", description=__doc__)
+    # what
+    options.add_compare(parser, more=f", {', '.join(ROUTINGS)} (see --routing)")
+    parser.add_argument("--clip", help="hub name or folder of a pretrained CLIP; default: a tiny one is trained")
+    parser.add_argument(
+        "--lm", help="hub name or folder of a pretrained Llama-like decoder; default: a small one is trained"
+    )
+    # data
+    parser.add_argument("--scenes", type=number(int, 64), default=6000, help="generated pictures to train on")
+    parser.add_argument("--test-scenes", type=number(int, 3), default=300, help="generated pictures to test on")
+    parser.add_argument("--data", metavar="FILE", help="your own instructions in LLaVA's format (JSON list or JSON lines)")
+    parser.add_argument("--image-dir", metavar="DIR", help="the folder of the pictures of --data and --eval-data")
+    parser.add_argument("--eval-data", metavar="FILE", help="what to test on; default: a tenth of --data is held out")
+    parser.add_argument("--max-bad", type=number(int, 0), default=0, help="entries of your data that may be unusable")
+    parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
+    # Mixture-of-Experts
+    routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
+    options.add_moe(parser, num_experts=4, layers="every-second", router="linear", routers=routers)
+    parser.add_argument(
+        "--routing",
+        choices=["token", *ROUTINGS],
+        default="token",
+        help="token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss",
+    )
+    parser.add_argument("--clusters", type=number(int, 2), default=128, help="of instructions, for embedding")
+    parser.add_argument(
+        "--train", choices=["moe", "all"], default="moe", help="stage III trains the MoE layers, or all but CLIP"
+    )
+    options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
+    # training
+    for name, (steps, lr, what) in STAGES.items():
+        parser.add_argument(f"--{name}-steps", type=number(int, 1), default=steps, help=f"steps of training {what}")
+        parser.add_argument(f"--{name}-lr", type=number(float, 0), default=lr, help="peak of AdamW's rate there; cosine")
+    parser.add_argument("--batch-size", type=number(int, 2), default=64, help="pictures per step, over all processes")
+    parser.add_argument(
+        "--seeds", type=number(int, 0, 10**6), nargs="+", default=[0], help="one full run of all stages each"
+    )
+    # evaluation
+    parser.add_argument(
+        "--capacity", type=number(float, 0.01), nargs="+", default=[], help="test again with experts of that capacity"
+    )
+    parser.add_argument("--bpr", action="store_true", help="and again with Batch Prioritized Routing (needs --capacity)")
+    # run
+    options.add_run(parser, "runs/lvlm-<variant>")
+    # use of a trained model
+    parser.add_argument("--ask", metavar="QUESTION", help="answer a question about --image with the model of --run")
+    parser.add_argument("--chat", action="store_true", help="keep asking about --image, line by line")
+    parser.add_argument("--image", metavar="FILE", help="the picture that --ask or --chat is about; none: text only")
+    parser.add_argument("--run", help="output folder of a run, or a model folder in it, for --ask and --chat")
+    return parser
+
+
+def parse(argv: list[str]):
+    """The options, checked as far as they can be without loading anything. `args.variants` is the list of what to train."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.ask is not None or args.chat:
+        if not args.run:
+            parser.error("--ask and --chat need --run RUN, the output folder of a finished run")
+        return args
+    for flag in ("run", "image"):
+        if getattr(args, flag):
+            parser.error(f"--{flag} goes with --ask or --chat: leave it out, or add one of them")
+    if args.routing != "token" and (args.compare or args.variants):
+        parser.error(
+            f"--routing {args.routing} is a variant's name here: leave it out, and add {args.routing} to --variants"
+        )
+    options.check(parser, args, more=ROUTINGS)
+    if not args.compare:
+        chosen = args.routing if args.routing != "token" else args.variants[0]
+        args.variants = ["none", chosen] if not chosen.startswith("none") else [chosen]
+    if args.bpr and not args.capacity:
+        parser.error("--bpr orders what a capacity cuts off: add --capacity 0.5, or leave it out")
+    if (args.image_dir or args.eval_data) and not args.data:
+        parser.error("--image-dir and --eval-data go with --data: add --data FILE.json, or leave them out")
+    for flag, value in (("--data", args.data), ("--eval-data", args.eval_data)):
+        if value and not Path(value).expanduser().is_file():
+            parser.error(f"{flag} {value}: no such file; give a JSON file in LLaVA's format")
+    for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
+        if name and not Path(name).is_dir():
+            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+                parser.error(f"{flag} {name}: no such folder; give an existing one, or a hub name")
+            if not (hub_is_reachable() or model_is_cached(name)):
+                parser.error(
+                    offline_message("the model", name, f"give a folder ({flag} DIR), or leave {flag} out: one is trained")
+                )
+    return args
+
+
+if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes are answered at once
+    ARGS = parse(sys.argv[1:])
+
+# ruff: noqa: E402
+from functools import partial
+from itertools import zip_longest
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
+from transformers.utils import logging
+
+from lab import baselines, compare, figures, instructions, llava, lvlm, moefication, routes, runs
+from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, encode, is_right, make_packs
+from lab.training import Training
+from stgc import STGC, MoELayer, STGCConfig
+
+PAIRS = 4  # times --batch-size: pictures in a step of the contrastive loss, texts in one of the language model's
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all stages and runs of one seed share."""
+
+    args: object
+    seed: int
+    folder: Path
+    record: runs.RunFolder
+    accelerator: object
+    data: lvlm.Data
+    spec: moefication.MoESpec
+    clip: CLIPModel | None  # pretrained ones
+    lm: object | None
+
+    def plan(self, stage: str) -> tuple[int, float]:
+        """Steps and learning rate."""
+        return getattr(self.args, f"{stage}_steps"), getattr(self.args, f"{stage}_lr")
+
+    def packs(self, rows: list[int] | None = None, share: bool = True) -> Collate:
+        """Instructions of the training in packs, or single ones."""
+        chosen = range(len(self.data.train.instructions)) if rows is None else rows
+        part = InstructionSet(self.data.train.images_N3SS, [self.data.train.instructions[row] for row in chosen])
+        encoded = [self.data.encoded[row] for row in chosen]
+        packs = make_packs(part, encoded, self.data.image_id, self.args.max_length, share)
+        return Collate(part, packs, self.data.pixels, self.data.pad_id)
+
+    def loader(self, collate, stage: str, size: int) -> DataLoader:
+        """Batches of `size` in the order that the seed and the stage say."""
+        sampler = Shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
+        return DataLoader(range(len(collate)), size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(f"seed {self.seed}: {text}", flush=True)
+
+
+# ---- 1. Training ----
+
+
+def train(job: Job, folder: Path, name: str, model, trained: list, loader, stage: str, config=None, alike=False) -> dict:
+    """One stage: `trained` are the parameters that it changes. Returns its summary.
+
+    `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
+    """
+    args, accelerator, (steps, lr) = job.args, job.accelerator, job.plan(stage)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    model.train()
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=accelerator.device.type != "mps")
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    prepared = model.to(accelerator.device) if alike else accelerator.prepare(model)
+    loader = loader if alike else accelerator.prepare(loader)
+    stgc = None if config is None else STGC(prepared, config)
+    samples = baselines.samples_of(model)
+    labelled = any(isinstance(module, baselines.TaskRouter) for module in model.modules())
+    board = folder / "tensorboard" / name if args.report_to == "tensorboard" else None
+    often = {"steps": steps, "log_steps": args.log_steps, "save_steps": args.save_steps}
+    run = Training(
+        folder, name, accelerator, prepared, optimizer, schedule, **often, stgc=stgc, resume=args.resume, board=board
+    )
+    with run:
+        for batch in run.batches(loader) if run.at.epoch == 1 else ():  # a stage is one epoch of so many steps
+            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+            keep, asked, rows = (batch.pop(name, None) for name in ("keep", "asked", "rows"))
+            if samples:
+                samples.set(keep, **lvlm.sample_values(job.data, model, rows, batch["input_ids"], asked))
+            if "labels" in batch:  # the mean over the answer tokens of all processes, as one process would have it
+                count = (batch["labels"][:, 1:] != instructions.IGNORED).sum().float()
+                batch["num_items_in_batch"] = accelerator.reduce(count, "mean")
+            main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # a CLIP is asked for it
+            loss = stgc.loss(main_loss, grad_scale=run.grad_scale()) if stgc else main_loss
+            if labelled:  # it stands in for the balance loss
+                loss = loss + args.alpha * baselines.label_loss(model)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            run.step_done(main_loss, args.batch_size)
+        if run.at.epoch == 1:
+            run.epoch_done()
+    accelerator.free_memory()
+    return run.summary()
+
+
+# ---- 2. Stages ----
+
+
+def stage(job: Job, name: str, load, make):
+    """What `make` returns, read back by `load` from the folder it is saved to: a finished stage is not done again.
+
+    `make(folder and name of its curve)` returns the model, a summary, and how to save it.
+    """
+    folder, accelerator = job.folder / runs.STAGES / f"{name}-s{job.seed}", job.accelerator
+    if not folder.is_dir():  # it is there as a whole or not at all
+        if accelerator.is_main_process:
+            folder.parent.mkdir(exist_ok=True)
+        accelerator.wait_for_everyone()
+        set_seed(job.seed)
+        model, entry, save = make(folder.parent, folder.name)
+        if accelerator.is_main_process:
+            with runs.replaced_folder(folder) as target:
+                save(model, target)
+        job.record.add({"stage": name, "seed": job.seed} | entry, "stages")
+        runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
+    accelerator.wait_for_everyone()
+    return load(folder)
+
+
+def clip_stage(job: Job) -> CLIPModel:
+    """The tiny CLIP, from pictures with captions."""
+    data = job.data
+    collate, test = (
+        lvlm.CollateClip(own.images_N3SS, texts, data.tokenizer, data.pixels)
+        for own, texts in zip((data.train, data.test), data.captions)
+    )
+
+    def make(folder: Path, name: str):
+        clip = lvlm.make_clip(data.tokenizer)
+        loader = job.loader(collate, "clip", PAIRS * job.args.batch_size)
+        entry = train(job, folder, name, clip, [*clip.parameters()], loader, "clip", alike=True)
+        entry["retrieval"], group = lvlm.retrieval(clip, test)
+        job.say(
+            f"the tiny CLIP tells the test captions apart for {100 * entry['retrieval']:.0f} % of {group} pictures at once"
+        )
+        return clip, entry, CLIPModel.save_pretrained
+
+    return stage(job, "clip", partial(CLIPModel.from_pretrained, dtype=torch.float32), make)
+
+
+def text_stage(job: Job) -> LlamaForCausalLM:
+    """The small language model, from the instructions' texts alone."""
+    data = job.data
+
+    def make(folder: Path, name: str):
+        lm = lvlm.make_lm(data.tokenizer, job.args.max_length)
+        blind = InstructionSet(data.train.images_N3SS[:0], [replace(one, image=None) for one in data.train.instructions])
+        encoded = encode([one.turns for one in blind.instructions], data.tokenizer, image_tokens=0)
+        encoded = [one._replace(labels=one.input_ids) for one in encoded]
+        packs = make_packs(blind, encoded, data.image_id, job.args.max_length)
+        loader = job.loader(Collate(blind, packs, data.pixels, data.pad_id), "text", PAIRS * job.args.batch_size)
+        return lm, train(job, folder, name, lm, [*lm.parameters()], loader, "text"), LlamaForCausalLM.save_pretrained
+
+    return stage(job, "text", partial(LlamaForCausalLM.from_pretrained, dtype=torch.float32), make)
+
+
+def dense_model(job: Job):
+    """The LLaVA after stages I and II, MoE-LLaVA's: the projector from captions; language model and projector from all."""
+    size, save = job.args.batch_size, partial(lvlm.save, data=job.data)
+    load = lambda folder: lvlm.load(folder, "--output-dir")[0]  # noqa: E731
+
+    def stage_1(folder: Path, name: str):
+        clip, lm = job.clip or clip_stage(job), job.lm or text_stage(job)
+        set_seed(job.seed)
+        model = lvlm.join(clip, lm, job.data)
+        captions = [row for row, one in enumerate(job.data.train.instructions) if one.kind == "caption"]
+        loader, projector = job.loader(job.packs(captions or None), "stage1", size), model.model.multi_modal_projector
+        return model, train(job, folder, name, model, [*projector.parameters()], loader, "stage1"), save
+
+    def stage_2(folder: Path, name: str):
+        model = stage(job, "stage1", load, stage_1)
+        set_seed(job.seed)
+        loader = job.loader(job.packs(), "stage2", size)
+        entry = train(job, folder, name, model, lvlm.trainable(model), loader, "stage2")
+        test, guesses = (
+            job.data.test.instructions,
+            instructions.majority(job.data.train.instructions, job.data.test.instructions),
+        )
+        entry["scores"] = score(job, answers(job, model))
+        entry["blind"] = {"majority": score(job, guesses), "no picture": score(job, answers(job, model, picture=False))}
+        best = max(own["score"] for own in entry["blind"].values())
+        job.say(f"stage II answers {100 * entry['scores']['score']:.1f} % of {len(test)} right; blind {100 * best:.1f} %")
+        return model, entry, save
+
+    return stage(job, "stage2", load, stage_2)
+
+
+def build(job: Job, variant: str):
+    """The dense model, or the MoE that stage III starts from and that computes the same; and its layers that are trained."""
+    model = dense_model(job)
+    if variant == "dense":
+        chosen = moefication.parse_layers(job.spec.layers, model.config.get_text_config().num_hidden_layers)
+        return model, [model.model.language_model.layers[i].mlp for i in chosen]
+    spec = replace(job.spec, router=variant if variant in ROUTINGS else job.spec.router, seed=job.seed)
+    if spec.router == "embedding":
+        centres_CD = lvlm.cluster_questions(model, job.data, job.args.clusters, job.seed)
+        spec = replace(spec, num_clusters=len(centres_CD))
+    model = moefication.moefy(model, spec)
+    if spec.router == "embedding":
+        baselines.set_centres(model, centres_CD)
+    return model, [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def make_config(args, variant: str) -> STGCConfig | None:
+    """The method's options of a variant; None for `dense`. Sample-level routings have neither loss, and are measured."""
+    if variant in ROUTINGS:
+        return STGCConfig("none", alpha=0.0, tau=args.tau, every=args.log_steps)
+    chosen = options.variant_options(variant, args)
+    return None if chosen is None else STGCConfig(**chosen)
+
+
+def moe_stage(job: Job, variant: str) -> dict:
+    """Stage III of one variant. Returns its entry of results.json."""
+    args, name = job.args, f"{variant}-s{job.seed}"
+    model, layers = build(job, variant)
+    set_seed(job.seed)
+    trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
+    loader = job.loader(job.packs(share=variant not in ROUTINGS), "stage3", args.batch_size)
+    entry = train(job, job.folder, name, model, trained, loader, "stage3", make_config(args, variant))
+    texts = answers(job, model)
+    scores, limited = score(job, texts), []
+    for capacity in args.capacity if variant != "dense" else ():
+        for bpr in (False, True)[: 1 + args.bpr]:
+            with baselines.limit_capacity(model, capacity, bpr) as limit:
+                found = score(job, answers(job, model))
+            limited.append({"capacity": capacity, "bpr": bpr, "dropped": limit.share, "scores": found})
+    if job.accelerator.is_main_process:
+        with runs.replaced_folder(job.folder / f"model-{name}") as target:
+            lvlm.save(model, target, job.data)
+        if rows := sheet_rows(job, texts):
+            shown_N3SS = job.data.test.images_N3SS[[row["image"] for row in rows]]
+            figures.plot_sheet(shown_N3SS, rows, job.folder / f"sheet-{name}.png")
+    kinds = {kind: scores[kind] for kind in ("score", *KINDS) if kind in scores}
+    return {
+        "variant": variant,
+        "seed": job.seed,
+        "lr": args.stage3_lr,
+        "last": kinds,
+        "where": {key: value for key, value in scores.items() if key not in kinds},
+        "limited": limited,
+        "routes": None if variant == "dense" else routes.summary(walk(job, model)),
+        **entry,
+        "peak_memory_bytes": runs.peak_memory_bytes(job.accelerator.device),
+        "collapsed": len(set(texts)) == 1 < len(texts),
+    }
+
+
+# ---- 3. Evaluation ----
+
+
+def batches(job: Job, picture: bool = True, prompts: bool = True) -> DataLoader:
+    """The test conversations one by one, alike ones together; `prompts`: up to the last answer, which the model gives."""
+    data, test = job.data, job.data.test
+    if not picture:
+        test = InstructionSet(test.images_N3SS, [replace(one, image=None) for one in test.instructions])
+    turns = [(*one.turns[:-1], (one.turns[-1][0], None)) if prompts else one.turns for one in test.instructions]
+    packs = make_packs(test, encode(turns, data.tokenizer, data.image_tokens * picture), data.image_id, 0, share=False)
+    order = sorted(range(len(packs)), key=lambda i: (test.instructions[i].kind, test.instructions[i].part))
+    collate = Collate(test, packs, data.pixels, data.pad_id, prompts)
+    return DataLoader(order, 4 * PAIRS * job.args.batch_size, collate_fn=collate)
+
+
+@torch.no_grad()
+def answers(job: Job, model, picture: bool = True) -> list[str]:
+    """What the model answers to each test instruction, greedily; without its picture if not `picture`."""
+    data, accelerator, found = job.data, job.accelerator, {}
+    samples, model = baselines.samples_of(model), model.to(accelerator.device).eval()
+    replies = data.tokenizer([one.turns[-1][1] for one in data.test.instructions])["input_ids"]
+    for batch in accelerator.prepare(batches(job, picture)):
+        rows = batch.pop("rows")
+        longest = max(len(replies[row]) for row in rows.tolist())
+        ids = lvlm.generate(model, samples, batch, data.tokenizer, max_new_tokens=longest + 4)
+        ids = accelerator.pad_across_processes(ids, dim=1, pad_index=data.pad_id)
+        rows, ids = accelerator.gather_for_metrics((rows, ids))
+        found |= dict(zip(rows.tolist(), data.tokenizer.batch_decode(ids, skip_special_tokens=True)))
+    accelerator.free_memory()
+    return [found[row].strip() for row in range(len(data.test.instructions))]
+
+
+def score(job: Job, texts: list[str]) -> dict[str, float]:
+    """Share of right answers: over all, by kind, by condition."""
+    test = job.data.test.instructions
+    return instructions.score(test, [is_right(one, text) for one, text in zip(test, texts, strict=True)])
+
+
+@torch.no_grad()
+def walk(job: Job, model) -> routes.Routes:
+    """The experts that each token of the test conversations goes to, in every process alike."""
+    samples, model, device = baselines.samples_of(model), model.eval(), job.accelerator.device
+    with routes.record_routes(model) as found:
+        for batch in batches(job, prompts=False):
+            batch = {key: value.to(device) for key, value in batch.items() if key not in ("rows", "labels")}
+            keep, asked = batch.pop("keep"), batch.pop("asked")
+            if samples:
+                samples.set(keep, **lvlm.question_values(model, batch["input_ids"], asked))
+            model(**batch)
+            found.add(batch["input_ids"] == job.data.image_id, keep)
+    return found
+
+
+def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
+    """Some test instructions with pictures, of every kind and condition, with the model's answers, for the sheet."""
+    groups: dict[tuple, list[int]] = {}
+    for row, one in enumerate(job.data.test.instructions):
+        if one.image is not None:
+            groups.setdefault((one.kind, one.where), []).append(row)
+    chosen = [row for rows in zip_longest(*groups.values()) for row in rows if row is not None][:count]
+    rows = []
+    for row in chosen:
+        one = job.data.test.instructions[row]
+        shown = {"image": one.image, "kind": one.kind, "question": one.turns[-1][0].replace(instructions.IMAGE, "").strip()}
+        rows.append(shown | {"answer": texts[row], "expected": one.turns[-1][1], "right": is_right(one, texts[row])})
+    return rows
+
+
+# ---- 4. Asking ----
+
+
+def ask(args) -> None:
+    """Answers --ask, then, with --chat, line after line from the terminal. Each question stands alone."""
+    folder = newest_model(Path(args.run).expanduser())
+    model, tokenizer, card = lvlm.load(folder, "--run")
+    device = runs.make_accelerator(args.device, args.precision).device
+    model.to(device)
+    pictures = torch.empty(0, 3, card.size, card.size, dtype=torch.uint8)
+    if args.image:
+        try:
+            pictures = llava.read_picture(Path(args.image).expanduser(), card.size).unsqueeze(0)
+        except llava.BadEntry as error:
+            raise UserError(f"--image: {error}") from None
+    print(f"{folder}, {args.image or 'no picture'}", file=sys.stderr)
+    for question in questions(args):
+        print(lvlm.ask(model, tokenizer, card, pictures, question), flush=True)
+
+
+def questions(args):
+    if args.ask is not None:
+        yield args.ask
+    while args.chat:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line
+
+
+def newest_model(run: Path) -> Path:
+    """The model folder that `run` is, or the one of its last run. UserError."""
+    if (run / lvlm.CARD).is_file():
+        return run
+    record = runs.read_record(run, "--run") if run.is_dir() else None
+    names = [f"model-{entry['variant']}-s{entry['seed']}" for entry in (record or {}).get("runs", [])]
+    found = [run / name for name in names if (run / name).is_dir()]
+    if not found:
+        raise UserError(f"--run {run} holds no model: give the --output-dir of a finished run, or a model folder in it")
+    return found[-1]
+
+
+# ---- 5. Main ----
+
+
+def summarize(record: dict) -> str:
+    """Stage II beside the blind baselines, then stage III seed by seed."""
+    lines = []
+    for entry in record.get("stages", []):
+        if entry["stage"] == "stage2":
+            rows = {"stage II": entry["scores"], **entry["blind"]}
+            names = [name for name in ("score", *KINDS) if name in entry["scores"]]
+            table = [[f"seed {entry['seed']}", *names]]
+            table += [[label, *(f"{100 * own.get(name, 0):.1f}" for name in names)] for label, own in rows.items()]
+            lines += [compare.layout(table, markdown=False), ""]
+    lines.append(compare.comparison_table(record, "last"))
+    for run in record["runs"]:
+        for own in run["limited"]:
+            how = f"capacity {own['capacity']:g}{', batch prioritized' if own['bpr'] else ''}"
+            lines.append(
+                f"{run['variant']}, seed {run['seed']}, {how}: {100 * own['scores']['score']:.1f} % right, "
+                f"{100 * own['dropped']:.1f} % of the pairs dropped"
+            )
+    return "\n".join(lines)
+
+
+def main(args) -> None:
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if args.ask is not None or args.chat:
+        return ask(args)
+    accelerator = runs.make_accelerator(args.device, args.precision)
+    if args.batch_size % accelerator.num_processes:
+        raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
+    folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
+    args.output_dir = str(folder)
+    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)
+    if args.report_to == "tensorboard":
+        runs.summary_writer_class()
+    clip = lvlm.load_clip(args.clip) if args.clip else None
+    lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
+    spec = lvlm.check_spec(args, clip, lm)
+    problems = llava.Problems(args.max_bad)
+    data = lvlm.load_data(args, clip, tokenizer, problems)
+    accelerator.wait_for_everyone()
+    main_process = accelerator.is_main_process
+    if main_process:
+        runs.claim_folder(folder, args.overwrite)
+        if problems.total:
+            told = {"left out": problems.left_out, "changed": problems.changed}
+            runs.write_json(folder / runs.ENTRIES, told)
+            print(problems.summary() or f"all {problems.total} entries are used as they are")
+    accelerator.wait_for_everyone()
+    sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
+    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
+    record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator)
+    if main_process:
+        print(
+            f"{record.record['name']}: {sizes['train']} instructions on {pictures['train_pictures']} pictures to train, "
+            f"{sizes['test']} on {pictures['test_pictures']} to test"
+        )
+        print(spec)
+        for variant in args.variants:
+            print(f"{variant}: {make_config(args, variant) or 'the dense model, no MoE'}")
+        print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+    for seed in args.seeds:
+        job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)
+        for variant in args.variants:
+            name = f"{variant}-s{seed}"
+            if record.find(variant=variant, seed=seed):
+                job.say(f"{variant} is complete already")
+            else:
+                entry = moe_stage(job, variant)
+                record.add(entry)
+                job.say(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
+                if main_process:
+                    figures.plot_run(folder, record.record["name"])
+                    if entry["routes"]:
+                        names = [f"layer {i}" for i in spec.layers.split(",")]
+                        figures.plot_routes(entry["routes"], names, folder / f"routes-{name}.png", title=name)
+            runs.remove_checkpoints(folder / runs.CHECKPOINTS / name, accelerator)
+    if main_process:
+        if len(args.variants) > 1:
+            figures.plot_comparison(folder, [record.record], "last")
+        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and the plots beside it")
+
+
+if __name__ == "__main__":
+    run_main("toy_lvlm.py", lambda: main(ARGS))
