@@ -256,9 +256,9 @@ def samples_of(model: nn.Module) -> Samples | None:
 def find_room(expert_ids_BLK: Tensor, keep_BL: Tensor, score_BL: Tensor | None, num_experts: int, capacity: float) -> Tensor:
     """kept_BLK: the pairs that come when their expert still has room, for ceil(T * K * capacity / E) pairs of each sample.
 
-    T counts the sample's real tokens; padding takes no room and is never dropped. All first choices come before any second one, and within these
-    tokens come by position (GShard; DeepSpeed at 0c691a5, top2gating) or, given scores, the highest first: V-MoE's Batch
-    Prioritized Routing (google-research/vmoe at 1030c71, moe.py).
+    T counts the sample's real tokens; padding takes no room, and counts as kept. All first choices come before any second
+    one, and within these tokens come by position (GShard; DeepSpeed at 0c691a5, top2gating) or, given scores, the highest
+    first: V-MoE's Batch Prioritized Routing (google-research/vmoe at 1030c71, moe.py).
     """
     position_BL = torch.arange(keep_BL.shape[1], device=keep_BL.device).expand_as(keep_BL)
     order_BL = position_BL if score_BL is None else score_BL.argsort(dim=1, descending=True, stable=True)
