@@ -266,7 +266,8 @@ def find_room(expert_ids_BLK: Tensor, keep_BL: Tensor, score_BL: Tensor | None, 
     onehot_BKLE = F.one_hot(expert_ids_BLK.mT.gather(2, order_BKL), num_experts)
     onehot_BKLE = onehot_BKLE * keep_BL.gather(1, order_BL)[:, None, :, None]
     place_BKLE = onehot_BKLE.flatten(1, 2).cumsum(1).view_as(onehot_BKLE)  # from 1
-    limit_B = (keep_BL.sum(1) * expert_ids_BLK.shape[2] * capacity / num_experts).ceil()
+    share = expert_ids_BLK.shape[2] * capacity / num_experts
+    limit_B = (keep_BL.sum(1).double() * share - 1e-9).ceil()  # less a rounding error, which would be one pair more
     kept_BKL = (place_BKLE * onehot_BKLE).sum(3) <= limit_B[:, None, None]
     return kept_BKL.gather(2, order_BKL.argsort(2)).mT
 

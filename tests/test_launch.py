@@ -13,9 +13,9 @@ from transformers import BertForSequenceClassification
 from lab.cli import UserError
 
 
-def launch(processes, *command, **environment):
+def launch(processes, *command, script="glue_moefy.py", **environment):
     """What `accelerate launch` does on GPUs, by torch's own launcher, which knows CPUs too."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "glue_moefy.py"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
     calm = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([*line, *map(str, command)], cwd=ROOT, env=calm, capture_output=True, text=True, timeout=300)
 

@@ -1,0 +1,300 @@
+"""Generated pictures with instructions, for `toy_lvlm.py`: coloured shapes and written words, nothing downloaded.
+
+A picture shows up to four shapes, each in a cell of its own of a 3x3 grid, and in two of five pictures a word or a number.
+What is asked about it comes in the kinds of `lab.instructions`, so that a Mixture-of-Experts has mixed work. Some pairs of
+colour and shape are held out: training neither shows nor names them, and a third of the test pictures is about them.
+
+  1 Scenes  2 Random scenes  3 Pictures (N of them, S pixels a side)  4 Questions  5 Instructions
+"""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import permutations, product
+from math import cos, pi, sin
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lab.instructions import IMAGE, Instruction, InstructionSet
+
+# ---- 1. Scenes ----
+
+HUES = "red d61820 orange fa8200 yellow fada00 green 149632 cyan 00c8dc blue 2448e6 purple 9632c8 pink ff78be".split()
+COLOURS = {name: tuple(bytes.fromhex(code)) for name, code in zip(HUES[::2], HUES[1::2], strict=True)}
+CROSS = [0.33, 0.67, 0.67, 1, 1, 0.67, 0.67, 0.33, 0.33, 0, 0, 0.33]  # its corners' x; their y, three corners later
+OUTLINES = {  # corners, in units of the box
+    "circle": [(0.5 + 0.5 * sin(pi * i / 24), 0.5 - 0.5 * cos(pi * i / 24)) for i in range(48)],
+    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+    "triangle": [(0.5, 0), (1, 1), (0, 1)],
+    "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
+    "star": [(0.5, 0), (0.6, 0.4), (1, 0.4), (0.7, 0.6), (0.8, 1), (0.5, 0.8), (0.2, 1), (0.3, 0.6), (0, 0.4), (0.4, 0.4)],
+    "cross": list(zip(CROSS, CROSS[9:] + CROSS[:9], strict=True)),
+}
+CELLS = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
+HELD_OUT = list(zip("blue purple yellow cyan red green".split(), OUTLINES, strict=True))  # never in training
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape, or a text: then `shape` is "word" or "number", and `cell`, an index of CELLS, the middle one of its row."""
+
+    colour: str
+    shape: str
+    size: str  # small or large; of a text ""
+    cell: int
+    box: tuple[float, float, float, float]  # left, top, right, bottom in units of the picture's side, as seen
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: shapes in reading order, and one text at most, in a row and a colour of its own."""
+
+    shapes: tuple[Thing, ...]
+    texts: tuple[Thing, ...] = ()
+    where: str = "clean"  # or "cluttered", or "new pairs": clean, with a held-out pair
+    background: tuple[int, int, int] = (242, 242, 242)
+    seed: int = 0  # of its clutter and of its options' order
+
+    @property
+    def key(self) -> tuple[Thing, ...]:
+        """Equal for pictures of the same things, which may differ in jitter, background and clutter."""
+        return tuple(replace(thing, box=None) for thing in self.shapes + self.texts)
+
+
+def is_new(*things: Thing) -> bool:
+    return any((thing.colour, thing.shape) in HELD_OUT for thing in things)
+
+
+# ---- 2. Random scenes ----
+
+WORDS = """ant bag bed box bus cake cat coin cow cup desk dog duck egg fan farm fish fox frog gift hat ice jam key king lake
+    leaf map milk nest owl pen pig rice rope sea ship sky sun tea tree zoo""".split()
+SIDES = {"small": (0.15, 0.175), "large": (0.27, 0.3)}
+MARGIN = 0.012  # that far from the edge of a cell, a row or the picture
+BACKGROUNDS = [(242, 242, 242), (226, 222, 214), (214, 220, 228), (24, 24, 28), (44, 40, 38), (32, 40, 48)]
+WHERE = {"train": ("clean", "cluttered"), "test": ("clean", "cluttered", "new pairs")}
+
+
+def random_shape(colour: str, shape: str, cell: int, rng: random.Random) -> Thing:
+    size = rng.choice(list(SIDES))
+    side = rng.uniform(*SIDES[size])
+    x, y = (i / 3 + rng.uniform(MARGIN, 1 / 3 - MARGIN - side) for i in (cell % 3, cell // 3))
+    return Thing(colour, shape, size, cell, (x, y, x + side, y + side))
+
+
+def random_text(colour: str, row: int, rng: random.Random) -> Thing:
+    """Half of the texts are words; numbers have one, two or three digits equally often."""
+    word = rng.choice(WORDS) if rng.random() < 0.5 else str(rng.randrange(*rng.choice([(0, 10), (10, 100), (100, 1000)])))
+    *_, width, height = ink(word)
+    x, y = rng.uniform(MARGIN, 1 - MARGIN - width), row / 3 + rng.uniform(MARGIN, 1 / 3 - MARGIN - height)
+    return Thing(colour, "number" if word.isdigit() else "word", "", 3 * row + 1, (x, y, x + width, y + height), word)
+
+
+def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset()) -> list[Scene]:
+    """The conditions of the split take turns. No scene has a key of `taken`; within a split, a key may come twice."""
+    rng, scenes = random.Random(f"{split} {seed}"), []
+    while len(scenes) < num:
+        where, written, row = WHERE[split][len(scenes) % len(WHERE[split])], rng.random() < 0.4, rng.randrange(3)
+        num_shapes = rng.choice([0, 1, 1, 1, 2, 2, 2, 2] if written else [1, 2, 3, 3, 4, 4])
+        cells = sorted(rng.sample([cell for cell in range(9) if not written or cell // 3 != row], num_shapes))
+        colour, *colours = rng.sample(list(COLOURS), 1 + rng.randint(1, 3))  # few, so that things share one or both
+        outlines = rng.sample(list(OUTLINES), rng.randint(1, 3))
+        shapes = tuple(random_shape(rng.choice(colours), rng.choice(outlines), cell, rng) for cell in cells)
+        texts = (random_text(colour, row, rng),) if written else ()
+        scene = Scene(shapes, texts, where, rng.choice(BACKGROUNDS), rng.getrandbits(32))
+        if is_new(*shapes) == (where == "new pairs") and scene.key not in taken:
+            scenes.append(scene)
+    return scenes
+
+
+# ---- 3. Pictures ----
+
+SCALE = 3  # drawn that much larger and then reduced: smooth edges
+EM = 0.315  # the font's size in units of the picture's side: digits are 0.23 high
+FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
+font = lru_cache(partial(ImageFont.truetype, FONT, layout_engine=ImageFont.Layout.BASIC))  # by its size in pixels
+
+
+@lru_cache(maxsize=2048)
+def ink(word: str) -> tuple[float, float, float, float]:
+    """Where the written word's ink begins, seen from where its pen does, and its width and height, as in a box."""
+    x, y, *_ = font(100).getbbox(word)  # left of the ink by the letter's bearing
+    left, top, right, bottom = font(100).getmask(word).getbbox()
+    return tuple(EM / 100 * length for length in (x + left, y + top, right - left, bottom - top))
+
+
+def draw_clutter(pen: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
+    """Blobs and lines in greys near the background: seen, but no colour of a thing."""
+    rng = random.Random(scene.seed)
+    for draw in [pen.ellipse] * 4 + [partial(pen.line, width=max(1, side // 64))] * 5:
+        shift = rng.choice([-1, 1]) * rng.randint(10, 26)
+        fill = tuple(min(max(channel + shift + rng.randint(-6, 6), 0), 255) for channel in scene.background)
+        x, y, u, v = (rng.uniform(-0.1, 1.1) * side for _ in range(4))
+        draw((min(x, u), min(y, v), max(x, u), max(y, v)), fill=fill)
+
+
+def draw_scene(scene: Scene, size: int = 64) -> torch.Tensor:
+    """The picture, uint8 of shape (3, size, size). Clutter lies behind the things, its noise on everything."""
+    side = SCALE * size
+    image = Image.new("RGB", (side, side), scene.background)
+    pen = ImageDraw.Draw(image)
+    if scene.where == "cluttered":
+        draw_clutter(pen, scene, side)
+    for thing in scene.shapes + scene.texts:
+        (left, top, right, bottom), fill = [edge * side - 0.5 for edge in thing.box], COLOURS[thing.colour]
+        if thing.text:
+            x, y, *_ = ink(thing.text)
+            pen.text((left - x * side, top - y * side), thing.text, fill, font(round(EM * side)))
+        else:
+            pen.polygon([(left + x * (right - left), top + y * (bottom - top)) for x, y in OUTLINES[thing.shape]], fill)
+    pixels_SS3 = np.array(image.reduce(SCALE))
+    if scene.where == "cluttered":
+        noise_SS3 = np.random.default_rng(scene.seed).integers(-16, 17, pixels_SS3.shape, np.int16)
+        pixels_SS3 = (pixels_SS3 + noise_SS3).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(pixels_SS3).permute(2, 0, 1)
+
+
+# ---- 4. Questions ----
+# Each function gives all that can be asked of its kind about a scene, but for the words that say how to answer.
+
+BOX = 32  # boxes are asked for as integers from 0 to BOX
+
+
+class Ask(NamedTuple):
+    question: str
+    answer: str
+    about: tuple[Thing, ...]
+    accept: tuple[str, ...] = ()
+
+
+def named(scene: Scene, ways: tuple[str, ...] = ("colour shape", "size colour shape")) -> list[tuple[Thing, str]]:
+    """The shapes, each by the first of the ways ("colour shape") that fits no other. One that no way fits is left out."""
+    called = {}
+    for thing, way in product(scene.shapes, ways):
+        words, *others = [[getattr(some, word) for word in way.split()] for some in (thing, *scene.shapes)]
+        if others.count(words) == 1:
+            called.setdefault(thing, " ".join(["the", *words] if "shape" in way else ["the", *words, "object"]))
+    return list(called.items())
+
+
+def caption(scene: Scene) -> str:
+    """The one sentence for this scene."""
+    places = ["in the center" if cell == "center" else f"at the {cell}" for cell in CELLS]
+    parts = [f"a {thing.size} {thing.colour} {thing.shape} {places[thing.cell]}" for thing in scene.shapes]
+    parts += [f"the {text.shape} {text.text} in {text.colour} {places[text.cell]}" for text in scene.texts]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts) + "."
+
+
+def ask_attribute(scene: Scene, part: str) -> list[Ask]:
+    """The colour, shape or size of a thing that the other attributes single out; or the text's colour."""
+    ways = {"colour": ("shape", "size shape"), "shape": ("colour", "size colour"), "size": ("shape", "colour shape")}
+    found = named(scene, ways[part]) + [(text, f"the {text.shape}") for text in scene.texts if part == "colour"]
+    return [Ask(f"what {part} is {it}?", getattr(thing, part), (thing,)) for thing, it in found]
+
+
+def ask_choice(scene: Scene, part: str) -> Iterator[Ask]:
+    """Four colours or shapes to choose from, those in the picture first in line. None makes a held-out pair in training."""
+    rng = random.Random(f"{part} {scene.seed}")
+    present = {getattr(thing, part) for thing in scene.shapes + scene.texts}
+    for ask in ask_attribute(scene, part):
+        options = list(COLOURS if part == "colour" else OUTLINES)
+        if scene.where != "new pairs":
+            options = [word for word in options if not is_new(replace(ask.about[0], **{part: word}))]
+        options = sorted(rng.sample(options, len(options)), key=lambda word: (word != ask.answer, word not in present))[:4]
+        rng.shuffle(options)
+        listed = " ".join(f"{letter}: {word}" for letter, word in zip("abcd", options, strict=True))
+        yield ask._replace(question=f"{ask.question} {listed}.", answer="abcd"[options.index(ask.answer)])
+
+
+def ask_count(scene: Scene) -> list[Ask]:
+    """All shapes, those of a colour, and those of a kind. A text is no shape, and its colour is not asked for."""
+    groups = {"shapes": scene.shapes}
+    for word in [*COLOURS, *OUTLINES] if scene.shapes else []:
+        if all(text.colour != word for text in scene.texts):
+            plural = f"{word} shapes" if word in COLOURS else f"{word}es" if word == "cross" else f"{word}s"
+            groups[plural] = tuple(thing for thing in scene.shapes if word in (thing.colour, thing.shape))
+    return [Ask(f"how many {plural} are there?", str(len(things)), things) for plural, things in groups.items()]
+
+
+def ask_yes_no(scene: Scene) -> list[Ask]:
+    """Where the answer is no, the colour and the shape are both there, apart; or one of them, if no such pair exists."""
+    present, asks = {(thing.colour, thing.shape) for thing in scene.shapes}, defaultdict(list)
+    for colour, shape in product(COLOURS, OUTLINES):
+        about = tuple(thing for thing in scene.shapes if colour == thing.colour or shape == thing.shape)
+        if about and (scene.where == "new pairs" or (colour, shape) not in HELD_OUT):
+            answer = "yes" if (colour, shape) in present else "no"
+            both = colour in {thing.colour for thing in about} and shape in {thing.shape for thing in about}
+            asks[answer, both] += [Ask(f"is there {'an' if colour == 'orange' else 'a'} {colour} {shape}?", answer, about)]
+    return asks["yes", True] + (asks["no", True] or asks["no", False])
+
+
+def ask_relation(scene: Scene) -> Iterator[Ask]:
+    """The way along the longer displacement; the other way is accepted where the cells differ in it too."""
+    for (one, it), (other, origin) in permutations(named(scene), 2):
+        x, y = (one.box[i] + one.box[i + 2] - other.box[i] - other.box[i + 2] for i in (0, 1))
+        ways = [(abs(x), "left" if x < 0 else "right"), (abs(y), "above" if y < 0 else "below")]
+        (_, answer), (_, second) = sorted(ways, reverse=True)
+        diagonal = one.cell % 3 != other.cell % 3 and one.cell // 3 != other.cell // 3
+        yield Ask(f"where is {it} from {origin}?", answer, (one, other), (second,) if diagonal else ())
+
+
+def ask_place(scene: Scene, part: str) -> Iterator[Ask]:
+    """The name of a shape's cell; or the box of a shape or of the text, as in "4 0 13 9"."""
+    for thing, it in named(scene) + [(text, f"the {text.shape}") for text in scene.texts if part == "box"]:
+        answer = CELLS[thing.cell] if part == "cell" else " ".join(str(round(BOX * edge)) for edge in thing.box)
+        yield Ask(f"where is {it}?", answer, (thing,))
+
+
+# ---- 5. Instructions ----
+
+ASKED = {  # kind: {part: (what can be asked, how to answer)}
+    "caption": {"": (lambda scene: [Ask("describe the picture", caption(scene), scene.shapes)], "in one sentence.")},
+    "vqa": {
+        **{part: (partial(ask_attribute, part=part), "one word.") for part in ("colour", "shape", "size")},
+        "count": (ask_count, "one number."),
+        "yes/no": (ask_yes_no, "one word."),
+        "relation": (ask_relation, "one word."),
+    },
+    "choice": {part: (partial(ask_choice, part=part), "one letter.") for part in ("colour", "shape")},
+    "ocr": {"": (lambda scene: [Ask("what is written?", text.text, ()) for text in scene.texts], "the text.")},
+    "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
+}
+
+
+class Scenes(NamedTuple):
+    data: InstructionSet
+    captions: list[str]  # one per picture
+
+
+def instruct(scene: Scene, image: int, rng: random.Random, used: Counter) -> Iterator[Instruction]:
+    """One of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come about
+    equally often. Questions about a held-out pair go first. `used` counts what was asked by condition, and is updated."""
+    for kind, parts in ASKED.items():
+        asks = [((scene.where, kind, part), ask) for part, (find, _) in parts.items() for ask in find(scene)]
+        asks = [(key, ask) for key, ask in asks if is_new(*ask.about)] or asks
+        if asks:
+            key, ask = min(asks, key=lambda some: (used[some[0]], used[some[0], some[1].answer], rng.random()))
+            used.update([key, (key, ask.answer)])
+            turn = (f"{IMAGE}\n{ask.question} {parts[key[2]][1]}", ask.answer)
+            yield Instruction((turn,), image, kind, key[2], scene.where, ask.accept)
+
+
+def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) -> dict[str, Scenes]:
+    """The splits train and test, of that many pictures, with no scene in common. Test does not depend on num_train."""
+    splits, test = {}, random_scenes(num_test, "test", seed)
+    train = random_scenes(num_train, "train", seed, frozenset(scene.key for scene in test))
+    for split, scenes in (("train", train), ("test", test)):
+        rng, used, instructions = random.Random(f"{split} questions {seed}"), Counter(), []
+        images_N3SS = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8)
+        for i, scene in enumerate(scenes):
+            images_N3SS[i] = draw_scene(scene, size)
+            instructions += instruct(scene, i, rng, used)
+        splits[split] = Scenes(InstructionSet(images_N3SS, instructions), [caption(scene) for scene in scenes])
+    return splits

@@ -1,0 +1,287 @@
+"""toy_lvlm.py end to end, tiny: stages, variants, resume, a user's own data, asking, two processes."""
+
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_launch import curve, launch
+from test_llava import write_digits
+from test_resume import Killed, kill_at
+from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+import toy_lvlm
+from lab import lvlm, moefication
+from lab.cli import UserError
+from lab.instructions import make_tokenizer
+from stgc import MoELayer, STGCConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--scenes 64 --test-scenes 6 --batch-size 4 --log-steps 2 --device cpu".split()
+STEPS = "--clip-steps 3 --text-steps 2 --stage1-steps 2 --stage2-steps 3 --stage3-steps 4".split()
+WORDS = [*SMALL, *STEPS]
+
+
+def run(command) -> None:
+    toy_lvlm.main(toy_lvlm.parse(list(map(str, command))))
+
+
+def fails(command, message: str) -> None:
+    """One line, exit code 2, before anything heavy or in it."""
+    try:
+        args = toy_lvlm.parse(list(map(str, command)))
+    except SystemExit as stop:
+        assert stop.code == 2
+        return
+    with pytest.raises(UserError, match=message):
+        toy_lvlm.main(args)
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a finished run of every kind of variant."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("lvlm") / "whole"
+    variants = "dense,none,ce,reroute-one,placebo-weight,embedding,feature,task"
+    run([*WORDS, "--variants", variants, "--capacity", "0.5", "--bpr", "--output-dir", folder])
+    return folder
+
+
+def test_the_record_of_a_run(whole):
+    record = read(whole)
+    assert record["name"] == "lvlm-scenes" and record["data"]["train_pictures"] == 64
+    assert [one["stage"] for one in record["stages"]] == ["clip", "text", "stage1", "stage2"]
+    assert 0 <= record["stages"][0]["retrieval"] <= 1
+    dense = record["stages"][-1]
+    assert dense["blind"].keys() == {"majority", "no picture"} and 0 < dense["blind"]["majority"]["score"] < 0.5
+    assert {"score", "caption", "vqa", "choice", "ocr", "region", "new pairs", "vqa, clean"} <= dense["scores"].keys()
+    first = {}
+    for entry in record["runs"]:
+        lines = curve(whole, f"{entry['variant']}-s0")
+        first[entry["variant"]] = lines[0]["loss"]
+        assert lines[-1]["step"] == 4 and ("conflict_ratio" in lines[0]) == (entry["variant"] != "dense")
+        assert entry["last"].keys() == {"score", "caption", "vqa", "choice", "ocr", "region"}
+        assert len(entry["limited"]) == (0 if entry["variant"] == "dense" else 2)
+        assert all(0 < own["dropped"] < 1 for own in entry["limited"])
+        assert (whole / f"model-{entry['variant']}-s0" / "model.safetensors").exists()
+        assert (whole / f"sheet-{entry['variant']}-s0.png").exists()
+        assert (whole / f"routes-{entry['variant']}-s0.png").exists() == (entry["variant"] != "dense")
+    for variant in ("none", "ce", "reroute-one", "placebo-weight"):
+        assert first[variant] == pytest.approx(first["dense"], rel=1e-5)  # copies of the FFN compute what it did
+    for name in ("curves.png", "comparison.png"):
+        assert (whole / name).read_bytes()[:4] == b"\x89PNG"
+    assert not (whole / "checkpoints").exists() and not (whole / "stages" / "checkpoints").exists()
+
+
+@torch.no_grad()
+def test_the_moe_equals_the_dense_model_before_stage_iii(whole):
+    model, tokenizer, _ = lvlm.load(whole / "stages" / "stage2-s0", "--run")
+    torch.manual_seed(0)
+    image_id, ids = model.config.image_token_id, torch.randint(5, len(tokenizer), (2, 30))
+    ids[:, 3:19] = image_id
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 64, 64), "attention_mask": torch.ones(2, 30).long()}
+    batch["attention_mask"][1, 25:] = 0
+    dense = model(**batch).logits
+    sparse = moefication.moefy(model, moefication.MoESpec("every-second", num_experts=4))
+    assert [name for name, one in sparse.named_modules() if isinstance(one, MoELayer)] == [
+        f"model.language_model.layers.{i}.mlp" for i in (1, 3)
+    ]
+    keep = batch["attention_mask"].bool()
+    torch.testing.assert_close(sparse(**batch).logits[keep], dense[keep], rtol=1e-4, atol=1e-5)
+
+
+def test_stage_iii_trains_the_moe_layers_alone(whole, tmp_path):
+    before, _, _ = lvlm.load(whole / "stages" / "stage2-s0", "--run")
+    after, _, _ = lvlm.load(whole / "model-ce-s0", "--run")
+    old, new = before.state_dict(), after.state_dict()
+    assert all(torch.equal(old[name], new[name]) for name in old.keys() & new.keys())
+    assert {name.rpartition(".layers.")[2].split(".")[0] for name in new.keys() - old.keys()} == {"1", "3"}
+    experts = [one.experts for one in after.modules() if isinstance(one, MoELayer)]
+    assert all(not torch.equal(own.w_in_EDF[0], own.w_in_EDF[1]) for own in experts)  # they were copies
+    clip = CLIPModel.from_pretrained(whole / "stages" / "clip-s0")
+    vision = clip.vision_model.state_dict()
+    assert all(torch.equal(old[f"model.vision_tower.{name}"], value) for name, value in vision.items())
+    (tmp_path / "all").mkdir()
+    run([*WORDS, "--train", "all", "--conflict-loss", "none", "--output-dir", tmp_path / "all", "--overwrite"])
+    other, _, _ = lvlm.load(tmp_path / "all" / "model-none-s0", "--run")
+    moved = {name for name, value in other.state_dict().items() if name in old and not torch.equal(value, old[name])}
+    assert any("self_attn" in name for name in moved) and not any("vision_tower" in name for name in moved)
+
+
+def outcome(folder):
+    drop = ("seconds", "samples_per_second", "peak_memory_bytes")
+    record = read(folder)
+    entries = [{key: value for key, value in one.items() if key not in drop} for one in record["stages"] + record["runs"]]
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("model.safetensors"))}
+    return entries, {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*.jsonl"))}, weights
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("straight") / "out"
+    command = [*WORDS, "--variants", "none,feature", "--save-steps", "2"]
+    run([*command, "--output-dir", folder])
+    return command, outcome(folder)
+
+
+@pytest.mark.parametrize("step", [2, 4, 7, 11, 14, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, none 11-14, feature 15-18
+def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
+    command, expected = straight
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            run([*command, "--output-dir", tmp_path / "cut"])
+    torch.manual_seed(123)
+    run([*command, "--output-dir", tmp_path / "cut", "--resume"])
+    assert outcome(tmp_path / "cut") == expected
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1)  # complete: nothing is trained
+        run([*command, "--output-dir", tmp_path / "cut", "--resume"])
+    with pytest.raises(UserError, match="was begun with --stage2-steps 3"):
+        run([*command, "--stage2-steps", "5", "--output-dir", tmp_path / "cut", "--resume"])
+
+
+def test_two_processes_train_as_one(tmp_path):
+    command = [*WORDS, "--variants", "ce,ce-one,feature,task", "--log-steps", "1"]
+    run([*command, "--output-dir", tmp_path / "one"])
+    done = launch(2, *command, "--output-dir", tmp_path / "two", script="toy_lvlm.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written:") == 1
+    names = ["stages/clip-s0", "stages/text-s0", "stages/stage1-s0", "stages/stage2-s0"]
+    for name in [*names, "ce-s0", "ce-one-s0", "feature-s0", "task-s0"]:
+        one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            for key in a.keys() & {"loss", "conflict_ratio", "consistency", "balance_loss", "conflict_loss"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-3), (name, a["step"], key)
+
+
+def test_own_data(tmp_path, capsys):
+    """scikit-learn's handwritten digits in LLaVA's format, a few faults among them."""
+    file, pictures = write_digits(tmp_path, 40)
+    entries = json.loads(Path(file).read_text())
+    entries[3]["image"] = "missing.png"
+    entries[5]["conversations"][1]["value"] = "seven " * 200
+    Path(file).write_text(json.dumps(entries))
+    command = [*STEPS, *"--batch-size 4 --device cpu --conflict-loss none --data".split(), file, "--image-dir", pictures]
+    fails([*command, "--output-dir", tmp_path / "out"], "--max-bad 0: .*entry 4.*missing.png")
+    assert not (tmp_path / "out").exists()
+    fails([*command, "--max-bad", "1", "--output-dir", tmp_path / "out"], "--max-bad 1: .*too long.*entry 6")
+    capsys.readouterr()
+    run([*command, "--max-bad", "2", "--output-dir", tmp_path / "out"])
+    printed = capsys.readouterr().out
+    assert "2 of 40 entries left out" in printed and "entry 4" in printed and "entry 6" in printed
+    record, told = read(tmp_path / "out"), json.loads((tmp_path / "out" / "entries.json").read_text())
+    assert len(told["left out"]) == 2 and record["name"].startswith("lvlm-")
+    assert record["data"]["train"] + record["data"]["test"] == 38 and record["data"]["test"] == 4
+    test, more = write_digits(tmp_path, 5, start=100)
+    assert Path(more) == Path(pictures)
+    run([*command, "--max-bad", "2", "--eval-data", test, "--output-dir", tmp_path / "eval"])
+    assert read(tmp_path / "eval")["data"]["test"] == 5
+
+
+def test_pretrained_parts(tmp_path):
+    """Folders that save_pretrained wrote, with another picture size, no padding token and biases in no linear."""
+    tokenizer = make_tokenizer(["what colour is it?", " red"])
+    tokenizer.pad_token = None
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) - 1, **text)).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    clip = lvlm.make_clip(make_tokenizer(["red"]))
+    clip.config.vision_config.image_size = 32
+    CLIPModel(clip.config).save_pretrained(tmp_path / "clip")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "clip")
+    command = [*WORDS, "--conflict-loss", "none", "--clip", tmp_path / "clip", "--lm", tmp_path / "lm"]
+    run([*command, "--output-dir", tmp_path / "out"])
+    assert [one["stage"] for one in read(tmp_path / "out")["stages"]] == ["stage1", "stage2"]
+    model, _, card = lvlm.load(tmp_path / "out" / "model-none-s0", "--run")
+    assert card.size == 32 and card.image_tokens == 4 and model.config.text_config.hidden_size == 32
+    fails([*command, "--lm", tmp_path / "clip", "--output-dir", tmp_path / "x"], "--lm: the .* cannot be loaded")
+    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip: the .* cannot be loaded")
+
+
+def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
+    Image.new("RGBA", (90, 50), (255, 0, 0, 128)).save(tmp_path / "x.png")
+    for variant in ("ce", "embedding", "feature", "task", "dense"):
+        run(["--ask", "what colour is it?", "--image", tmp_path / "x.png", "--run", whole / f"model-{variant}-s0"])
+    out = capsys.readouterr()
+    assert len(out.out.splitlines()) >= 4 and "model-dense-s0" in out.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("where is it?\n\n<image> what?\n"))
+    run(["--chat", "--run", whole])
+    assert "model-task-s0, no picture" in capsys.readouterr().err  # the last run's
+    fails(["--ask", "what?"], "")
+    fails(["--ask", "what?", "--run", tmp_path], "--run .* holds no model")
+    fails(["--ask", "what?", "--run", whole, "--image", tmp_path / "y.png"], "--image: picture")
+    broken = tmp_path / "model-none-s0"
+    broken.mkdir()
+    for path in (whole / "model-none-s0").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "lvlm.json").write_text('{"size": -1, "mean": [0, 0, 0], "std": [1, 1, 1], "image_tokens": 16}')
+    fails(["--ask", "what?", "--run", broken], "cannot be loaded .*size")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--image-dir .", "--image-dir and --eval-data go with --data"),
+        ("--data nowhere.json", "--data nowhere.json: no such file"),
+        ("--bpr", "--bpr orders what a capacity cuts off"),
+        ("--routing task --variants none,ce", "--routing task is a variant's name here"),
+        ("--variants none,everything", "--variants everything: unknown"),
+        ("--seeds 1 1", "--seeds 1 1: a seed repeated"),
+        ("--top-k 5", "--top-k 5 is above --num-experts 4"),
+        ("--top-k 4 --conflict-loss reroute", "needs --top-k below --num-experts"),
+        ("--clip ./nowhere", "--clip ./nowhere: no such folder"),
+        ("--run x", "--run goes with --ask or --chat"),
+        ("--resume --overwrite", "choose one"),
+        ("--scenes 5", "must be an integer at least 64"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        toy_lvlm.parse(flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_bad_values_that_only_the_model_shows(tmp_path):
+    out = ["--output-dir", tmp_path / "out"]
+    fails([*WORDS, "--moe-layers", "7", *out], "--moe-layers: layers='7' names 7, but the model has 4 layers")
+    fails([*WORDS, "--experts", "split", "--num-experts", "5", *out], "--num-experts: 512 neurons cannot be split")
+    fails([*WORDS, "--max-length", "16", *out], "--max-length 16: generated scenes need")
+    fails([*WORDS, "--device", "mps", *out], "--device mps: this machine has")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_quick_and_every_flag_is_read():
+    code = (
+        "import atexit, runpy, sys; sys.argv = ['toy_lvlm.py', '--help']; "
+        "atexit.register(lambda: print('heavy:', [m for m in ('torch', 'PIL', 'numpy') if m in sys.modules])); "
+        "runpy.run_path('toy_lvlm.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "heavy: []" in done.stdout and "--stage3-lr" in done.stdout
+    source = "".join((ROOT / name).read_text() for name in ("toy_lvlm.py", "lab/options.py", "lab/lvlm.py"))
+    flags = {action.dest for action in toy_lvlm.make_parser()._actions} - {"help"}
+    flags -= {f"{stage}_{what}" for stage in toy_lvlm.STAGES for what in ("steps", "lr")}  # read by Job.plan
+    dead = [flag for flag in flags if not re.search(rf'\bargs\.{flag}\b|getattr\(.*"{flag}"|[(,] ?"{flag}"', source)]
+    assert len(flags) > 30 and not dead, dead
+
+
+def test_method_defaults_are_those_of_the_config():
+    args, config = toy_lvlm.make_parser().parse_args([]), STGCConfig()
+    for field in dataclasses.fields(config):
+        if hasattr(args, field.name):
+            assert getattr(args, field.name) == getattr(config, field.name), field.name
