@@ -217,8 +217,9 @@ def train(job: Job, folder: Path, name: str, model, trained: list, loader, stage
                 batch["num_items_in_batch"] = accelerator.reduce(count, "mean")
             main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # a CLIP is asked for it
             loss = stgc.loss(main_loss, grad_scale=run.grad_scale()) if stgc else main_loss
-            if labelled:  # it stands in for the balance loss
-                loss = loss + args.alpha * baselines.label_loss(model)
+            if labelled:  # it stands in for the balance loss; its mean, too, is over the tokens of all processes
+                tokens = keep.sum().float()
+                loss = loss + args.alpha * baselines.label_loss(model) * tokens / accelerator.reduce(tokens, "mean")
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(trained, 1.0)
             optimizer.step()

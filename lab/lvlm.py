@@ -5,6 +5,7 @@ Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.   1 Data 
 
 import json
 import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -336,7 +337,7 @@ CARD = "lvlm.json"
 
 def save(model: PreTrainedModel, folder: Path, data: Data) -> None:
     """Weights and tokenizer in transformers' format, and a card that says what a picture is to it."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)  # under the names that the model has
     data.tokenizer.save_pretrained(folder)
     write_json(folder / CARD, asdict(Card(*data.pixels, data.image_tokens)))
 
@@ -380,6 +381,6 @@ def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
         if len(tokenizer) > model.config.get_text_config().vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the model")
     except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), 300)
         raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again") from error
     return model.eval(), tokenizer, card

@@ -412,7 +412,10 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         model.tie_weights()
         install(model, replace(spec, split="contiguous"))  # which neuron went where is in the weights
         own = model.state_dict(keep_vars=True)
-        for name, value in load_file(folder / "model.safetensors").items():
+        saved_tensors = load_file(folder / "model.safetensors")
+        if any(name.startswith("language_model.") for name in saved_tensors):  # LLaVA's names before transformers 5
+            raise ValueError("its tensors have other names: use save_pretrained(folder, save_original_format=False)")
+        for name, value in saved_tensors.items():
             if name in own:
                 own[name].data = own[name].data.to(value.dtype)
         load_model(model, folder / "model.safetensors")  # strict; copies, so the file may be replaced later
