@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from lab.instructions import KINDS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -79,10 +81,29 @@ def peer_table(record: dict) -> str:
     return "\n".join([*lines, "", f"    {record['command']}"])
 
 
+def lvlm_table(records: list[dict]) -> str:
+    """Markdown: exact match in % of the toy LVLM over seeds, stage II and its blind baselines above stage III's variants."""
+    names = {"score": "all", **{kind: kind for kind in KINDS}}
+    lines = [f"| run | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
+    for record in records:
+        stages = [stage for stage in record["stages"] if stage["stage"] == "stage2"]
+        rows = {"stage II": [stage["scores"] for stage in stages]}
+        rows |= {f"blind: {how}": [stage["blind"][how] for stage in stages] for how in stages[0]["blind"]}
+        for run in record["runs"]:
+            rows.setdefault(f"stage III, {run['variant']}", []).append(run["last"])
+        for label, scores in rows.items():
+            cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
+            lines.append(f"| {record['name']} | {label} | {len(scores)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"    {record['command']}" for record in records)])
+
+
 def sections() -> dict[str, str]:
     """Marker -> generated text."""
     found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").rglob("results.json"))]
-    texts = {"results": results_table(found)}
+    pictures = [record for record in found if "stages" in record]
+    texts = {"results": results_table([record for record in found if "stages" not in record])}
+    if pictures:
+        texts["lvlm"] = lvlm_table(pictures)
     for path in sorted((ROOT / "results").glob("bench*.json")):
         texts[path.stem] = bench_table(json.loads(path.read_text()))
     peer = ROOT / "results" / "peer.json"

@@ -89,7 +89,8 @@ def test_recorded_runs_are_complete():
     for path in (ROOT / "results").rglob("results.json"):
         record = json.loads(path.read_text())
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]) and record["dirty"] is False, path
-        assert record["command"].startswith("python glue_moefy.py") and record["versions"]["torch"], path
+        script = "toy_lvlm.py" if "stages" in record else "glue_moefy.py"
+        assert record["command"].startswith(f"python {script}") and record["versions"]["torch"], path
         assert record["runs"] and {run["seed"] for run in record["runs"]} <= set(record["config"]["seeds"]), path
         for run in record["runs"]:
             assert (path.parent / f"{run['variant']}-s{run['seed']}.jsonl").exists()
