@@ -128,6 +128,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
+import random
 from functools import partial
 from itertools import zip_longest
 
@@ -367,8 +368,7 @@ def moe_stage(job: Job, variant: str) -> dict:
         with runs.replaced_folder(job.folder / f"model-{name}") as target:
             lvlm.save(model, target, job.data)
         if rows := sheet_rows(job, texts):
-            shown_N3SS = job.data.test.images_N3SS[[row["image"] for row in rows]]
-            figures.plot_sheet(shown_N3SS, rows, job.folder / f"sheet-{name}.png")
+            figures.plot_sheet(job.data.test.images_N3SS, rows, job.folder / f"sheet-{name}.png")
     kinds = {kind: scores[kind] for kind in ("score", *KINDS) if kind in scores}
     return {
         "variant": variant,
@@ -439,14 +439,14 @@ def walk(job: Job, model) -> routes.Routes:
 
 def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
     """Some test instructions with pictures, of every kind and condition, with the model's answers, for the sheet."""
-    groups: dict[tuple, list[int]] = {}
-    for row, one in enumerate(job.data.test.instructions):
-        if one.image is not None:
-            groups.setdefault((one.kind, one.where), []).append(row)
+    test, groups = job.data.test.instructions, {}
+    for row in random.Random(0).sample(range(len(test)), len(test)):
+        if test[row].image is not None:
+            groups.setdefault((test[row].kind, test[row].where), []).append(row)
     chosen = [row for rows in zip_longest(*groups.values()) for row in rows if row is not None][:count]
     rows = []
     for row in chosen:
-        one = job.data.test.instructions[row]
+        one = test[row]
         shown = {"image": one.image, "kind": one.kind, "question": one.turns[-1][0].replace(instructions.IMAGE, "").strip()}
         rows.append(shown | {"answer": texts[row], "expected": one.turns[-1][1], "right": is_right(one, texts[row])})
     return rows

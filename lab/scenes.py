@@ -1,6 +1,6 @@
 """Generated pictures with instructions, for `toy_lvlm.py`: coloured shapes and written words, nothing downloaded.
 
-A picture shows up to four shapes, each in a cell of its own of a 3x3 grid, and in two of five pictures a word or a number.
+A picture shows up to four shapes, each in a cell of its own of a 2x2 grid, and in two of five pictures a word or a number.
 What is asked about it comes in the kinds of `lab.instructions`, so that a Mixture-of-Experts has mixed work. Some pairs of
 colour and shape are held out: training neither shows nor names them, and a third of the test pictures is about them.
 
@@ -25,24 +25,23 @@ from lab.instructions import IMAGE, Instruction, InstructionSet
 
 # ---- 1. Scenes ----
 
-HUES = "red d61820 orange fa8200 yellow fada00 green 149632 cyan 00c8dc blue 2448e6 purple 9632c8 pink ff78be".split()
+HUES = "red d61820 yellow fada00 green 149632 cyan 00c8dc blue 2448e6 pink ff78be".split()
 COLOURS = {name: tuple(bytes.fromhex(code)) for name, code in zip(HUES[::2], HUES[1::2], strict=True)}
 CROSS = [0.33, 0.67, 0.67, 1, 1, 0.67, 0.67, 0.33, 0.33, 0, 0, 0.33]  # its corners' x; their y, three corners later
 OUTLINES = {  # corners, in units of the box
     "circle": [(0.5 + 0.5 * sin(pi * i / 24), 0.5 - 0.5 * cos(pi * i / 24)) for i in range(48)],
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
-    "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-    "star": [(0.5, 0), (0.6, 0.4), (1, 0.4), (0.7, 0.6), (0.8, 1), (0.5, 0.8), (0.2, 1), (0.3, 0.6), (0, 0.4), (0.4, 0.4)],
     "cross": list(zip(CROSS, CROSS[9:] + CROSS[:9], strict=True)),
 }
-CELLS = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
-HELD_OUT = list(zip("blue purple yellow cyan red green".split(), OUTLINES, strict=True))  # never in training
+CELLS = ["top left", "top right", "bottom left", "bottom right"]  # of shapes
+ROWS = ["top", "bottom"]  # of texts, two cells each
+HELD_OUT = list(zip("blue yellow cyan red".split(), OUTLINES, strict=True))  # never in training
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape, or a text: then `shape` is "word" or "number", and `cell`, an index of CELLS, the middle one of its row."""
+    """A shape, or a text: then `shape` is "word" or "number", and `cell` an index of ROWS instead of CELLS."""
 
     colour: str
     shape: str
@@ -74,9 +73,8 @@ def is_new(*things: Thing) -> bool:
 
 # ---- 2. Random scenes ----
 
-WORDS = """ant bag bed box bus cake cat coin cow cup desk dog duck egg fan farm fish fox frog gift hat ice jam key king lake
-    leaf map milk nest owl pen pig rice rope sea ship sky sun tea tree zoo""".split()
-SIDES = {"small": (0.15, 0.175), "large": (0.27, 0.3)}
+WORDS = "ant bed box bus cat cow cup dog egg fan fox hat ice jam key map owl pen pig sea sky sun tea zoo".split()
+SIDES = {"small": (0.26, 0.29), "large": (0.4, 0.44)}
 MARGIN = 0.012  # that far from the edge of a cell, a row or the picture
 BACKGROUNDS = [(242, 242, 242), (226, 222, 214), (214, 220, 228), (24, 24, 28), (44, 40, 38), (32, 40, 48)]
 WHERE = {"train": ("clean", "cluttered"), "test": ("clean", "cluttered", "new pairs")}
@@ -85,25 +83,25 @@ WHERE = {"train": ("clean", "cluttered"), "test": ("clean", "cluttered", "new pa
 def random_shape(colour: str, shape: str, cell: int, rng: random.Random) -> Thing:
     size = rng.choice(list(SIDES))
     side = rng.uniform(*SIDES[size])
-    x, y = (i / 3 + rng.uniform(MARGIN, 1 / 3 - MARGIN - side) for i in (cell % 3, cell // 3))
+    x, y = (i / 2 + rng.uniform(MARGIN, 1 / 2 - MARGIN - side) for i in (cell % 2, cell // 2))
     return Thing(colour, shape, size, cell, (x, y, x + side, y + side))
 
 
 def random_text(colour: str, row: int, rng: random.Random) -> Thing:
-    """Half of the texts are words; numbers have one, two or three digits equally often."""
-    word = rng.choice(WORDS) if rng.random() < 0.5 else str(rng.randrange(*rng.choice([(0, 10), (10, 100), (100, 1000)])))
+    """Half of the texts are words; numbers have one or two digits equally often."""
+    word = rng.choice(WORDS) if rng.random() < 0.5 else str(rng.randrange(*rng.choice([(0, 10), (10, 100)])))
     *_, width, height = ink(word)
-    x, y = rng.uniform(MARGIN, 1 - MARGIN - width), row / 3 + rng.uniform(MARGIN, 1 / 3 - MARGIN - height)
-    return Thing(colour, "number" if word.isdigit() else "word", "", 3 * row + 1, (x, y, x + width, y + height), word)
+    x, y = rng.uniform(MARGIN, 1 - MARGIN - width), row / 2 + rng.uniform(MARGIN, 1 / 2 - MARGIN - height)
+    return Thing(colour, "number" if word.isdigit() else "word", "", row, (x, y, x + width, y + height), word)
 
 
 def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset()) -> list[Scene]:
     """The conditions of the split take turns. No scene has a key of `taken`; within a split, a key may come twice."""
     rng, scenes = random.Random(f"{split} {seed}"), []
     while len(scenes) < num:
-        where, written, row = WHERE[split][len(scenes) % len(WHERE[split])], rng.random() < 0.4, rng.randrange(3)
-        num_shapes = rng.choice([0, 1, 1, 1, 2, 2, 2, 2] if written else [1, 2, 3, 3, 4, 4])
-        cells = sorted(rng.sample([cell for cell in range(9) if not written or cell // 3 != row], num_shapes))
+        where, written, row = WHERE[split][len(scenes) % len(WHERE[split])], rng.random() < 0.4, rng.randrange(2)
+        num_shapes = rng.choice([0, 1, 1, 2, 2] if written else [1, 2, 3, 4])
+        cells = sorted(rng.sample([cell for cell in range(4) if not written or cell // 2 != row], num_shapes))
         colour, *colours = rng.sample(list(COLOURS), 1 + rng.randint(1, 3))  # few, so that things share one or both
         outlines = rng.sample(list(OUTLINES), rng.randint(1, 3))
         shapes = tuple(random_shape(rng.choice(colours), rng.choice(outlines), cell, rng) for cell in cells)
@@ -117,7 +115,7 @@ def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset(
 # ---- 3. Pictures ----
 
 SCALE = 3  # drawn that much larger and then reduced: smooth edges
-EM = 0.315  # the font's size in units of the picture's side: digits are 0.23 high
+EM = 0.315  # the font's size in units of the picture's side: digits are 0.24 high
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
 font = lru_cache(partial(ImageFont.truetype, FONT, layout_engine=ImageFont.Layout.BASIC))  # by its size in pixels
 
@@ -165,6 +163,7 @@ def draw_scene(scene: Scene, size: int = 64) -> torch.Tensor:
 # Each function gives all that can be asked of its kind about a scene, but for the words that say how to answer.
 
 BOX = 32  # boxes are asked for as integers from 0 to BOX
+LETTERS = "abc"  # of a choice's options
 
 
 class Ask(NamedTuple):
@@ -186,9 +185,8 @@ def named(scene: Scene, ways: tuple[str, ...] = ("colour shape", "size colour sh
 
 def caption(scene: Scene) -> str:
     """The one sentence for this scene."""
-    places = ["in the center" if cell == "center" else f"at the {cell}" for cell in CELLS]
-    parts = [f"a {thing.size} {thing.colour} {thing.shape} {places[thing.cell]}" for thing in scene.shapes]
-    parts += [f"the {text.shape} {text.text} in {text.colour} {places[text.cell]}" for text in scene.texts]
+    parts = [f"a {thing.size} {thing.colour} {thing.shape} at the {CELLS[thing.cell]}" for thing in scene.shapes]
+    parts += [f"the {text.shape} {text.text} in {text.colour} at the {ROWS[text.cell]}" for text in scene.texts]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts) + "."
 
 
@@ -200,17 +198,16 @@ def ask_attribute(scene: Scene, part: str) -> list[Ask]:
 
 
 def ask_choice(scene: Scene, part: str) -> Iterator[Ask]:
-    """Four colours or shapes to choose from, those in the picture first in line. None makes a held-out pair in training."""
+    """Three colours or shapes to choose from, those in the picture first in line. None makes a held-out pair in training."""
     rng = random.Random(f"{part} {scene.seed}")
     present = {getattr(thing, part) for thing in scene.shapes + scene.texts}
     for ask in ask_attribute(scene, part):
-        options = list(COLOURS if part == "colour" else OUTLINES)
-        if scene.where != "new pairs":
-            options = [word for word in options if not is_new(replace(ask.about[0], **{part: word}))]
-        options = sorted(rng.sample(options, len(options)), key=lambda word: (word != ask.answer, word not in present))[:4]
-        rng.shuffle(options)
-        listed = " ".join(f"{letter}: {word}" for letter, word in zip("abcd", options, strict=True))
-        yield ask._replace(question=f"{ask.question} {listed}.", answer="abcd"[options.index(ask.answer)])
+        words = COLOURS if part == "colour" else OUTLINES
+        options = [word for word in words if scene.where == "new pairs" or not is_new(replace(ask.about[0], **{part: word}))]
+        options = sorted(rng.sample(options, len(options)), key=lambda word: (word != ask.answer, word not in present))
+        options = rng.sample(options[: len(LETTERS)], len(LETTERS))
+        listed = " ".join(f"{letter}: {word}" for letter, word in zip(LETTERS, options, strict=True))
+        yield ask._replace(question=f"{ask.question} {listed}.", answer=LETTERS[options.index(ask.answer)])
 
 
 def ask_count(scene: Scene) -> list[Ask]:
@@ -231,7 +228,7 @@ def ask_yes_no(scene: Scene) -> list[Ask]:
         if about and (scene.where == "new pairs" or (colour, shape) not in HELD_OUT):
             answer = "yes" if (colour, shape) in present else "no"
             both = colour in {thing.colour for thing in about} and shape in {thing.shape for thing in about}
-            asks[answer, both] += [Ask(f"is there {'an' if colour == 'orange' else 'a'} {colour} {shape}?", answer, about)]
+            asks[answer, both] += [Ask(f"is there a {colour} {shape}?", answer, about)]
     return asks["yes", True] + (asks["no", True] or asks["no", False])
 
 
@@ -241,7 +238,7 @@ def ask_relation(scene: Scene) -> Iterator[Ask]:
         x, y = (one.box[i] + one.box[i + 2] - other.box[i] - other.box[i + 2] for i in (0, 1))
         ways = [(abs(x), "left" if x < 0 else "right"), (abs(y), "above" if y < 0 else "below")]
         (_, answer), (_, second) = sorted(ways, reverse=True)
-        diagonal = one.cell % 3 != other.cell % 3 and one.cell // 3 != other.cell // 3
+        diagonal = one.cell % 2 != other.cell % 2 and one.cell // 2 != other.cell // 2
         yield Ask(f"where is {it} from {origin}?", answer, (one, other), (second,) if diagonal else ())
 
 
@@ -268,19 +265,22 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
 }
 
 
+NUM_ASKED = {"vqa": 3}  # per picture, as far as there are different ones; of the other kinds 1
+
+
 class Scenes(NamedTuple):
     data: InstructionSet
     captions: list[str]  # one per picture
 
 
 def instruct(scene: Scene, image: int, rng: random.Random, used: Counter) -> Iterator[Instruction]:
-    """One of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come about
-    equally often. Questions about a held-out pair go first. `used` counts what was asked by condition, and is updated."""
+    """Of each kind what is of its part least used so far, and of that the least used answer. So both come about equally
+    often. Questions about a held-out pair go first. `used` counts what was asked by condition, and is updated."""
     for kind, parts in ASKED.items():
         asks = [((scene.where, kind, part), ask) for part, (find, _) in parts.items() for ask in find(scene)]
-        asks = [(key, ask) for key, ask in asks if is_new(*ask.about)] or asks
-        if asks:
-            key, ask = min(asks, key=lambda some: (used[some[0]], used[some[0], some[1].answer], rng.random()))
+        for _ in range(min(NUM_ASKED.get(kind, 1), len(asks))):
+            order = [(not is_new(*ask.about), used[key], used[key, ask.answer], rng.random()) for key, ask in asks]
+            key, ask = asks.pop(order.index(min(order)))
             used.update([key, (key, ask.answer)])
             turn = (f"{IMAGE}\n{ask.question} {parts[key[2]][1]}", ask.answer)
             yield Instruction((turn,), image, kind, key[2], scene.where, ask.accept)
