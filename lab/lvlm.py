@@ -364,23 +364,16 @@ class Card:
 
 def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
     """Model (moefied or dense, in eval mode), tokenizer and card, from this folder alone. UserError for a damaged one."""
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
         for name in ("config.json", "tokenizer.json", CARD):
             if not (folder / name).is_file():
                 raise ValueError(f"it has no {name}")
         card = Card(**json.loads((folder / CARD).read_text()))
-        if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
-            model = moefication.load_moefied(folder)
-        else:
-            options = local | {"use_safetensors": True, "output_loading_info": True}
-            model, info = LlavaForConditionalGeneration.from_pretrained(folder, **options)
-            if info["missing_keys"]:  # transformers has drawn them at random
-                raise ValueError(f"its weights lack {min(info['missing_keys'])}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model = moefication.load_either(folder, LlavaForConditionalGeneration)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) > model.config.get_text_config().vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the model")
     except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
         reason = textwrap.shorten(str(error), 300)
         raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again") from error
-    return model.eval(), tokenizer, card
+    return model, tokenizer, card

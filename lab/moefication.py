@@ -434,6 +434,18 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
+def load_either(folder: Path, dense_class: type) -> PreTrainedModel:
+    """A moefied model, or a dense one of `dense_class` (of transformers), from this folder alone, in eval mode. Whatever its
+    damage raises, ValueError where weights are missing, which transformers would draw at random."""
+    if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
+        return load_moefied(folder)
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    model, info = dense_class.from_pretrained(folder, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+    return model.eval()
+
+
 # ---- 7. Parameters ----
 
 

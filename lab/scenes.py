@@ -263,9 +263,7 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
     "ocr": {"": (lambda scene: [Ask("what is written?", text.text, ()) for text in scene.texts], "the text.")},
     "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
 }
-
-
-NUM_ASKED = {"vqa": 3}  # per picture, as far as there are different ones; of the other kinds 1
+NUM_ASKED = {"vqa": 3}  # of a picture, if there are that many different questions; of the other kinds 1
 
 
 class Scenes(NamedTuple):
@@ -274,8 +272,9 @@ class Scenes(NamedTuple):
 
 
 def instruct(scene: Scene, image: int, rng: random.Random, used: Counter) -> Iterator[Instruction]:
-    """Of each kind what is of its part least used so far, and of that the least used answer. So both come about equally
-    often. Questions about a held-out pair go first. `used` counts what was asked by condition, and is updated."""
+    """NUM_ASKED of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come
+    about equally often. Questions about a held-out pair go first. `used` counts what was asked by condition, and is
+    updated."""
     for kind, parts in ASKED.items():
         asks = [((scene.where, kind, part), ask) for part, (find, _) in parts.items() for ask in find(scene)]
         for _ in range(min(NUM_ASKED.get(kind, 1), len(asks))):

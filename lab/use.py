@@ -105,13 +105,7 @@ def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, obje
         for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
             if not (folder / name).is_file():  # transformers would make up an empty vocabulary
                 raise ValueError(f"it has no {name}")
-        if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
-            model = moefication.load_moefied(folder)
-        else:
-            options = local | {"use_safetensors": True, "output_loading_info": True}
-            model, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
-            if info["missing_keys"]:  # transformers has drawn them at random
-                raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        model = moefication.load_either(folder, AutoModelForSequenceClassification)
         if not type(model).__name__.endswith("ForSequenceClassification") or model.config.num_labels != card.num_labels:
             raise ValueError(f"{type(model).__name__} of {model.config.num_labels} labels, {CARD} has {card.num_labels}")
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, **local)
@@ -120,7 +114,7 @@ def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, obje
     except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
         reason = " ".join(str(error).split())
         raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again with --save-model") from error
-    return model.eval(), tokenizer, card
+    return model, tokenizer, card
 
 
 # ---- 3. Predict ----
