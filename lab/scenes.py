@@ -115,7 +115,7 @@ def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset(
 # ---- 3. Pictures ----
 
 SCALE = 3  # drawn that much larger and then reduced: smooth edges
-EM = 0.315  # the font's size in units of the picture's side: digits are 0.24 high
+EM = 0.36  # the font's size in units of the picture's side: digits are 0.27 high
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
 font = lru_cache(partial(ImageFont.truetype, FONT, layout_engine=ImageFont.Layout.BASIC))  # by its size in pixels
 

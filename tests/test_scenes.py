@@ -433,7 +433,7 @@ def test_a_shape_fills_its_box_and_nothing_else(kind, size):
 @pytest.mark.parametrize("word", ["ant", "key", "map", "7", "48"])
 def test_a_text_fills_its_box(word):
     width, height = scenes.ink(word)[2:]
-    text = Thing("pink", "word", "", 0, (0.1, 0.15, 0.1 + width, 0.15 + height), word)
+    text = Thing("pink", "word", "", 0, (0.05, 0.15, 0.05 + width, 0.15 + height), word)
     for seen, edge in zip(bounds(covered(scenes.draw_scene(Scene((), (text,)), 256), "pink")), text.box, strict=True):
         assert abs(seen - edge) < 0.015  # hinting moves letters by a pixel or two of 768
     digit = scenes.ink("8")[3]
