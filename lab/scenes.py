@@ -75,15 +75,15 @@ def is_new(*things: Thing) -> bool:
 
 WORDS = "ant bed box bus cat cow cup dog egg fan fox hat ice jam key map owl pen pig sea sky sun tea zoo".split()
 SIDES = {"small": (0.26, 0.29), "large": (0.4, 0.44)}
-MARGIN = 0.012  # that far from the edge of a cell, a row or the picture
-BACKGROUNDS = [(242, 242, 242), (226, 222, 214), (214, 220, 228), (24, 24, 28), (44, 40, 38), (32, 40, 48)]
+JITTER = 0.025  # things stand that near to the middle of their cell or row: a tiny CLIP finds shapes anywhere too late
+BACKGROUNDS = [(242, 242, 242), (226, 222, 214), (214, 220, 228), (232, 238, 226), (228, 222, 236)]
 WHERE = {"train": ("clean", "cluttered"), "test": ("clean", "cluttered", "new pairs")}
 
 
 def random_shape(colour: str, shape: str, cell: int, rng: random.Random) -> Thing:
     size = rng.choice(list(SIDES))
     side = rng.uniform(*SIDES[size])
-    x, y = (i / 2 + rng.uniform(MARGIN, 1 / 2 - MARGIN - side) for i in (cell % 2, cell // 2))
+    x, y = ((i + 0.5) / 2 - side / 2 + rng.uniform(-JITTER, JITTER) for i in (cell % 2, cell // 2))
     return Thing(colour, shape, size, cell, (x, y, x + side, y + side))
 
 
@@ -91,7 +91,7 @@ def random_text(colour: str, row: int, rng: random.Random) -> Thing:
     """Half of the texts are words; numbers have one or two digits equally often."""
     word = rng.choice(WORDS) if rng.random() < 0.5 else str(rng.randrange(*rng.choice([(0, 10), (10, 100)])))
     *_, width, height = ink(word)
-    x, y = rng.uniform(MARGIN, 1 - MARGIN - width), row / 2 + rng.uniform(MARGIN, 1 / 2 - MARGIN - height)
+    x, y = (1 - width) / 2 + rng.uniform(-JITTER, JITTER), (row + 0.5) / 2 - height / 2 + rng.uniform(-JITTER, JITTER)
     return Thing(colour, "number" if word.isdigit() else "word", "", row, (x, y, x + width, y + height), word)
 
 

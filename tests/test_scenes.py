@@ -441,7 +441,7 @@ def test_a_text_fills_its_box(word):
 
 
 def test_things_lie_apart_and_inside():
-    """Anywhere in their cells or rows, of the sizes they are said to have."""
+    """Near the middle of their cells or rows, of the sizes they are said to have."""
     corners = defaultdict(list)
     for split in ("train", "test"):
         for scene in scenes.random_scenes(300, split, 3):
@@ -456,7 +456,7 @@ def test_things_lie_apart_and_inside():
                     corners[thing.size, "x"].append(left - column / 2)
                     corners[thing.size, "y"].append(top - row / 2)
     for (size, _), places in corners.items():
-        assert max(places) - min(places) > {"small": 0.2, "large": 0.06}[size]
+        assert 0.045 < max(places) - min(places) < 0.08, size  # near the middle, each a little elsewhere
 
 
 def test_the_box_asked_for_holds_the_thing(splits):
