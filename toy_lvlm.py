@@ -25,11 +25,11 @@ from lab.cli import Parser, UserError, hub_is_reachable, model_is_cached, number
 
 ROUTINGS = ("embedding", "feature", "task")
 STAGES = {  # flag: (default steps, learning rate, what is trained)
-    "clip": (400, 1e-3, "the tiny CLIP"),
-    "text": (150, 1e-3, "the small language model, on texts alone"),
-    "stage1": (100, 1e-3, "the projector, on captions"),
-    "stage2": (900, 1e-3, "projector and language model, on all instructions"),
-    "stage3": (300, 3e-4, "the MoE layers"),
+    "clip": (300, 4e-4, "the tiny CLIP"),
+    "text": (80, 2e-3, "the small language model, on texts alone"),
+    "stage1": (40, 1e-3, "the projector, on captions"),
+    "stage2": (1400, 2e-3, "projector and language model, on all instructions"),
+    "stage3": (200, 5e-4, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
 
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
         "--lm", help="hub name or folder of a pretrained Llama-like decoder; default: a small one is trained"
     )
     # data
-    parser.add_argument("--scenes", type=number(int, 64), default=6000, help="generated pictures to train on")
+    parser.add_argument("--scenes", type=number(int, 64), default=12000, help="generated pictures to train on")
     parser.add_argument("--test-scenes", type=number(int, 3), default=300, help="generated pictures to test on")
     parser.add_argument("--data", metavar="FILE", help="your own instructions in LLaVA's format (JSON list or JSON lines)")
     parser.add_argument("--image-dir", metavar="DIR", help="the folder of the pictures of --data and --eval-data")
@@ -68,7 +68,12 @@ def make_parser() -> Parser:
     for name, (steps, lr, what) in STAGES.items():
         parser.add_argument(f"--{name}-steps", type=number(int, 1), default=steps, help=f"steps of training {what}")
         parser.add_argument(f"--{name}-lr", type=number(float, 0), default=lr, help="peak of AdamW's rate there; cosine")
-    parser.add_argument("--batch-size", type=number(int, 2), default=64, help="pictures per step, over all processes")
+    parser.add_argument(
+        "--batch-size",
+        type=number(int, 2),
+        default=16,
+        help="pictures with all their questions per step, over all processes; 4x for CLIP and texts",
+    )
     parser.add_argument(
         "--seeds", type=number(int, 0, 10**6), nargs="+", default=[0], help="one full run of all stages each"
     )
