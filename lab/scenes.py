@@ -173,7 +173,7 @@ class Ask(NamedTuple):
     accept: tuple[str, ...] = ()
 
 
-def named(scene: Scene, ways: tuple[str, ...] = ("colour shape", "size colour shape")) -> list[tuple[Thing, str]]:
+def named(scene: Scene, ways: tuple[str, ...] = ("shape", "colour shape", "size colour shape")) -> list[tuple[Thing, str]]:
     """The shapes, each by the first of the ways ("colour shape") that fits no other. One that no way fits is left out."""
     called = {}
     for thing, way in product(scene.shapes, ways):
@@ -221,7 +221,7 @@ def ask_count(scene: Scene) -> list[Ask]:
 
 
 def ask_yes_no(scene: Scene) -> list[Ask]:
-    """Where the answer is no, the colour and the shape are both there, apart; or one of them, if no such pair exists."""
+    """Where the answer is no, colour and shape are both there, but apart, or, as often where that can be, one of them."""
     present, asks = {(thing.colour, thing.shape) for thing in scene.shapes}, defaultdict(list)
     for colour, shape in product(COLOURS, OUTLINES):
         about = tuple(thing for thing in scene.shapes if colour == thing.colour or shape == thing.shape)
@@ -229,7 +229,8 @@ def ask_yes_no(scene: Scene) -> list[Ask]:
             answer = "yes" if (colour, shape) in present else "no"
             both = colour in {thing.colour for thing in about} and shape in {thing.shape for thing in about}
             asks[answer, both] += [Ask(f"is there a {colour} {shape}?", answer, about)]
-    return asks["yes", True] + (asks["no", True] or asks["no", False])
+    hard, easy = asks["no", True], asks["no", False]
+    return asks["yes", True] + hard + random.Random(f"no {scene.seed}").sample(easy, min(len(easy), len(hard) or 1))
 
 
 def ask_relation(scene: Scene) -> Iterator[Ask]:
@@ -263,7 +264,7 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
     "ocr": {"": (lambda scene: [Ask("what is written?", text.text, ()) for text in scene.texts], "the text.")},
     "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
 }
-NUM_ASKED = {"vqa": 3}  # of a picture, if there are that many different questions; of the other kinds 1
+NUM_ASKED = {"vqa": 6}  # of a picture, if there are that many different questions; of the other kinds 1
 
 
 class Scenes(NamedTuple):
