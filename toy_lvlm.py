@@ -133,11 +133,13 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
+import json
 import random
 from functools import partial
 from itertools import zip_longest
 
 import torch
+from accelerate import DistributedType
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
@@ -147,6 +149,7 @@ from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, encode, i
 from lab.training import Training
 from stgc import STGC, MoELayer, STGCConfig
 
+STAGE_FILE = "stage.json"  # in a saved stage's folder: its entry in the record
 PAIRS = 4  # times --batch-size: pictures in a step of the contrastive loss, texts in one of the language model's
 
 
@@ -256,9 +259,11 @@ def stage(job: Job, name: str, load, make):
         if accelerator.is_main_process:
             with runs.replaced_folder(folder) as target:
                 save(model, target)
-        job.record.add({"stage": name, "seed": job.seed} | entry, "stages")
+                runs.write_json(target / STAGE_FILE, {"stage": name, "seed": job.seed} | entry)
         runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
     accelerator.wait_for_everyone()
+    if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right behind the saving
+        job.record.add(json.loads((folder / STAGE_FILE).read_text()), to="stages")
     return load(folder)
 
 
@@ -275,9 +280,7 @@ def clip_stage(job: Job) -> CLIPModel:
         loader = job.loader(collate, "clip", PAIRS * job.args.batch_size)
         entry = train(job, folder, name, clip, [*clip.parameters()], loader, "clip", alike=True)
         entry["retrieval"], group = lvlm.retrieval(clip, test)
-        job.say(
-            f"the tiny CLIP tells the test captions apart for {100 * entry['retrieval']:.0f} % of {group} pictures at once"
-        )
+        job.say(f"the tiny CLIP finds {100 * entry['retrieval']:.0f} % of the test pictures' captions, each among {group}")
         return clip, entry, CLIPModel.save_pretrained
 
     return stage(job, "clip", partial(CLIPModel.from_pretrained, dtype=torch.float32), make)
@@ -317,10 +320,8 @@ def dense_model(job: Job):
         set_seed(job.seed)
         loader = job.loader(job.packs(), "stage2", size)
         entry = train(job, folder, name, model, lvlm.trainable(model), loader, "stage2")
-        test, guesses = (
-            job.data.test.instructions,
-            instructions.majority(job.data.train.instructions, job.data.test.instructions),
-        )
+        test = job.data.test.instructions
+        guesses = instructions.majority(job.data.train.instructions, test)
         entry["scores"] = score(job, answers(job, model))
         entry["blind"] = {"majority": score(job, guesses), "no picture": score(job, answers(job, model, picture=False))}
         best = max(own["score"] for own in entry["blind"].values())
@@ -535,6 +536,10 @@ def main(args) -> None:
     accelerator = runs.make_accelerator(args.device, args.precision)
     if args.batch_size % accelerator.num_processes:
         raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "accelerate is set to FSDP, but each process of this toy holds all of it: use its multi-GPU (DDP) setting"
+        )
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
     runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)

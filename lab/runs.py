@@ -187,12 +187,13 @@ class RunFolder:
             self.record = before | {"config": config, "resumed": [*before.get("resumed", []), made_by]}
         self.write()
 
-    def find(self, **key) -> dict | None:
-        """The entry of a finished run (variant, seed, lr)."""
-        return next((run for run in self.record["runs"] if all(run.get(name) == value for name, value in key.items())), None)
+    def find(self, to: str = "runs", **key) -> dict | None:
+        """The entry of a finished run (variant, seed, lr), or of a stage before the runs (`to="stages"`)."""
+        entries = self.record.get(to, [])
+        return next((one for one in entries if all(one.get(name) == value for name, value in key.items())), None)
 
     def add(self, entry: dict, to: str = "runs") -> None:
-        """Adds a finished run, or a finished stage before the runs (`to="stages"`)."""
+        """Adds such an entry."""
         self.record.setdefault(to, []).append(entry)
         self.write()
 
