@@ -1,8 +1,9 @@
 """Generated pictures with instructions, for `toy_lvlm.py`: coloured shapes and written words, nothing downloaded.
 
-A picture shows up to four shapes, each in a cell of its own of a 2x2 grid, and in two of five pictures a word or a number.
-What is asked about it comes in the kinds of `lab.instructions`, so that a Mixture-of-Experts has mixed work. Some pairs of
-colour and shape are held out: training neither shows nor names them, and a third of the test pictures is about them.
+A picture shows up to four shapes, each near the middle of a cell of its own of a 2x2 grid, and in two of five pictures a
+word or a number, on light ground. What is asked about it comes in the kinds of `lab.instructions`, so that a
+Mixture-of-Experts has mixed work. Some pairs of colour and shape are held out: training neither shows nor names them, and a
+third of the test pictures is about them.
 
   1 Scenes  2 Random scenes  3 Pictures (N of them, S pixels a side)  4 Questions  5 Instructions
 """
@@ -75,7 +76,7 @@ def is_new(*things: Thing) -> bool:
 
 WORDS = "ant bed box bus cat cow cup dog egg fan fox hat ice jam key map owl pen pig sea sky sun tea zoo".split()
 SIDES = {"small": (0.26, 0.29), "large": (0.4, 0.44)}
-JITTER = 0.025  # things stand that near to the middle of their cell or row: a tiny CLIP finds shapes anywhere too late
+JITTER = 0.025  # things lie that near to the middle of their cell or row: to find them anywhere takes a tiny CLIP too long
 BACKGROUNDS = [(242, 242, 242), (226, 222, 214), (214, 220, 228), (232, 238, 226), (228, 222, 236)]
 WHERE = {"train": ("clean", "cluttered"), "test": ("clean", "cluttered", "new pairs")}
 
@@ -174,7 +175,7 @@ class Ask(NamedTuple):
 
 
 def named(scene: Scene, ways: tuple[str, ...] = ("shape", "colour shape", "size colour shape")) -> list[tuple[Thing, str]]:
-    """The shapes, each by the first of the ways ("colour shape") that fits no other. One that no way fits is left out."""
+    """The shapes, each by the first way that fits no other: "the cross" before "the red cross". Some have none."""
     called = {}
     for thing, way in product(scene.shapes, ways):
         words, *others = [[getattr(some, word) for word in way.split()] for some in (thing, *scene.shapes)]
@@ -211,17 +212,17 @@ def ask_choice(scene: Scene, part: str) -> Iterator[Ask]:
 
 
 def ask_count(scene: Scene) -> list[Ask]:
-    """All shapes, those of a colour, and those of a kind. A text is no shape, and its colour is not asked for."""
-    groups = {"shapes": scene.shapes}
+    """All shapes (if there are none only half the time, or 0 were a good guess), those of a colour, and those of a kind."""
+    groups = {"shapes": scene.shapes} if scene.shapes or scene.seed % 2 else {}
     for word in [*COLOURS, *OUTLINES] if scene.shapes else []:
-        if all(text.colour != word for text in scene.texts):
+        if all(text.colour != word for text in scene.texts):  # a text is no shape
             plural = f"{word} shapes" if word in COLOURS else f"{word}es" if word == "cross" else f"{word}s"
             groups[plural] = tuple(thing for thing in scene.shapes if word in (thing.colour, thing.shape))
     return [Ask(f"how many {plural} are there?", str(len(things)), things) for plural, things in groups.items()]
 
 
 def ask_yes_no(scene: Scene) -> list[Ask]:
-    """Where the answer is no, colour and shape are both there, but apart, or, as often where that can be, one of them."""
+    """A no is hard (colour and shape are both there, apart) or easy (one of them is). As many of each, but one at least."""
     present, asks = {(thing.colour, thing.shape) for thing in scene.shapes}, defaultdict(list)
     for colour, shape in product(COLOURS, OUTLINES):
         about = tuple(thing for thing in scene.shapes if colour == thing.colour or shape == thing.shape)
@@ -274,8 +275,7 @@ class Scenes(NamedTuple):
 
 def instruct(scene: Scene, image: int, rng: random.Random, used: Counter) -> Iterator[Instruction]:
     """NUM_ASKED of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come
-    about equally often. Questions about a held-out pair go first. `used` counts what was asked by condition, and is
-    updated."""
+    about equally often; but questions about a held-out pair go first. `used` counts by condition, and is updated."""
     for kind, parts in ASKED.items():
         asks = [((scene.where, kind, part), ask) for part, (find, _) in parts.items() for ask in find(scene)]
         for _ in range(min(NUM_ASKED.get(kind, 1), len(asks))):
