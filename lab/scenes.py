@@ -103,9 +103,12 @@ def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset(
         where, written, row = WHERE[split][len(scenes) % len(WHERE[split])], rng.random() < 0.4, rng.randrange(2)
         num_shapes = rng.choice([0, 1, 1, 2, 2] if written else [1, 2, 3, 4])
         cells = sorted(rng.sample([cell for cell in range(4) if not written or cell // 2 != row], num_shapes))
-        colour, *colours = rng.sample(list(COLOURS), 1 + rng.randint(1, 3))  # few, so that things share one or both
-        outlines = rng.sample(list(OUTLINES), rng.randint(1, 3))
-        shapes = tuple(random_shape(rng.choice(colours), rng.choice(outlines), cell, rng) for cell in cells)
+        colour, *colours = rng.sample(list(COLOURS), 1 + rng.randint(2, 3))  # few, so that things share one or both
+        pairs = [pair for pair in product(colours, rng.sample(list(OUTLINES), rng.randint(2, 3))) if pair not in HELD_OUT]
+        looks = [rng.choice(pairs) for _ in cells]
+        if where == "new pairs" and looks:
+            looks[rng.randrange(len(looks))] = rng.choice([pair for pair in HELD_OUT if pair[0] != colour])
+        shapes = tuple(random_shape(*look, cell, rng) for look, cell in zip(looks, cells, strict=True))
         texts = (random_text(colour, row, rng),) if written else ()
         scene = Scene(shapes, texts, where, rng.choice(BACKGROUNDS), rng.getrandbits(32))
         if is_new(*shapes) == (where == "new pairs") and scene.key not in taken:

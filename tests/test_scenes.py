@@ -335,7 +335,7 @@ def test_no_constant_answer_does_well(splits, kind, part):
     assert max(right.values()) / len(found) < BOUNDS[kind, part], right.most_common(3)
 
 
-@pytest.mark.parametrize("part, bound", [("yes/no", 0.58), ("size", 0.58), ("count", 0.33)])
+@pytest.mark.parametrize("part, bound", [("yes/no", 0.58), ("size", 0.58), ("count", 0.36)])
 def test_no_question_answers_itself(splits, part, bound):
     """Nor does the best constant answer to each question, as "is there a red circle?", do well over all of them."""
     answers = defaultdict(Counter)
