@@ -47,6 +47,17 @@ def read(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+def without_pictures(patch) -> None:
+    """They take half of the time of runs as short as these; `whole` has them drawn."""
+    for name in ("plot_sheet", "plot_routes", "plot_run", "plot_comparison"):
+        patch.setattr(toy_lvlm.figures, name, lambda *_, **__: None)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    without_pictures(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a finished run of every kind of variant."""
@@ -131,11 +142,13 @@ def straight(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("straight") / "out"
     command = [*WORDS, "--variants", "none,feature", "--save-steps", "2"]
-    run([*command, "--output-dir", folder])
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        run([*command, "--output-dir", folder])
     return command, outcome(folder)
 
 
-@pytest.mark.parametrize("step", [2, 4, 7, 11, 14, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, none 11-14, feature 15-18
+@pytest.mark.parametrize("step", [2, 5, 10, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, none 11-14, feature 15-18
 def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
     command, expected = straight
     with monkeypatch.context() as patch:
@@ -172,7 +185,7 @@ def test_own_data(tmp_path, capsys):
     file, pictures = write_digits(tmp_path, 40)
     entries = json.loads(Path(file).read_text())
     entries[3]["image"] = "missing.png"
-    entries[5]["conversations"][1]["value"] = "seven " * 200
+    entries[5]["conversations"][1]["value"] = "seven " * 300
     Path(file).write_text(json.dumps(entries))
     command = [*STEPS, *"--batch-size 4 --device cpu --conflict-loss none --data".split(), file, "--image-dir", pictures]
     fails([*command, "--output-dir", tmp_path / "out"], "--max-bad 0: .*entry 4.*missing.png")
@@ -184,7 +197,7 @@ def test_own_data(tmp_path, capsys):
     assert "2 of 40 entries left out" in printed and "entry 4" in printed and "entry 6" in printed
     record, told = read(tmp_path / "out"), json.loads((tmp_path / "out" / "entries.json").read_text())
     assert len(told["left out"]) == 2 and record["name"].startswith("lvlm-")
-    assert record["data"]["train"] + record["data"]["test"] == 38 and record["data"]["test"] == 4
+    assert record["data"]["train"] + record["data"]["test"] == 38 and record["data"]["test"] == 3
     test, more = write_digits(tmp_path, 5, start=100)
     assert Path(more) == Path(pictures)
     run([*command, "--max-bad", "2", "--eval-data", test, "--output-dir", tmp_path / "eval"])
@@ -259,7 +272,7 @@ def test_bad_flags_are_one_line(flags, message, capsys):
 def test_bad_values_that_only_the_model_shows(tmp_path):
     out = ["--output-dir", tmp_path / "out"]
     fails([*WORDS, "--moe-layers", "7", *out], "--moe-layers: layers='7' names 7, but the model has 4 layers")
-    fails([*WORDS, "--experts", "split", "--num-experts", "5", *out], "--num-experts: 512 neurons cannot be split")
+    fails([*WORDS, "--experts", "split", "--num-experts", "5", *out], "--num-experts: 352 neurons cannot be split")
     fails([*WORDS, "--max-length", "16", *out], "--max-length 16: generated scenes need")
     fails([*WORDS, "--device", "mps", *out], "--device mps: this machine has")
     assert not (tmp_path / "out").exists()
