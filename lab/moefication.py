@@ -413,7 +413,7 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         install(model, replace(spec, split="contiguous"))  # which neuron went where is in the weights
         own = model.state_dict(keep_vars=True)
         saved_tensors = load_file(folder / "model.safetensors")
-        if any(name.startswith("language_model.") for name in saved_tensors):  # LLaVA's names before transformers 5
+        if any("language_model.model." in name for name in saved_tensors):  # of transformers before 5
             raise ValueError("its tensors have other names: use save_pretrained(folder, save_original_format=False)")
         for name, value in saved_tensors.items():
             if name in own:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPVisionConfig, GPTNeoXConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import stgc
 from lab import moefication
@@ -386,6 +387,7 @@ def test_only_what_must_change_changes():
     assert all(module.config is moe.config for module in moe.modules() if hasattr(module, "config"))
     assert moe.config.moe == {"layers": "2", "num_experts": 4, "top_k": 2, "experts": "copy", "split": "kmeans"} | {
         "router": "linear",
+        "num_clusters": 128,
         "normalize": True,
         "seed": 9,
     }
@@ -577,3 +579,57 @@ def test_parameters_are_counted():
     biases = 16 * 8  # each part has a last bias of its own
     idle = 6 * (ffn + biases - 16) // 8
     assert moefication.count_parameters(moe) == (total + biases - 16 + router, total + biases - 16 + router - idle)
+
+
+def make_llava() -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=4)
+    return LlavaForConditionalGeneration(config).double().eval()
+
+
+def make_prompts() -> dict:
+    """Two prompts with a picture each, the second shorter and padded on the left, as `generate` wants them."""
+    ids_BL = torch.randint(4, 40, (2, 12))
+    ids_BL[:, 5:9] = 3
+    mask_BL = torch.ones_like(ids_BL)
+    mask_BL[1, :4] = 0
+    return {"input_ids": ids_BL, "attention_mask": mask_BL, "pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}
+
+
+@torch.no_grad()
+def test_a_llava_keeps_its_answers_and_does_not_route_padding(tmp_path):
+    """Gated, bias-free FFNs; the mask of a prompt, and of steps with a cache."""
+    dense, batch = make_llava(), make_prompts()
+    expected, keep = dense(**batch).logits, batch["attention_mask"].bool()
+    answer = dense.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    moe, seen = moefy(make_llava(), MoESpec("every-second", num_experts=4)), []
+    (layer,) = moe_layers(moe)
+    assert moe.model.language_model.layers[1].mlp is layer and layer.experts.gated and layer.experts.b_in_EF is None
+    layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1].onehot_SE.sum().item()))
+    torch.testing.assert_close(moe(**batch).logits[keep], expected[keep], rtol=1e-9, atol=1e-11)
+    assert torch.equal(moe.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0), answer)
+    assert seen == [2 * 20, 2 * 20, *[2 * 2] * 5]  # Top-2; in a step of generate each sample has one token
+    moe.save_pretrained(tmp_path / "new", save_original_format=False)
+    torch.testing.assert_close(load_moefied(tmp_path / "new")(**batch).logits, moe(**batch).logits, rtol=0, atol=0)
+    moe.save_pretrained(tmp_path / "old")
+    with pytest.raises(ValueError, match="save_original_format=False"):
+        load_moefied(tmp_path / "old")
+    parts = moefy(make_llava(), MoESpec("1", num_experts=4, top_k=4, experts="split"))
+    moe_layers(parts)[0].router.weight.zero_()  # equal weights: all parts together are the FFN
+    torch.testing.assert_close(parts(**batch).logits[keep], expected[keep], rtol=1e-9, atol=1e-11)
+
+
+def test_a_language_model_with_another_ffn_is_named():
+    config = LlavaConfig(
+        vision_config=make_llava().config.vision_config,
+        text_config=GPTNeoXConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        ),
+        image_token_index=3,
+    )
+    with pytest.raises(ValueError, match="FFN, GPTNeoXMLP, is not known: use a Llama"):
+        moefy(LlavaForConditionalGeneration(config), MoESpec("1", num_experts=2))
