@@ -111,7 +111,7 @@ class Padding:
         if bool(mask.all()):
             return None
         raise ValueError(
-            f"an attention mask {tuple(mask.shape)} does not tell which of these experts' {len(x_TD)} tokens are padding: train "
+            f"an attention mask {tuple(mask.shape)} does not tell which of the {len(x_TD)} tokens here are padding: train "
             "on batches without padding, whose mask is all ones"
         )
 
@@ -198,7 +198,7 @@ class Layer:
             return ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager)(self.experts, x_TD, expert_ids_TK, weights_TK)
         if self.logits is None or len(self.logits[0]) != len(x_TD):
             raise RuntimeError(
-                f"{type(self.experts).__name__} ran on {len(x_TD)} tokens without {type(self.routers[0]).__name__} running on "
+                f"{type(self.experts).__name__} ran on {len(x_TD)} tokens, {type(self.routers[0]).__name__} did not run on "
                 "them before: stgc_hf cannot tell their router logits"
             )
         (logits_TE, self.alone_TE), self.logits = self.logits, None
