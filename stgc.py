@@ -157,7 +157,9 @@ def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pair
         ends_E = pairs.ends_E.tolist()
         *rows, padding_NI = x_SI.split([end - start for start, end in zip([0, *ends_E], [*ends_E, len(x_SI)], strict=True)])
         biases = [None] * len(rows) if b_EO is None else b_EO.unbind(0)
-        out = [F.linear(x_NI, w_IO.T, b_O) for x_NI, w_IO, b_O in zip(rows, w_EIO.unbind(0), biases, strict=True)]
+        stored_OI = w_EIO.stride(1) == 1  # transposed in memory, as in transformers: unbound so, else the gradient is copied
+        weights = w_EIO.mT.unbind(0) if stored_OI else [w_IO.T for w_IO in w_EIO.unbind(0)]
+        out = [F.linear(x_NI, w_OI, b_O) for x_NI, w_OI, b_O in zip(rows, weights, biases, strict=True)]
         return torch.cat([*out, x_SI.new_zeros(len(padding_NI), w_EIO.shape[2])])
     onehot_SE = pairs.onehot_SE.to(x_SI.dtype)
     if kernel == "grouped_mm":  # rows behind the last end would stay unwritten, so padding joins the last expert

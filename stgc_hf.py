@@ -190,12 +190,14 @@ class Layer:
         return self.alone_TE
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """out_TD. Without gradients nothing is watched, and the library's own function computes."""
-        if self.watch is None or not torch.is_grad_enabled():
-            if self.watch is not None:
-                self.watch(x_TD, None, None, None)  # notes that the layer ran
-            eager = type(self.experts).forward.__wrapped__
-            return ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager)(self.experts, x_TD, expert_ids_TK, weights_TK)
+        """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes."""
+        eager = type(self.experts).forward.__wrapped__
+        library = partial(ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager), self.experts, x_TD, expert_ids_TK)
+        if self.watch is None:
+            return library(weights_TK)
+        if not torch.is_grad_enabled():
+            self.watch(x_TD, None, None, None)  # notes that the layer ran
+            return library(weights_TK)
         if self.logits is None or len(self.logits[0]) != len(x_TD):
             raise RuntimeError(
                 f"{type(self.experts).__name__} ran on {len(x_TD)} tokens, {type(self.routers[0]).__name__} did not run on "
@@ -211,8 +213,10 @@ class Layer:
         sort = partial(sort_pairs, expert_ids_TK, num_experts=self.experts.num_experts, dtype=logits_TE.dtype)
         pairs = sort(keep_T if apart else everything(x_TD))
         keep_S = keep_T.unsqueeze(1).expand_as(expert_ids_TK).flatten().index_select(0, pairs.order_S)
-        judged = pairs._replace(onehot_SE=pairs.onehot_SE * keep_S.unsqueeze(1))
-        step, self.alone_TE = self.watch(x_TD, Routing(logits_TE, weights_TK, expert_ids_TK), judged, keep_T), None
+        real = pairs._replace(onehot_SE=pairs.onehot_SE * keep_S.unsqueeze(1))
+        step, self.alone_TE = self.watch(x_TD, Routing(logits_TE, weights_TK, expert_ids_TK), real, keep_T), None
+        if not step.judged:
+            return library(weights_TK)
         self.experts_train = any(getattr(self.experts, name).requires_grad for name in linear_names(self.experts))
         run = partial(run_experts, self.experts, x_TD, expert_ids_TK)
         if not apart:
