@@ -24,7 +24,7 @@ from stgc import STGC, LayerStep, Pairs, Permute, Routing, STGCConfig, grouped_l
 
 OLDEST = "5.23"  # tested from here on; older ones lack flags of the interface, or their routers return probabilities
 if Version(transformers.__version__) < Version(OLDEST):
-    raise ImportError(f"stgc_hf needs transformers {OLDEST} or newer: pip install --upgrade 'transformers>={OLDEST}'")
+    raise ImportError(f"transformers {transformers.__version__} is too old, stgc_hf needs {OLDEST}: pip install -U it")
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 NAME = "stgc"  # of our function in the experts interface
@@ -243,15 +243,16 @@ def find_routers(model: nn.Module, path: str) -> list[nn.Module]:
     for module in model.modules():
         found = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
         classes |= {getattr(one, "target_class", one) for one in (found if isinstance(found, list) else [found])}
-    experts = model.get_submodule(path)
+    experts, named = model.get_submodule(path), re.compile("(Router|Gate|Gating)$")
     while path:
         path = path.rpartition(".")[0]
-        inside = [module for module in model.get_submodule(path).modules() if experts not in module.modules()]
-        named = re.compile("(Router|Gate|Gating)$")
-        routers = [module for module in inside if type(module) in classes or named.search(type(module).__name__)]
-        if routers or any(is_experts(module) for module in inside):
-            break  # further out are the routers of other layers
-    return routers
+        beside = [module for module in model.get_submodule(path).modules() if experts not in module.modules()]
+        if any(is_experts(module) for module in beside):
+            break  # from here on, routers are those of other layers
+        routers = [module for module in beside if type(module) in classes or named.search(type(module).__name__)]
+        if routers:
+            return routers
+    return []
 
 
 class ModelSTGC(STGC):
