@@ -348,10 +348,11 @@ class TrainerMixin:
         self.stgc = attach(self.model, stgc_config)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        resumed = self.state.global_step * self.args.gradient_accumulation_steps
+        self.stgc.step = max(self.stgc.step, resumed)  # the forward below belongs to it
         main_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = main_loss
         if torch.is_grad_enabled():  # not in evaluation
-            self.stgc.step = max(self.stgc.step, self.state.global_step * self.args.gradient_accumulation_steps)  # resumed
             scaler = self.accelerator.scaler
             loss = self.stgc.loss(main_loss, 1.0 if scaler is None else scaler.get_scale())
             if num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):

@@ -805,13 +805,14 @@ def trainer(folder, steps, dtype=torch.float32, **arguments):
     rows = [{name: value[i % 2] for name, value in batch.items()} for i in range(16)]
     for i, row in enumerate(rows):
         row["input_ids"] = (row["input_ids"] + i) % 50
-    more = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": 2, "seed": 3}
+    more = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
     args = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, **more | arguments
     )
     # the placebo's draw and `every` depend on the step, so a resumed run shows whether it is right
     config = STGCConfig(select="random", every=3, tau=0.3, alpha=0.1)
-    return STGCTrainer(make(dtype=dtype), args, train_dataset=rows, eval_dataset=rows[:2], stgc_config=config)
+    # gpt_oss: a Trainer cannot resume models whose checkpoints name each expert (mixtral), it loads them unconverted
+    return STGCTrainer(make("gpt_oss", dtype), args, train_dataset=rows, eval_dataset=rows[:2], stgc_config=config)
 
 
 def test_trainer(tmp_path):
@@ -831,7 +832,7 @@ def test_trainer(tmp_path):
     assert again.state.global_step == 4
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    plain = Trainer(make(dtype=torch.float32), whole.args, train_dataset=whole.train_dataset)
+    plain = Trainer(make("gpt_oss", torch.float32), whole.args, train_dataset=whole.train_dataset)
     plain.train()
     assert any((a != b).any() for a, b in zip(whole.model.parameters(), plain.model.parameters()))
     reloaded = type(whole.model).from_pretrained(tmp_path / "cut" / "checkpoint-4")  # a plain model of transformers
