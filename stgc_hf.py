@@ -6,7 +6,34 @@
     stgc.stats()                            # and stgc.verdicts, as in stgc.py
     stgc.detach()                           # the model is exactly what it was
 
-It goes through transformers' experts interface.
+A registered function of transformers' experts interface computes judged experts with taps on their linears (a fused gate
+and up projection counts as the two linears that it is), hooks on the routers take their raw logits; taps, flags and losses
+are those of stgc.py. What is not judged, evaluation and generation among it, runs the library's function that was chosen
+before.
+
+The losses act on softmax(z) of the raw logits z, also where the model scores with a sigmoid (deepseek_v3, glm4_moe, ...):
+ce still lowers the logit of the expert that the token leaves and raises the others', so the scores follow, but mse and the
+balance loss then weigh by a softmax that the model does not route with. Scores' correction biases are left alone.
+
+Padding is computed as the library does it, but never averaged, flagged or counted. It is what a 2-D `attention_mask` has
+zeros for; 4-D masks and packed sequences have none. A model's own balance loss (output_router_logits=True) is part of
+out.loss, and reaches tokens that the main loss does not: take it out of what is judged, with two passes and alpha=0, `own =
+model.config.router_aux_loss_coef * out.aux_loss; (stgc.loss(out.loss - own) + own).backward()`. torch.compile with two
+passes needs torch._functorch.config.donated_buffer = False, as torch's error says too.
+
+Families tested, all 64 that transformers 5.23 serves, from random weights: afmoe, aria, axk1, axk2, bailing_hybrid, beam,
+cohere2_moe, deepseek_ocr2, deepseek_v2, deepseek_v3, deepseek_v32, deepseek_v4, diffusion_gemma, dots1, dots3_note,
+ernie4_5_moe, ernie4_5_vl_moe, exaone_moe, flex_olmo, flint, gemma4, glm4_moe, glm4_moe_lite, glm4v_moe, glm5_next,
+glm_moe_dsa, gpt_oss, granitemoe, granitemoe_swa, granitemoehybrid, granitemoeshared, hunyuan_v1_moe, hy_v3, hy_v4, inkling,
+inkling2, jamba, kimi_linear, kolibri1, laguna, lfm2_moe, mellum, mimo_v2_flash, minimax, minimax_m2, minimax_m3_vl,
+mistral4, mistral_large4, mixtral, muse_spark, nemotron_h, olmoe, openai_privacy_filter, phimoe, qwen2_moe, qwen3_5_moe,
+qwen3_moe, qwen3_next, qwen3_omni_moe, qwen3_vl_moe, qwen4_exp, solar_open, unlimited_ocr, zaya.
+
+With a limit: deepseek_v4 looks the experts of its first layers up by token id (`hash_moe`), where a loss on the logits
+moves no token: leave them out with STGCConfig.layers. ernie4_5_vl_moe with pictures gives its experts a part of the
+sequence each: batches without padding only. zaya's tokens that skip all experts count as load of expert 0. Not at all, as
+their experts are outside the interface: switch_transformers, nllb_moe, dbrx, doge, jetmoe, llama4, longcat_flash, step3p7.
+Nor quantized experts and expert parallelism.
 """
 
 import inspect

@@ -1,7 +1,7 @@
-"""stgc_hf.py against transformers' own models: tiny, random, built from configs. Each docstring says what failing would mean.
+"""stgc_hf.py against transformers' own models, tiny and random, built from configs. Docstrings say what failing would mean.
 
-The oracle is `judge_slowly`: the library's model with a slow experts function, in which every (token, expert) pair has a bias
-(and weight) gradient of its own, and loops over pairs that compare them. It shares nothing with stgc.py or stgc_hf.py.
+The oracle is `judge_slowly`: the library's model with a slow experts function, in which every (token, expert) pair has biases
+of its own, and loops over pairs that compare their gradients. It shares nothing with stgc.py or stgc_hf.py.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from conftest import close
+from packaging.version import Version
 from torch import nn
 from torch.multiprocessing import spawn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -42,19 +43,35 @@ DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_hea
 SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2]}
-INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
+NOPE = MLA | {
+    "qk_rope_head_dim": 0,
+    "qk_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 8,
+    "index_kpool": 2,
+}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 FAMILIES = {  # the model's class, and what its config needs besides TEXT
     "afmoe": ("AfmoeForCausalLM", {}),
     "aria": ("AriaTextForCausalLM", {}),
     "axk1": ("AXK1ForCausalLM", MLA),
     "axk2": ("AXK2ForCausalLM", MLA),
-    "beam": ("BeamForCausalLM", SPARSE),
     "bailing_hybrid": ("BailingHybridForCausalLM", MLA | LINEAR),
+    "beam": ("BeamForCausalLM", SPARSE),
     "cohere2_moe": ("Cohere2MoeForCausalLM", {}),
     "deepseek_ocr2": ("DeepseekOcr2TextModel", SPARSE),
     "deepseek_v2": ("DeepseekV2ForCausalLM", MLA),
     "deepseek_v3": ("DeepseekV3ForCausalLM", MLA),
     "deepseek_v32": ("DeepseekV32ForCausalLM", MLA),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", {"mlp_layer_types": ["hash_moe", "moe"]}),
+    "diffusion_gemma": ("DiffusionGemmaEncoderTextModel", {"hidden_size_per_layer_input": 0, "global_head_dim": 8}),
     "dots1": ("Dots1ForCausalLM", {}),
     "dots3_note": ("Dots3NoteForCausalLM", {"num_key_value_heads": 4}),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {}),
@@ -66,6 +83,7 @@ FAMILIES = {  # the model's class, and what its config needs besides TEXT
     "glm4_moe": ("Glm4MoeForCausalLM", {}),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", MLA | SPARSE),
     "glm4v_moe": ("Glm4vMoeTextModel", {"rope_parameters": ROPE}),
+    "glm5_next": ("Glm5NextTextModel", NOPE | LINEAR | SPARSE | {"linear_head_dim": 8, "linear_num_heads": 4}),
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", MLA),
     "gpt_oss": ("GptOssForCausalLM", {}),
     "granitemoe": ("GraniteMoeForCausalLM", {}),
@@ -157,7 +175,7 @@ def experts_of(model) -> dict:
 
 
 class Slow:
-    """An experts function with one pair at a time, and what it saw: x of each pair's linears, and where its gradients come."""
+    """An experts function for one pair at a time. `seen`: of each pair its expert, and input and extra bias of its linears."""
 
     def __init__(self):
         self.seen = {}
@@ -273,7 +291,7 @@ LOOSE = {"inkling2": torch.float32}  # computes in float32 and cannot be float64
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family):
-    """One step: the oracle's flags in both passes, logits as without STGC, and the conflict loss trains routers, all of them."""
+    """The oracle's flags in both passes, logits as without STGC, and the conflict loss trains all routers, and them alone."""
     dtype = LOOSE.get(family, torch.float64)
     model, batch, tau = make(family, dtype), make_batch(), 0.3
     # families that compute parts in float32 whatever their weights are: what rounds there differs with the order of sums
@@ -426,7 +444,9 @@ def test_bias_gradient(passes, monkeypatch):
     model, batch, seen = make("gpt_oss"), make_batch(), []
     see = LayerStep.see
     monkeypatch.setattr(
-        LayerStep, "see", lambda self, linear, grad: (seen.append((self.index, linear, self.pairs, grad)), see(self, linear, grad))[1]
+        LayerStep,
+        "see",
+        lambda self, linear, grad: (seen.append((self.index, linear, self.pairs, grad)), see(self, linear, grad))[1],
     )
     step(model, batch, passes=passes, alpha=0.0, conflict_loss="none")
     assert len(seen) == 4
@@ -474,7 +494,7 @@ def test_some_layers_and_steps():
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
 def test_outputs(family, implementation):
-    """Attached to any of the library's implementations: its logits in training and evaluation, and generation token by token."""
+    """Attached to each of the library's implementations: its logits in training and evaluation, and its generation."""
     model, batch = make(family, torch.float32, implementation), make_batch()
     train, evaluate = forward(model, batch).logits, forward(model.eval(), batch).logits
     prompt = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
@@ -519,7 +539,7 @@ def test_detach_restores():
 
 
 def test_newest_counts():
-    """Attached once more, as a notebook cell that runs twice: the new object watches, and its detach restores the original."""
+    """Attached once more, as a notebook cell that runs twice: the new object watches, and its detach restores all."""
     model, batch = make(), make_batch()
     before = state_of(model)
     first, second = (stgc_hf.attach(model, STGCConfig(tau=0.1)) for _ in range(2))
@@ -534,7 +554,7 @@ def test_newest_counts():
 
 
 def test_copies_are_unwatched():
-    """Copies and pickles of an attached model, also after a forward, compute as the model does, and can be attached again."""
+    """Copies and pickles of an attached model, even between forward and loss, compute as it does, and can be attached."""
     model, batch = make(), make_batch()
     stgc = stgc_hf.attach(model, STGCConfig())
     out = forward(model, batch)
@@ -549,7 +569,7 @@ def test_copies_are_unwatched():
 
 
 def test_shared_config():
-    """A second model from the same config object computes as ever while the first is attached; attaching it says what to do."""
+    """A second model of the same config object computes as ever while the first is attached, and cannot be attached too."""
     model, batch = make(), make_batch()
     other = type(model)(model.config).double()
     plain = forward(other, batch).logits
@@ -561,7 +581,7 @@ def test_shared_config():
 
 
 def test_whatever_mask():
-    """No mask is no padding; with a cache the mask's end counts; a 4-D one is the attention's affair; what cannot be told raises."""
+    """No mask, no padding; with a cache the mask's end counts; a 4-D one is the attention's; what cannot be told raises."""
     model, batch = make(), make_batch()
     stgc = stgc_hf.attach(model, STGCConfig(conflict_loss="none"))
 
@@ -594,7 +614,15 @@ def test_outside_the_interface():
     """A dense model, and a Mixture-of-Experts of another kind: set_experts_implementation would do nothing, silently."""
     with pytest.raises(ValueError, match="interface"):
         stgc_hf.attach(LlamaForCausalLM(LlamaConfig(**TEXT)), STGCConfig())
-    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2, "vocab_size": 50}
+    sizes = {
+        "d_model": 16,
+        "d_ff": 16,
+        "d_kv": 8,
+        "num_heads": 2,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "vocab_size": 50,
+    }
     config = transformers.SwitchTransformersConfig(**sizes, num_experts=4)
     with pytest.raises(ValueError, match="switch_transformers"):
         stgc_hf.attach(transformers.SwitchTransformersForConditionalGeneration(config), STGCConfig())
@@ -686,7 +714,7 @@ def test_old_transformers(monkeypatch):
 @pytest.mark.parametrize("passes", ["two", "one"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_checkpointing(family, passes, gradients):
-    """Non-reentrant gradient checkpointing runs each layer twice: the same flags and gradients, padding known in both runs."""
+    """Non-reentrant checkpointing runs each layer twice: the same flags and gradients, and padding known in both runs."""
     batch, config = make_batch(), {"passes": passes, "gradients": gradients, "tau": 0.3}
     expected = step(make(family), batch, **config)
     model = make(family)
@@ -730,11 +758,15 @@ class Delta(nn.Module):
 @pytest.mark.parametrize("gradients", ["bias", "weight"])
 @pytest.mark.parametrize("passes", ["two", "one"])
 def test_adapters(passes, gradients):
-    """Frozen experts and routers with low-rank adapters on both, by hand: judged by the adapted weights, and only they train."""
+    """Frozen experts and routers with low-rank adapters by hand: judged by the adapted weights, and adapters alone train."""
     model, batch = make(), make_batch()
     model.requires_grad_(False)
     for layer in model.model.layers:
-        for module, name in [(layer.mlp.gate, "weight"), (layer.mlp.experts, "gate_up_proj"), (layer.mlp.experts, "down_proj")]:
+        for module, name in [
+            (layer.mlp.gate, "weight"),
+            (layer.mlp.experts, "gate_up_proj"),
+            (layer.mlp.experts, "down_proj"),
+        ]:
             nn.utils.parametrize.register_parametrization(module, name, Delta(getattr(module, name)))
     truth, _ = judge_slowly(model, batch, gradients)
     result = step(model, batch, passes=passes, gradients=gradients, tau=0.1)
@@ -778,7 +810,7 @@ def test_peft():
 
 
 def test_compile(monkeypatch):
-    """torch.compile, whatever the graph breaks: the same loss, flags and gradients in both passes, and then in evaluation."""
+    """torch.compile, whatever the graph breaks: the same flags and gradients in both passes, and logits in evaluation."""
     monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # else no graph is kept for a second backward
     model, batch = make(num_hidden_layers=1), make_batch()
     expected = {passes: step(model, batch, passes=passes, tau=0.3) for passes in ("two", "one")}
@@ -787,7 +819,10 @@ def test_compile(monkeypatch):
     for passes, truth in expected.items():
         result = step(model, batch, passes=passes, tau=0.3)
         same(result.grads, truth.grads)
-        assert torch.equal(result.verdicts[0].conflict_TK, truth.verdicts[0].conflict_TK) and truth.verdicts[0].conflict_TK.any()
+        assert (
+            torch.equal(result.verdicts[0].conflict_TK, truth.verdicts[0].conflict_TK)
+            and truth.verdicts[0].conflict_TK.any()
+        )
     with torch.no_grad():
         close(forward(model.eval(), batch).logits, truth.logits)
     torch._dynamo.reset()
@@ -805,9 +840,21 @@ def trainer(folder, steps, dtype=torch.float32, **arguments):
     rows = [{name: value[i % 2] for name, value in batch.items()} for i in range(16)]
     for i, row in enumerate(rows):
         row["input_ids"] = (row["input_ids"] + i) % 50
-    more = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    more = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
     args = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, **more | arguments
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **more | arguments,
     )
     # the placebo's draw and `every` depend on the step, so a resumed run shows whether it is right
     config = STGCConfig(select="random", every=3, tau=0.3, alpha=0.1)
@@ -820,7 +867,9 @@ def test_trainer(tmp_path):
     whole = trainer(tmp_path / "whole", 4)
     whole.train()
     logs = [row for row in whole.state.log_history if "loss" in row]
-    assert len(logs) == 4 and all({"conflict_ratio", "consistency", "balance_loss", "conflict_loss"} <= row.keys() for row in logs)
+    assert len(logs) == 4 and all(
+        {"conflict_ratio", "consistency", "balance_loss", "conflict_loss"} <= row.keys() for row in logs
+    )
     assert all("conflict_ratio" not in row for row in whole.state.log_history if "eval_loss" in row or "train_loss" in row)
     before = whole.stgc.step
     assert whole.evaluate()["eval_loss"] > 0 and whole.stgc.step == before == 8
@@ -876,7 +925,9 @@ def spawned(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-PROCESSES = [{"passes": passes, "gradients": gradients, "tau": 0.1} for passes in ("two", "one") for gradients in ("bias", "weight")]
+PROCESSES = [
+    {"passes": passes, "gradients": gradients, "tau": 0.1} for passes in ("two", "one") for gradients in ("bias", "weight")
+]
 
 
 def halves() -> list[dict]:
@@ -902,7 +953,10 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_lists_of_families():
-    """README and docstring name exactly the families that are tested here."""
+    """README and docstring name exactly the families that are tested here, and these are all that the interface serves."""
+    folder = Path(sys.modules["transformers"].__path__[0]) / "models"
+    served = {p.parent.name for p in folder.glob("*/modeling_*.py") if "\n@use_experts_implementation" in p.read_text()}
+    assert served <= FAMILIES.keys() or Version(sys.modules["transformers"].__version__) >= Version("5.24")
     readme = Path("README.md").read_text().partition("In a model of transformers")[2].partition("\n## ")[0]
     paragraph = re.search(r"<!-- families -->(.*?)<!-- /families -->", readme, re.S)[1]
     assert re.findall(r"`(\w+)`", paragraph) == sorted(FAMILIES)
