@@ -427,7 +427,7 @@ class LayerStep:
         judged_S = (norm_LS > 0).any(0) & onehot_SE.any(1)  # not padding, whatever the loss does with it
         similarity_TK, judged_TK, cos_TKE = (
             rows_S.index_select(0, self.pairs.inverse_S).unflatten(0, ids_TK.shape)
-            for rows_S in (cos_LS.mean(0).masked_fill(~judged_S, 0.0), judged_S, cos_LSE[-1])
+            for rows_S in (cos_LS.mean(0), judged_S, cos_LSE[-1])
         )
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":

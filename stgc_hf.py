@@ -245,11 +245,12 @@ class Layer:
         if not step.judged:
             return library(weights_TK)
         self.experts_train = any(getattr(self.experts, name).requires_grad for name in linear_names(self.experts))
-        run = partial(run_experts, self.experts, x_TD, expert_ids_TK)
-        if not apart:
-            return run(weights_TK, pairs, step)
-        keep_T1 = keep_T.unsqueeze(1)
-        return run(weights_TK * keep_T1, pairs, step) + run(weights_TK * ~keep_T1, sort(~keep_T))
+        run, device, keep_T1 = partial(run_experts, self.experts, x_TD, expert_ids_TK), x_TD.device.type, keep_T.unsqueeze(1)
+        # the library's grouped_mm computes in the weights' precision whatever autocast says, its others as autocast says
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and self.before != "grouped_mm"):
+            if not apart:
+                return run(weights_TK, pairs, step)
+            return run(weights_TK * keep_T1, pairs, step) + run(weights_TK * ~keep_T1, sort(~keep_T))
 
 
 # ---- 4. STGC ----
