@@ -11,15 +11,16 @@ and up projection counts as the two linears that it is), hooks on the routers ta
 are those of stgc.py. What is not judged, evaluation and generation among it, runs the library's function that was chosen
 before.
 
-The losses act on softmax(z) of the raw logits z, also where the model scores with a sigmoid (deepseek_v3, glm4_moe, ...):
-ce still lowers the logit of the expert that the token leaves and raises the others', so the scores follow, but mse and the
-balance loss then weigh by a softmax that the model does not route with. Scores' correction biases are left alone.
+CHOICE: the losses act on softmax(z) of the raw logits z, also where the model scores with a sigmoid (deepseek_v3, glm4_moe,
+...): ce still lowers the logit of the expert that the token leaves and raises the others', so the scores follow, but mse
+and the balance loss then weigh by a softmax that the model does not route with. Scores' correction biases are left alone.
 
-Padding is computed as the library does it, but never averaged, flagged or counted. It is what a 2-D `attention_mask` has
-zeros for; 4-D masks and packed sequences have none. A model's own balance loss (output_router_logits=True) is part of
-out.loss, and reaches tokens that the main loss does not: take it out of what is judged, with two passes and alpha=0, `own =
-model.config.router_aux_loss_coef * out.aux_loss; (stgc.loss(out.loss - own) + own).backward()`. torch.compile with two
-passes needs torch._functorch.config.donated_buffer = False, as torch's error says too.
+CHOICE: padding is computed as the library does it, but never averaged, flagged or counted. It is what a 2-D
+`attention_mask` has zeros for; 4-D masks and packed sequences have none. A model's own balance loss
+(output_router_logits=True) is part of out.loss, and reaches tokens that the main loss does not: take it out of what is
+judged, with two passes and alpha=0, `own = model.config.router_aux_loss_coef * out.aux_loss; (stgc.loss(out.loss - own) +
+own).backward()`. torch.compile with two passes needs torch._functorch.config.donated_buffer = False, as torch's error says
+too.
 
 Families tested, all 64 that transformers 5.23 serves, from random weights: afmoe, aria, axk1, axk2, bailing_hybrid, beam,
 cohere2_moe, deepseek_ocr2, deepseek_v2, deepseek_v3, deepseek_v32, deepseek_v4, diffusion_gemma, dots1, dots3_note,
@@ -98,13 +99,13 @@ def run_experts(
     return (y_TKD * weights_TK.unsqueeze(2)).sum(1).to(x_TD.dtype)
 
 
-def experts_function(experts: nn.Module, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """What the experts interface calls in the place of its own."""
+def experts_function(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the experts interface calls in the place of its own, by its names: x_TD, expert_ids_TK, weights_TK -> out_TD."""
     layer = getattr(experts, "stgc_layer", None)
     if layer is None:  # of another model, which only shares the config
-        pairs = sort_pairs(expert_ids_TK, everything(x_TD), experts.num_experts, torch.float32)
-        return run_experts(experts, x_TD, expert_ids_TK, weights_TK, pairs)
-    return layer.forward(x_TD, expert_ids_TK, weights_TK)
+        pairs = sort_pairs(top_k_index, everything(hidden_states), experts.num_experts, torch.float32)
+        return run_experts(experts, hidden_states, top_k_index, top_k_weights, pairs)
+    return layer.forward(hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_function)
@@ -289,6 +290,10 @@ class ModelSTGC(STGC):
     def __init__(self, model: nn.Module, config: STGCConfig):
         self.padding = Padding()
         super().__init__(model, config)
+        for layer in self.layers:  # the newest object on a model is the one that counts
+            old = getattr(layer.experts, "stgc_layer", None)
+            if old is not None:
+                old.remove() if old.stgc is None else old.stgc.detach()
         for layer in self.layers:
             layer.install()
         self.handles = []
@@ -314,14 +319,10 @@ class ModelSTGC(STGC):
                 raise ValueError(f"no router beside {name}: its class must be named in the model's _can_record_outputs")
             if before == NAME:
                 raise ValueError("another attached model shares this config object: build each from copy.deepcopy(config)")
-            w_out = experts.down_proj
-            if experts._is_expert_parallel or not w_out.is_floating_point() or w_out.element_size() < 2:
+            w_out, spread = experts.down_proj, experts._is_expert_parallel or (getattr(model, "_tp_size", None) or 1) > 1
+            if spread or not w_out.is_floating_point() or w_out.element_size() < 2:
                 raise ValueError(f"{name} are quantized, or spread over devices: load them whole, in 16 bits or more")
             layers[name] = Layer(experts, routers, before, self.padding)
-        for experts in found.values():  # the newest object on a model is the one that counts
-            old = getattr(experts, "stgc_layer", None)
-            if old is not None:
-                old.remove() if old.stgc is None else old.stgc.detach()
         return layers
 
     def begin(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:

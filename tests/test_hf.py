@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import stgc_hf
+from lab import bench
 from stgc import LayerStep, STGCConfig
 
 TEXT = {
@@ -570,6 +571,8 @@ def test_newest_counts():
         first.loss(loss)
     second.loss(loss).backward()
     first.detach()
+    with pytest.raises(ValueError, match="layers"):  # an attempt that fails takes nothing away
+        stgc_hf.attach(model, STGCConfig(layers=(7,)))
     second.loss(forward(model, batch).loss).backward()
     second.detach()
     assert state_of(model) == before
@@ -661,6 +664,10 @@ def test_quantized_or_spread():
     model = make()
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(ValueError, match="16 bits"):
+        stgc_hf.attach(model, STGCConfig())
+    model = make()
+    model._tp_size = 2
+    with pytest.raises(ValueError, match="spread"):
         stgc_hf.attach(model, STGCConfig())
     model = make()
     experts = model.model.layers[1].mlp.experts
@@ -996,3 +1003,12 @@ def test_lists_of_families():
     assert re.findall(r"`(\w+)`", paragraph) == sorted(FAMILIES)
     listed = re.search(r"Families tested[^:]*:(.*?)\.\n", stgc_hf.__doc__, re.S)[1]
     assert re.findall(r"\w+", listed) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", bench.TEXT_MODELS)
+def test_bench(kind):
+    """What lab.bench measures beside the library: the attached model judges, the library's own is not attached."""
+    arguments = ("small", "", 1, 6, torch.device("cpu"))
+    assert bench.Bench("eager", *arguments, kind=kind).stgc is None
+    measured = bench.Bench("one pass", *arguments, kind=kind)
+    assert measured.step() > 0 and measured.stgc.verdicts[0].judged_TK.any()
