@@ -157,7 +157,9 @@ def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pair
         ends_E = pairs.ends_E.tolist()
         *rows, padding_NI = x_SI.split([end - start for start, end in zip([0, *ends_E], [*ends_E, len(x_SI)], strict=True)])
         biases = [None] * len(rows) if b_EO is None else b_EO.unbind(0)
-        out = [F.linear(x_NI, w_IO.T, b_O) for x_NI, w_IO, b_O in zip(rows, w_EIO.unbind(0), biases, strict=True)]
+        stored_OI = w_EIO.stride(1) == 1  # transposed in memory, as in transformers: unbound so, else the gradient is copied
+        weights = w_EIO.mT.unbind(0) if stored_OI else [w_IO.T for w_IO in w_EIO.unbind(0)]
+        out = [F.linear(x_NI, w_OI, b_O) for x_NI, w_OI, b_O in zip(rows, weights, biases, strict=True)]
         return torch.cat([*out, x_SI.new_zeros(len(padding_NI), w_EIO.shape[2])])
     onehot_SE = pairs.onehot_SE.to(x_SI.dtype)
     if kernel == "grouped_mm":  # rows behind the last end would stay unwritten, so padding joins the last expert
@@ -361,7 +363,8 @@ class LayerStep:
         self.stgc, self.index, self.judged, self.replay, self.config = stgc, index, judged, replay, stgc.config
         self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
         self.whole = self.config.gradients == "weight"
-        self.inputs, self.edges = [], []  # of each linear; edges: where outputs (and weights) hang in the graph
+        self.inputs, self.splits = [], []  # of each linear
+        self.edges = []  # where its outputs (and weights) hang in the graph
         self.compared, self.grads = {}, {}  # linear -> what compare_to_means found, and the gradients if they are needed on
 
     def enter(self, x_SD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -373,8 +376,8 @@ class LayerStep:
             self.stgc.conflicts[self.index] = conflict
         return x_SD, tapped or weights
 
-    def tap(self, a_SI: Tensor, w_EIO: Tensor, out_SO: Tensor) -> Tensor:
-        """At the output of each linear."""
+    def tap(self, a_SI: Tensor, w_EIO: Tensor, out_SO: Tensor, split: Callable = lambda rows: (rows,)) -> Tensor:
+        """At the output of each linear. `split` takes several that are fused into one product apart, by their columns."""
         if self.judged:
             if not (out_SO.requires_grad and (w_EIO.requires_grad or not self.whole)):
                 raise RuntimeError("no gradient reaches these experts: unfreeze them or leave them out of STGCConfig.layers")
@@ -383,13 +386,15 @@ class LayerStep:
             else:
                 self.edges += [get_gradient_edge(tensor) for tensor in (out_SO, w_EIO)[: 1 + self.whole]]
             self.inputs.append(a_SI.detach() if self.whole else None)
+            self.splits.append(split)
         return out_SO
 
     def see(self, linear: int, grad_SO: Tensor) -> None:
         """The gradient of the main loss at the output of a linear: compared at once, and kept for whole weights only."""
+        grads = self.splits[linear](grad_SO.detach())
         with torch.no_grad(), torch.autocast(grad_SO.device.type, enabled=False):
-            self.compared[linear] = compare_to_means(grad_SO, self.pairs, self.stgc.all_reduce)
-        self.grads |= {linear: grad_SO.detach()} if self.whole else {}
+            self.compared[linear] = [compare_to_means(grad, self.pairs, self.stgc.all_reduce) for grad in grads]
+        self.grads |= {linear: grads} if self.whole else {}
 
     def close(self, logits_TE: Tensor, weight_grads: Sequence[Tensor]) -> Tensor:
         """All gradients are in: judges the pairs, and returns the conflict loss, differentiable in logits_TE.
@@ -410,21 +415,25 @@ class LayerStep:
     def judge(self, weight_grads: Sequence[Tensor]) -> tuple[Verdict, Tensor]:
         """Flags, statistics, and the number of picked pairs over all processes. PAPER eq. 12 and definition 1."""
         ids_TK, onehot_SE, all_reduce = self.expert_ids_TK, self.pairs.onehot_SE, self.stgc.all_reduce
-        cos_LSE, norm_LS, consistency_LE = (torch.stack(t) for t in zip(*(self.compared[i] for i in sorted(self.compared))))
+        compared = (found for i in sorted(self.compared) for found in self.compared[i])
+        cos_LSE, norm_LS, consistency_LE = (torch.stack(t) for t in zip(*compared))
         cos_LS = (cos_LSE * onehot_SE).sum(-1)
         if self.whole:
-            sums = [all_reduce(widen(grad_EIO)) for grad_EIO in weight_grads]
-            terms = [weight_cosine(self.grads[i], a_SI, sums[i], self.pairs) for i, a_SI in enumerate(self.inputs)]
+            terms = []
+            for i, a_SI in enumerate(self.inputs):
+                parts = zip(self.grads[i], self.splits[i](all_reduce(widen(weight_grads[i]))), strict=True)
+                terms += [weight_cosine(grad_SO, a_SI, sum_EIO, self.pairs) for grad_SO, sum_EIO in parts]
             cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
+        judged_S = (norm_LS > 0).any(0) & onehot_SE.any(1)  # not padding, whatever the loss does with it
         similarity_TK, judged_TK, cos_TKE = (
             rows_S.index_select(0, self.pairs.inverse_S).unflatten(0, ids_TK.shape)
-            for rows_S in (cos_LS.mean(0), (norm_LS > 0).any(0), cos_LSE[-1])
+            for rows_S in (cos_LS.mean(0), judged_S, cos_LSE[-1])
         )
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
             seed = hash((self.config.seed, self.stgc.forward_step, self.index, self.stgc.rank))
             picked_TK = draw_placebo(conflict_TK, judged_TK, seed)
-        judged_SE = onehot_SE * (norm_LS > 0).any(0).unsqueeze(1)
+        judged_SE = onehot_SE * judged_S.unsqueeze(1)
         counts = [picked_TK.sum(), conflict_TK.sum(), judged_SE.sum(), onehot_SE.sum()]
         sums = all_reduce(torch.cat([torch.stack(counts).to(onehot_SE.dtype), judged_SE.sum(0)]))
         (num_picked, num_conflicts, num_judged, num_pairs), used_E = sums[:4], (sums[4:] > 0).to(sums.dtype)
@@ -476,9 +485,7 @@ class STGC:
     """
 
     def __init__(self, model: nn.Module, config: STGCConfig = STGCConfig()):
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-        if not layers:
-            raise ValueError("the model has no stgc.MoELayer: build or convert it first, then create STGC")
+        layers = self.find_layers(model)
         self.config, self.names, self.layers = config, list(layers), list(layers.values())
         self.chosen = set(range(len(layers)) if config.layers is None else config.layers)
         if not self.chosen <= set(range(len(layers))):
@@ -496,6 +503,13 @@ class STGC:
         self.blind: set[int] = set()  # layers that ran without gradients although they train
         for i, layer in enumerate(self.layers):
             layer.watch = partial(self.begin, i)
+
+    def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to watch, by name. Another library's are found by a subclass: stgc_hf.py."""
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+        if not layers:
+            raise ValueError("the model has no stgc.MoELayer: build or convert it first, then create STGC")
+        return layers
 
     def detach(self) -> None:
         """End the watch: the layers run as if there had been none."""

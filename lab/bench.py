@@ -3,12 +3,15 @@
   python -m lab.bench                          a BERT of MiniLM's size (6 layers, hidden 384), random weights
   python -m lab.bench --size large             BERT-large's size
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
+  python -m lab.bench --model mixtral          transformers' own model, mid-size, with stgc_hf attached or not; or olmoe
 
 A step is forward, losses, backward and AdamW. All variants take turns within each round, so that what slows the machine
-slows them all; reported are medians over rounds of the ratio to "moe" (the MoE model with its balance loss and no STGC) in
-the same round. Peak memory is the most that the allocator held while a model was built and trained for two steps.
+slows them all; reported are medians over rounds of the ratio to the base in the same round: to "moe" (the MoE model with its
+balance loss and no STGC), for a model of transformers to the faster of its own implementations without STGC. Peak memory is
+the most that the allocator held while a model was built and trained for two steps.
 """
 
+import copy
 import gc
 import json
 import tempfile
@@ -19,8 +22,16 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
+import stgc_hf
 from lab import moefication
 from lab.cli import Parser, number, run_main
 from lab.runs import environment, make_accelerator, write_json
@@ -41,6 +52,26 @@ VARIANTS = {
     "two passes, weight gradients": STGCConfig(passes="two", gradients="weight"),
     "two passes, every 4th step": STGCConfig(passes="two", every=4),
 }
+LIBRARY = ("grouped_mm", "eager")  # implementations of transformers, without STGC
+ATTACHED = {  # the same models with stgc_hf attached
+    **dict.fromkeys(LIBRARY),
+    "attached, no judging": OFF,
+    "one pass": STGCConfig(passes="one"),
+    "two passes": STGCConfig(passes="two"),
+    "one pass, weight gradients": STGCConfig(passes="one", gradients="weight"),
+}
+SHARED = {"vocab_size": 2000, "hidden_size": 512, "num_attention_heads": 8, "eos_token_id": None, "pad_token_id": 0}
+TEXT_MODELS = {  # proportions of Mixtral-8x7B and OLMoE-1B-7B; layers by --size
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(**SHARED, intermediate_size=1792, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2),
+    ),
+    "olmoe": (
+        OlmoeForCausalLM,
+        OlmoeConfig(**SHARED, intermediate_size=256, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8),
+    ),
+}
+TEXT_LAYERS = {"small": 2, "large": 8}
 
 
 @dataclass(frozen=True)
@@ -71,19 +102,29 @@ PAPER_MODELS = {  # linears of an expert, MoE layers, as in the paper
 class Bench:
     """One variant: a model, its optimizer and a fixed batch."""
 
-    def __init__(self, name: str, size: str, moe_layers: str, batch: int, length: int, device: torch.device):
+    def __init__(self, name: str, size: str, moe_layers: str, batch: int, length: int, device: torch.device, kind="bert"):
         torch.manual_seed(0)
-        config, self.name, stgc_config = SIZES[size], name, VARIANTS[name]
-        model = BertForSequenceClassification(config)
-        self.stgc = None
-        if stgc_config is not None:
-            model = moefication.moefy(model, moefication.MoESpec(moe_layers))
-            self.stgc = STGC(model, stgc_config)
+        self.name, self.stgc = name, None
+        if kind == "bert":
+            config, stgc_config = SIZES[size], VARIANTS[name]
+            model = BertForSequenceClassification(config)
+            if stgc_config is not None:
+                model = moefication.moefy(model, moefication.MoESpec(moe_layers))
+                self.stgc = STGC(model, stgc_config)
+        else:
+            cls, config = TEXT_MODELS[kind]
+            config, stgc_config = copy.deepcopy(config), ATTACHED[name]
+            config.num_hidden_layers = TEXT_LAYERS[size]
+            model = cls(config)
+            model.set_experts_implementation(name if name in LIBRARY else LIBRARY[0])
+            if stgc_config is not None:
+                self.stgc = stgc_hf.attach(model, stgc_config)
         self.model = model.to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-5, fused=device.type != "mps")
         ids = torch.randint(1000, config.vocab_size, (batch, length))
         keep = torch.arange(length) < torch.linspace(length // 2, length, batch).long().unsqueeze(1)  # some padding
-        self.batch = {"input_ids": ids, "attention_mask": keep.long(), "labels": torch.randint(2, (batch,))}
+        labels = torch.randint(2, (batch,)) if kind == "bert" else ids.masked_fill(~keep, -100)
+        self.batch = {"input_ids": ids, "attention_mask": keep.long(), "labels": labels}
         self.batch = {key: value.to(device) for key, value in self.batch.items()}
         self.device = device
 
@@ -103,18 +144,18 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
-def peak_bytes(*arguments) -> int:
+def peak_bytes(*arguments, kind: str) -> int:
     """The most bytes allocated at once while the variant is built and trained for two steps; exact, not a sample."""
     gc.collect()
     device = arguments[-1]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        bench = Bench(*arguments)
+        bench = Bench(*arguments, kind=kind)
         bench.step(), bench.step()
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench = Bench(*arguments)
+        bench = Bench(*arguments, kind=kind)
         bench.step(), bench.step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -126,9 +167,11 @@ def peak_bytes(*arguments) -> int:
 
 def main() -> None:
     parser = Parser(prog="lab.bench", description=__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the BERT")
-    parser.add_argument("--moe-layers", default="middle", help="middle, or indices as 1,3,5, every-second, all")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="what to compare")
+    parser.add_argument("--model", choices=["bert", *TEXT_MODELS], default="bert", help="ours, or transformers' own")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the BERT; layers of another model")
+    parser.add_argument("--moe-layers", default="middle", help="of the BERT: middle, or indices as 1,3,5, every-second, all")
+    known = list(VARIANTS | ATTACHED)
+    parser.add_argument("--variants", nargs="+", choices=known, help="what to compare (default: all of the model)")
     parser.add_argument("--rounds", type=number(int, 3), default=15, help="timed steps of each variant, taking turns")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="sequences per step")
     parser.add_argument("--length", type=number(int, 4), default=64, help="tokens of the longest sequence")
@@ -139,7 +182,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = make_accelerator(args.device, "fp32").device
     layers = str(SIZES[args.size].num_hidden_layers // 2 - 1) if args.moe_layers == "middle" else args.moe_layers
-    names = ["moe", *(name for name in args.variants if name != "moe")]
+    variants, bases = (VARIANTS, ("moe",)) if args.model == "bert" else (ATTACHED, LIBRARY)
+    if unknown := [name for name in args.variants or [] if name not in variants]:
+        parser.error(f"--variants {unknown[0]!r} is none of --model {args.model}: {', '.join(variants)}")
+    names = [*bases, *(name for name in args.variants or variants if name not in bases)]
     shared = (args.size, layers, args.batch_size, args.length, device)
 
     print("stored token gradients, the paper's settings (sec. 6.4)")
@@ -147,8 +193,8 @@ def main() -> None:
     for name, gib in memory.items():
         print(f"  {name:<15} biases {gib.bias_gib:7.2f} GiB   weights {gib.weight_gib:7.1f} GiB   one pass: none stored")
 
-    peaks = {name: peak_bytes(name, *shared) for name in names}
-    benches = [Bench(name, *shared) for name in names]
+    peaks = {name: peak_bytes(name, *shared, kind=args.model) for name in names}
+    benches = [Bench(name, *shared, kind=args.model) for name in names]
     seconds = {name: [] for name in names}
     for turn in range(args.rounds + 2):
         for bench in benches:
@@ -156,19 +202,19 @@ def main() -> None:
             if turn >= 2:  # two rounds to warm up
                 seconds[bench.name].append(taken)
     rows = {}
-    print(
-        f"\n{args.size} BERT, MoE in layer(s) {layers}, {args.batch_size} x {args.length}, {device}, {args.threads} threads"
-    )
-    print(f"  {'variant':<30}{'step':>10}{'ratio to moe':>14}{'middle half':>16}{'peak memory':>13}")
+    base = min(bases, key=lambda name: median(seconds[name]))
+    title = f"{args.size} BERT, MoE in layer(s) {layers}" if args.model == "bert" else f"{args.size} {args.model}"
+    print(f"\n{title}, {args.batch_size} x {args.length}, {device}, {args.threads} threads; ratio to {base}")
+    print(f"  {'variant':<30}{'step':>10}{'ratio':>14}{'middle half':>16}{'peak memory':>13}")
     for name in names:
-        ratios = [taken / base for taken, base in zip(seconds[name], seconds["moe"], strict=True)]
+        ratios = [taken / base for taken, base in zip(seconds[name], seconds[base], strict=True)]
         low, _, high = quantiles(ratios, n=4)
         rows[name] = {
             "seconds": median(seconds[name]),
             "ratio": median(ratios),
             "ratio_quartiles": [low, high],
             "peak_bytes": peaks[name],
-            "peak_ratio": peaks[name] / peaks["moe"],
+            "peak_ratio": peaks[name] / peaks[base],
         }
         print(
             f"  {name:<30}{rows[name]['seconds']:>9.3f}s{rows[name]['ratio']:>13.3f}x{low:>8.3f} to {high:.3f}"
@@ -178,7 +224,9 @@ def main() -> None:
         config = vars(args) | {"output": str(args.output)}
         gib = {name: vars(value) for name, value in memory.items()}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, environment(device) | {"config": config, "variants": rows, "gradient_memory_gib": gib})
+        write_json(
+            args.output, environment(device) | {"config": config, "base": base, "variants": rows, "gradient_memory_gib": gib}
+        )
 
 
 if __name__ == "__main__":
