@@ -1,6 +1,6 @@
 """Builds a vision-language Mixture-of-Experts from nothing and shows what STGC does in it, in MoE-LLaVA's shape.
 
-  python toy_lvlm.py                                  generated pictures, nothing downloaded, ten minutes on a laptop CPU
+  python toy_lvlm.py                                  generated pictures, nothing downloaded, minutes on a laptop CPU
   python toy_lvlm.py --compare --seeds 0 1 2          the baseline, STGC and the placebo, seed by seed
   python toy_lvlm.py --variants none,ce,embedding,feature,task    beside the paper's sample-level routings
   python toy_lvlm.py --capacity 0.5 1.0 --bpr         evaluation with experts that take so many tokens only
