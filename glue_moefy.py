@@ -143,12 +143,8 @@ class Job:
 
 def make_spec(args, config) -> moefication.MoESpec:
     """What becomes of which layers, checked against the dense model's config."""
-    try:
-        spec = moefication.MoESpec(args.moe_layers, args.num_experts, args.top_k, args.experts, router=args.router)
-        spec = moefication.check_spec(spec, config)
-    except ValueError as error:
-        flags = (("layers=", "--moe-layers"), ("neurons", "--num-experts"), ("", "--model"))
-        raise UserError(f"{next(flag for word, flag in flags if word in str(error))}: {error}") from None
+    size = {"layers": args.moe_layers, "num_experts": args.num_experts, "top_k": args.top_k}
+    spec = moefication.spec_of(config, "--model", **size, experts=args.experts, router=args.router)
     if args.max_length > config.max_position_embeddings:
         raise UserError(
             f"--max-length {args.max_length}: the model has {config.max_position_embeddings} positions; lower it"

@@ -175,13 +175,16 @@ def count_patches(vision_config) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
+def special_ids(tokenizer) -> dict:
+    return {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
 def make_clip(tokenizer) -> CLIPModel:
     """A tiny CLIP, untrained: four layers for pictures, two for texts, width 128."""
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = shape | special | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 77}
+    text = shape | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 77}
     vision = shape | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    clip = CLIPModel(CLIPConfig(text_config=text | special_ids(tokenizer), vision_config=vision, projection_dim=128))
     # as large as what a patch gives: from 0.02, the usual start, places stay hidden behind colours for hundreds of steps
     nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
     return clip
@@ -242,9 +245,8 @@ SMALL = {
 
 def make_lm(tokenizer, max_length: int) -> LlamaForCausalLM:
     """A small decoder, untrained: four layers of width 128, SwiGLU, no biases."""
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     size = {"vocab_size": len(tokenizer), "max_position_embeddings": max(512, 2 * max_length)}
-    return LlamaForCausalLM(LlamaConfig(**SMALL, **size, **special))
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **size, **special_ids(tokenizer)))
 
 
 def load_lm(name: str) -> tuple[PreTrainedModel, object]:
@@ -295,11 +297,11 @@ def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moef
     try:
         if lm is not None:
             moefication.decoder_ffn(lm.base_model.layers[0])
-        spec = moefication.MoESpec(args.moe_layers, args.num_experts, args.top_k, args.experts, router=args.router)
-        return moefication.check_spec(spec, LlavaConfig(text_config=text, **vision))
     except (ValueError, AttributeError) as error:
-        flags = (("layers=", "--moe-layers"), ("neurons", "--num-experts"), ("", "--lm"))
-        raise UserError(f"{next(flag for word, flag in flags if word in str(error))}: {error}") from None
+        raise UserError(f"--lm: {error}") from None
+    size = {"layers": args.moe_layers, "num_experts": args.num_experts, "top_k": args.top_k}
+    config = LlavaConfig(text_config=text, **vision)
+    return moefication.spec_of(config, "--lm", **size, experts=args.experts, router=args.router)
 
 
 def cluster_questions(model: PreTrainedModel, data: Data, num_clusters: int, seed: int) -> Tensor:

@@ -46,6 +46,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from lab import baselines
+from lab.cli import UserError
 from stgc import Experts, MoELayer
 
 # ---- 1. Neurons: which of them make an expert ----
@@ -265,6 +266,15 @@ def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
     if spec.experts == "split":
         split_neurons(torch.empty(text.intermediate_size, 0), spec.num_experts, "contiguous")
     return replace(spec, layers=",".join(map(str, parse_layers(spec.layers, text.num_hidden_layers))))
+
+
+def spec_of(config: PreTrainedConfig, model_flag: str, **options) -> MoESpec:
+    """The spec of these options, checked against the dense model's config. UserError names a script's flag."""
+    try:
+        return check_spec(MoESpec(**options), config)
+    except ValueError as error:
+        flags = (("layers=", "--moe-layers"), ("neurons", "--num-experts"), ("", model_flag))
+        raise UserError(f"{next(flag for word, flag in flags if word in str(error))}: {error}") from None
 
 
 # ---- 4. Padding ----
