@@ -850,9 +850,9 @@ def test_peft():
         forward(attention, batch)
 
 
-def test_compile(monkeypatch):
+@torch._functorch.config.patch(donated_buffer=False)  # else no graph is kept for a second backward
+def test_compile():
     """torch.compile, whatever the graph breaks: the same flags and gradients in both passes, and logits in evaluation."""
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # else no graph is kept for a second backward
     model, batch = make(num_hidden_layers=1), make_batch()
     expected = {passes: step(model, batch, passes=passes, tau=0.3) for passes in ("two", "one")}
     torch._dynamo.reset()
