@@ -236,10 +236,11 @@ def overlap(one: str, other: str) -> float:
 
 
 def score(instructions: Sequence[Instruction], right: Sequence[bool]) -> dict[str, float]:
-    """Share of right answers: `score` over all, and by kind, by condition and by both; in [0, 1]."""
+    """Share of right answers: `score` over all, and by kind, by part, by condition, by kind and condition; in [0, 1]."""
     groups: dict[str, list[bool]] = {"score": list(right)}
     for one, good in zip(instructions, right, strict=True):
-        for name in {one.kind, one.where, f"{one.kind}, {one.where}"} - {"", f"{one.kind}, "}:
+        names = {one.kind, one.where, f"{one.kind} {one.part}", f"{one.kind}, {one.where}"}
+        for name in names - {"", f"{one.kind} ", f"{one.kind}, "}:
             groups.setdefault(name, []).append(good)
     return {name: sum(group) / len(group) for name, group in sorted(groups.items(), key=lambda item: item[0] != "score")}
 

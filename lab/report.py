@@ -83,14 +83,14 @@ def peer_table(record: dict) -> str:
 
 def lvlm_table(records: list[dict]) -> str:
     """Markdown: exact match in % of the toy LVLM over seeds, stage II and its blind baselines above stage III's variants."""
-    names = {"score": "all", **{kind: kind for kind in KINDS}}
+    names = {"score": "all", **{kind: kind for kind in KINDS}, "vqa, clean": "clean vqa"}
     lines = [f"| run | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
     for record in records:
         stages = [stage for stage in record["stages"] if stage["stage"] == "stage2"]
         rows = {"stage II": [stage["scores"] for stage in stages]}
         rows |= {f"blind: {how}": [stage["blind"][how] for stage in stages] for how in stages[0]["blind"]}
         for run in record["runs"]:
-            rows.setdefault(f"stage III, {run['variant']}", []).append(run["last"])
+            rows.setdefault(f"stage III, {run['variant']}", []).append(run["last"] | run["where"])
         for label, scores in rows.items():
             cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
             lines.append(f"| {record['name']} | {label} | {len(scores)} | {' | '.join(cells)} |")

@@ -9,8 +9,8 @@ third of the test pictures is about them.
 """
 
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import permutations, product
@@ -96,6 +96,20 @@ def random_text(colour: str, row: int, rng: random.Random) -> Thing:
     return Thing(colour, "number" if word.isdigit() else "word", "", row, (x, y, x + width, y + height), word)
 
 
+def some_of(words: Collection[str], num: int, rng: random.Random) -> list[str]:
+    """So many: half of the time all different, else of one to three, so that things share some."""
+    words = rng.sample(list(words), len(words))
+    return words[:num] if rng.random() < 0.5 else rng.choices(words[: rng.randint(1, 3)], k=num)
+
+
+def random_looks(num: int, colours: Collection[str], new: bool, rng: random.Random) -> list[tuple[str, str]]:
+    """Colour and shape of so many things; with a held-out pair among them if `new`, else without."""
+    looks = []
+    while len(looks) < num or any(look in HELD_OUT for look in looks) != (new and num > 0):
+        looks = list(zip(*(some_of(words, num, rng) for words in (colours, OUTLINES)), strict=True))
+    return looks
+
+
 def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset()) -> list[Scene]:
     """The conditions of the split take turns. No scene has a key of `taken`; within a split, a key may come twice."""
     rng, scenes = random.Random(f"{split} {seed}"), []
@@ -103,15 +117,12 @@ def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset(
         where, written, row = WHERE[split][len(scenes) % len(WHERE[split])], rng.random() < 0.4, rng.randrange(2)
         num_shapes = rng.choice([0, 1, 1, 2, 2] if written else [1, 2, 3, 4])
         cells = sorted(rng.sample([cell for cell in range(4) if not written or cell // 2 != row], num_shapes))
-        colour, *colours = rng.sample(list(COLOURS), 1 + rng.randint(2, 3))  # few, so that things share one or both
-        pairs = [pair for pair in product(colours, rng.sample(list(OUTLINES), rng.randint(2, 3))) if pair not in HELD_OUT]
-        looks = [rng.choice(pairs) for _ in cells]
-        if where == "new pairs" and looks:
-            looks[rng.randrange(len(looks))] = rng.choice([pair for pair in HELD_OUT if pair[0] != colour])
+        colour, *colours = rng.sample(list(COLOURS), len(COLOURS))  # a text's, and those left for shapes
+        looks = random_looks(num_shapes, colours, where == "new pairs", rng)
         shapes = tuple(random_shape(*look, cell, rng) for look, cell in zip(looks, cells, strict=True))
         texts = (random_text(colour, row, rng),) if written else ()
         scene = Scene(shapes, texts, where, rng.choice(BACKGROUNDS), rng.getrandbits(32))
-        if is_new(*shapes) == (where == "new pairs") and scene.key not in taken:
+        if (shapes or where != "new pairs") and scene.key not in taken:
             scenes.append(scene)
     return scenes
 
@@ -225,16 +236,20 @@ def ask_count(scene: Scene) -> list[Ask]:
 
 
 def ask_yes_no(scene: Scene) -> list[Ask]:
-    """A no is hard (colour and shape are both there, apart) or easy (one of them is). As many of each, but one at least."""
-    present, asks = {(thing.colour, thing.shape) for thing in scene.shapes}, defaultdict(list)
-    for colour, shape in product(COLOURS, OUTLINES):
-        about = tuple(thing for thing in scene.shapes if colour == thing.colour or shape == thing.shape)
-        if about and (scene.where == "new pairs" or (colour, shape) not in HELD_OUT):
-            answer = "yes" if (colour, shape) in present else "no"
-            both = colour in {thing.colour for thing in about} and shape in {thing.shape for thing in about}
-            asks[answer, both] += [Ask(f"is there a {colour} {shape}?", answer, about)]
-    hard, easy = asks["no", True], asks["no", False]
-    return asks["yes", True] + hard + random.Random(f"no {scene.seed}").sample(easy, min(len(easy), len(hard) or 1))
+    """After a colour, a shape, or a colour and a shape. Of each, as many to say no to as yes, but one at least: first the
+    hard ones, where colour and shape are both there, apart."""
+    written, rng, asks = {text.colour for text in scene.texts}, random.Random(f"no {scene.seed}"), []
+    for colours, kinds in (([""], OUTLINES), (set(COLOURS) - written, [""]), (COLOURS, OUTLINES)):  # a text is no shape
+        yes, hard, easy = [], [], []
+        for colour, kind in product(sorted(colours), kinds) if scene.shapes else ():
+            fits = [(colour in ("", thing.colour), kind in ("", thing.shape)) for thing in scene.shapes]
+            found, apart = (True, True) in fits, all(map(any, zip(*fits, strict=True)))
+            about = tuple(thing for thing in scene.shapes if colour == thing.colour or kind == thing.shape)
+            if scene.where == "new pairs" or (colour, kind) not in HELD_OUT:
+                question = " ".join(filter(None, ["is there a", colour, kind or "shape"])) + "?"
+                (yes if found else hard if apart else easy).append(Ask(question, "yes" if found else "no", about))
+        asks += yes + hard + rng.sample(easy, min(len(easy), max(len(yes) - len(hard), not hard)))
+    return asks
 
 
 def ask_relation(scene: Scene) -> Iterator[Ask]:
