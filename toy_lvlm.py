@@ -24,12 +24,12 @@ from lab import options
 from lab.cli import Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
 
 ROUTINGS = ("embedding", "feature", "task")
-STAGES = {  # flag: (default steps, learning rate, what is trained)
-    "clip": (300, 4e-4, "the tiny CLIP"),
-    "text": (80, 2e-3, "the small language model, on texts alone"),
-    "stage1": (40, 1e-3, "the projector, on captions"),
-    "stage2": (1400, 2e-3, "projector and language model, on all instructions"),
-    "stage3": (200, 5e-4, "the MoE layers"),
+STAGES = {  # flag: (default steps, learning rate, that with a pretrained language model: MoE-LLaVA's, what is trained)
+    "clip": (300, 4e-4, 4e-4, "the tiny CLIP"),
+    "text": (80, 2e-3, 2e-3, "the small language model, on texts alone"),
+    "stage1": (40, 1e-3, 1e-3, "the projector, on captions"),
+    "stage2": (1000, 4e-3, 2e-5, "projector and language model, on all instructions"),
+    "stage3": (200, 5e-4, 2e-5, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
 
@@ -65,9 +65,11 @@ def make_parser() -> Parser:
     )
     options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
     # training
-    for name, (steps, lr, what) in STAGES.items():
+    for name, (steps, lr, lr_pretrained, what) in STAGES.items():
         parser.add_argument(f"--{name}-steps", type=number(int, 1), default=steps, help=f"steps of training {what}")
-        parser.add_argument(f"--{name}-lr", type=number(float, 0), default=lr, help="peak of AdamW's rate there; cosine")
+        otherwise = f", with --lm {lr_pretrained:g}" if lr != lr_pretrained else ""
+        why = f"peak of its learning rate; default: {lr:g}{otherwise}"
+        parser.add_argument(f"--{name}-lr", type=number(float, 0), help=why)
     parser.add_argument(
         "--batch-size",
         type=number(int, 2),
@@ -108,6 +110,9 @@ def parse(argv: list[str]):
             f"--routing {args.routing} is a variant's name here: leave it out, and add {args.routing} to --variants"
         )
     options.check(parser, args, more=ROUTINGS)
+    for name, (_, lr, lr_pretrained, _) in STAGES.items():
+        if getattr(args, f"{name}_lr") is None:
+            setattr(args, f"{name}_lr", lr_pretrained if args.lm else lr)
     if not args.compare:
         chosen = args.routing if args.routing != "token" else args.variants[0]
         args.variants = ["none", chosen] if not chosen.startswith("none") else [chosen]
@@ -146,10 +151,11 @@ from transformers.utils import logging
 
 from lab import baselines, compare, figures, instructions, llava, lvlm, moefication, routes, runs
 from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, encode, is_right, make_packs
-from lab.training import Training
+from lab.training import MuonAdamW, Training
 from stgc import STGC, MoELayer, STGCConfig
 
 STAGE_FILE = "stage.json"  # in a saved stage's folder: its entry in the record
+BETAS = (0.9, 0.98)  # of AdamW
 PAIRS = 4  # times --batch-size: pictures in a step of the contrastive loss, texts in one of the language model's
 
 
@@ -192,8 +198,10 @@ class Job:
 # ---- 1. Training ----
 
 
-def train(job: Job, folder: Path, name: str, model, trained: list, loader, stage: str, config=None, alike=False) -> dict:
-    """One stage: `trained` are the parameters that it changes. Returns its summary.
+def train(
+    job: Job, folder: Path, name: str, model, trained: list, loader, stage: str, config=None, alike=False, muon=False
+) -> dict:
+    """One stage: `trained` are the parameters that it changes, with AdamW, or matrices with Muon. Returns its summary.
 
     `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
     """
@@ -202,7 +210,10 @@ def train(job: Job, folder: Path, name: str, model, trained: list, loader, stage
     for parameter in trained:
         parameter.requires_grad_(True)
     model.train()
-    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=accelerator.device.type != "mps")
+    if muon:
+        optimizer = MuonAdamW(*lvlm.split_matrices(model, trained), lr, BETAS)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr, BETAS, weight_decay=0.0, fused=accelerator.device.type != "mps")
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     prepared = model.to(accelerator.device) if alike else accelerator.prepare(model)
@@ -319,7 +330,8 @@ def dense_model(job: Job):
         model = stage(job, "stage1", load, stage_1)
         set_seed(job.seed)
         loader = job.loader(job.packs(), "stage2", size)
-        entry = train(job, folder, name, model, lvlm.trainable(model), loader, "stage2")
+        # CHOICE: from nothing, Muon learns in half of AdamW's steps to look things up in a picture
+        entry = train(job, folder, name, model, lvlm.trainable(model), loader, "stage2", muon=job.lm is None)
         test = job.data.test.instructions
         guesses = instructions.majority(job.data.train.instructions, test)
         entry["scores"] = score(job, answers(job, model))

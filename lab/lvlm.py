@@ -184,10 +184,7 @@ def make_clip(tokenizer) -> CLIPModel:
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
     text = shape | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 77}
     vision = shape | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
-    clip = CLIPModel(CLIPConfig(text_config=text | special_ids(tokenizer), vision_config=vision, projection_dim=128))
-    # as large as what a patch gives: from 0.02, the usual start, places stay hidden behind colours for hundreds of steps
-    nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
-    return clip
+    return CLIPModel(CLIPConfig(text_config=text | special_ids(tokenizer), vision_config=vision, projection_dim=128))
 
 
 def load_clip(name: str) -> CLIPModel:
@@ -288,6 +285,13 @@ def trainable(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
     """All but CLIP, which stays frozen; tied ones once."""
     frozen = {id(parameter) for parameter in model.model.vision_tower.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in frozen]
+
+
+def split_matrices(model: PreTrainedModel, trained: Sequence[nn.Parameter]) -> tuple[list, list]:
+    """Those of the trained parameters that are a linear layer's matrix, without the token tables; and the others."""
+    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - tables
+    return [p for p in trained if id(p) in linear], [p for p in trained if id(p) not in linear]
 
 
 def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moefication.MoESpec:

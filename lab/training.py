@@ -16,14 +16,46 @@ batches depends on the epoch alone.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lab.cli import Interrupted
 from lab.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices, its AdamW for all other parameters, as one optimizer at one rate, without weight decay.
+
+    Muon's update is as large as AdamW's would be (torch's "match_rms_adamw", from Moonlight, arXiv:2502.16982).
+    """
+
+    def __init__(
+        self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], lr: float, betas: tuple[float, float]
+    ):
+        muon = torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, lr, betas, weight_decay=0.0)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.parts = muon, adamw
+        self.share()
+
+    def share(self) -> None:
+        """Groups and state are this one's, so that schedules and checkpoints see one optimizer."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.share()
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 @dataclass
