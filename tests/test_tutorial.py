@@ -1,0 +1,106 @@
+"""The tutorial stays true: its code runs, its quotes are the code, its links lead where they say, its list is complete."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "tutorial.md").read_text()
+FENCE = re.compile(r"^```(\w+)[^\S\n]*([^\n]*)\n(.*?)^```$", re.M | re.S)
+TAGS = re.compile(r"\b(CHOICE|DIFFERS): ((?:[^\n]|\n)*?\S(?:\s+(?:# )?\S+){2})")  # a tag and the first three words behind it
+
+
+def fences(language: str, mark: str = "") -> list[tuple[int, str]]:
+    """(line of its first code line, code) of each fence of this language that is marked so. Lines count from 1."""
+    found = [fence for fence in FENCE.finditer(TEXT) if (fence[1], fence[2].strip()) == (language, mark)]
+    return [(TEXT[: fence.start(3)].count("\n") + 1, fence[3]) for fence in found]
+
+
+def test_every_fence_is_checked():
+    """No fence of a kind that no test below looks at, and none that is left open."""
+    kinds = {(fence[1], fence[2].strip()) for fence in FENCE.finditer(TEXT)}
+    assert kinds == {("python", ""), ("python", "from=stgc.py"), ("bash", ""), ("math", "")}
+    assert len(re.findall(r"^\s*```", TEXT, re.M)) == 2 * len(FENCE.findall(TEXT))
+
+
+def test_code_runs_in_order(monkeypatch):
+    """All python fences in one namespace, from the project's folder. A traceback has the tutorial's line numbers."""
+    monkeypatch.chdir(ROOT)
+    scope, code = {"__name__": "tutorial"}, fences("python")
+    assert len(code) > 30
+    with torch.random.fork_rng():
+        for line, source in code:
+            exec(compile("\n" * (line - 1) + source, str(ROOT / "tutorial.md"), "exec"), scope)
+
+
+def test_each_section_proves_something():
+    """A section with code of its own has an assert, an equation and an exercise with an answer."""
+    sections = re.split(r"^## ", TEXT, flags=re.M)[1:]
+    numbered = [section for section in sections if re.match(r"\d+\. ", section)]
+    assert len(numbered) == 10
+    for section in numbered:
+        title = section.splitlines()[0]
+        for part in (
+            "assert ",
+            "```math",
+            "```python from=stgc.py",
+            "**Exercise.**",
+            "<details><summary>Answer</summary>\n\n",
+        ):
+            assert part in section or (title == "10. Demo" and part in ("```math", "```python from=stgc.py")), (title, part)
+    assert TEXT.count("<details>") == TEXT.count("</details>") == TEXT.count("**Exercise.**")
+
+
+def test_quotes_are_the_code():
+    """Each quote is in stgc.py, whole lines of it, and lies in the section of that file that it stands in."""
+    sections = re.split(r"^# ---- ", (ROOT / "stgc.py").read_text(), flags=re.M)
+    lines = TEXT.splitlines()
+    quotes = fences("python", "from=stgc.py")
+    assert quotes
+    for line, quote in quotes:
+        title = next(row for row in reversed(lines[: line - 1]) if row.startswith("## "))
+        number = int(re.match(r"## (\d+)\. ", title)[1])
+        assert f"\n{quote}" in sections[number], (line, quote)
+
+
+def test_titles_are_those_of_the_file():
+    banners = re.findall(r"^# ---- (.+) ----$", (ROOT / "stgc.py").read_text(), re.M)
+    assert banners
+    assert re.findall(r"^## (\d+\. .+)$", TEXT, re.M) == banners
+
+
+@pytest.mark.parametrize("line, script", fences("bash"))
+def test_shell_parses(line, script):
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for word in re.findall(r"[\w/]+\.py\b", script):
+        assert (ROOT / word).exists(), (line, word)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", TEXT)
+    assert links
+    for text, target in links:
+        path, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            assert (ROOT / path).exists(), target
+        if anchor:
+            row = (ROOT / path).read_text().splitlines()[int(re.fullmatch(r"L(\d+)", anchor)[1]) - 1]
+            assert re.search(rf"\b{text.strip('`')}\b", row), (text, target, row)
+
+
+def test_pictures_have_words():
+    pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", TEXT)
+    assert pictures and all(len(words) > 60 for words, _ in pictures)
+
+
+def test_the_list_of_choices_is_complete():
+    """Each CHOICE and DIFFERS of the code has a row, and each row is in the code: by file, tag and first three words."""
+    code = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]:
+        for tag, words in TAGS.findall(path.read_text()):
+            code.append((path.relative_to(ROOT).as_posix(), tag, " ".join(re.sub(r"\n\s*(# )?", " ", words).split()[:3])))
+    listed = re.findall(r"^\| `([\w/]+\.py)` \| (CHOICE|DIFFERS) \| (.+?) \|", TEXT, re.M)
+    assert sorted(code) == sorted(listed)
