@@ -310,18 +310,21 @@ def draw_six_tokens(path: Path) -> None:
     plt.close(figure)
 
 
-def draw_push(path: Path) -> None:
-    """How hard three losses push the logit of a token's expert down, over the score p that the expert has; 4 experts, the
-    other logits equal. CE(-z): 1 - softmax(-z)_e. p^2: 2 p^2 (1 - p). -CE(z): 1 - p."""
-    p = np.linspace(0.001, 0.999, 400)
-    odds = p / (1 - p) * 3  # exp of the logit, the others' being 0
-    curves = {  # label -> where it stands, and the push
-        "CE(-z, e): eq. 8, 14": ((0.55, 0.86), 1 - 1 / (1 + 3 * odds)),
-        "squared score: eq. 13": ((0.42, 0.08), 2 * p**2 * (1 - p)),
-        "minus CE(z, e): nobody's": ((0.55, 0.49), 1 - p),
+def pushes(p: np.ndarray) -> dict[str, np.ndarray]:
+    """How hard three losses push the logit of a token's expert down, at its score p; 4 experts, the others' logits equal."""
+    return {
+        "CE(-z, e): eq. 8, 14": 1 - 1 / (1 + 9 * p / (1 - p)),  # 1 - softmax(-z)_e; exp(z_e - others) is 3p / (1 - p)
+        "squared score: eq. 13": 2 * p**2 * (1 - p),
+        "minus CE(z, e): nobody's": 1 - p,
     }
+
+
+def draw_push(path: Path) -> None:
+    """`pushes` over all scores."""
+    p = np.linspace(0.001, 0.999, 400)
+    places = [(0.55, 0.86), (0.42, 0.08), (0.55, 0.49)]
     figure, axis = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
-    for (label, (place, push)), (colour, style, _) in zip(curves.items(), STYLES):
+    for (label, push), place, (colour, style, _) in zip(pushes(p).items(), places, STYLES):
         axis.plot(p, push, style, color=colour, linewidth=2.2)
         axis.text(*place, label, color=colour, fontsize=10)
     axis.set(xlabel="score p of the token's expert", ylabel="push on its logit, downwards", ylim=(0, 1.05), xlim=(0, 1))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from lab import figures
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "tutorial.md").read_text()
@@ -90,6 +93,20 @@ def test_links_lead_somewhere():
 def test_pictures_have_words():
     pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", TEXT)
     assert pictures and all(len(words) > 60 for words, _ in pictures)
+
+
+def test_pictures_show_what_the_text_says(tmp_path):
+    rows = re.findall(r"^\| ([a-f]) \| .+? \| (\d) \| \((-?\d+), (-?\d+)\) \|", TEXT, re.M)
+    told = {(int(expert), name): (int(x), int(y)) for name, expert, x, y in rows}
+    assert told == {(e, name): grad for e, grads in figures.SIX_TOKENS.items() for name, grad in grads.items()}
+    z = torch.tensor([0.7, 0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    score, label = z.softmax(0)[0], torch.tensor(0)
+    losses = [F.cross_entropy(-z, label), score**2, -F.cross_entropy(z, label)]
+    drawn = [push.item() for push in figures.pushes(score.detach().numpy()).values()]
+    assert drawn == pytest.approx([torch.autograd.grad(loss, z, retain_graph=True)[0][0].item() for loss in losses])
+    for draw in (figures.draw_six_tokens, figures.draw_push, figures.draw_taps):
+        draw(tmp_path / "x.png")
+        assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def test_the_list_of_choices_is_complete():
