@@ -1,5 +1,7 @@
 """Figures drawn from a run's records alone: `python -m lab.figures FOLDER` draws them again.
 
+`--idea` and `--tutorial` draw the pictures of README.md and tutorial.md, which show no run.
+
 Variants differ by line style and marker as well as by colour, so that a grey print stays readable.
 """
 
