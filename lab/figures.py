@@ -1,5 +1,7 @@
 """Figures drawn from a run's records alone: `python -m lab.figures FOLDER` draws them again.
 
+`--idea` and `--tutorial` draw the pictures of README.md and tutorial.md, which show no run.
+
 Variants differ by line style and marker as well as by colour, so that a grey print stays readable.
 """
 
@@ -273,13 +275,107 @@ def draw_idea(path: Path) -> None:
     plt.close(figure)
 
 
+SIX_TOKENS = {  # of tutorial.md, section 6: expert -> token -> gradient
+    0: {"a": (3, 4), "b": (3, -4), "c": (4, -3), "d": (-4, 3)},
+    1: {"e": (0, 10), "f": (3, -4)},
+}
+
+
+def draw_arrow(axis, end, **style) -> None:
+    shape = {"arrowstyle": "-|>", "mutation_scale": 15, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", xy=end, xytext=(0, 0), arrowprops=shape | style)
+
+
+def draw_six_tokens(path: Path) -> None:
+    """The tutorial's six tokens: their gradients on each expert, the mean, and which of them conflict with it."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), constrained_layout=True)
+    for axis, (expert, grads) in zip(axes, SIX_TOKENS.items(), strict=True):
+        mean = np.mean(list(grads.values()), axis=0)
+        border = np.array([-mean[1], mean[0]]) / np.linalg.norm(mean)
+        axis.plot(*np.stack([-6 * border, 6 * border], axis=1), color="#777777", linewidth=1, linestyle=":")
+        for name, grad in grads.items():
+            cosine = np.dot(grad, mean) / np.linalg.norm(grad) / np.linalg.norm(mean)
+            colour, style = ("#d1495b", (0, (4, 2))) if cosine < 0 else ("#2e86ab", "-")
+            draw_arrow(axis, grad, color=colour, linestyle=style, linewidth=1.8)
+            text = {"ha": "center", "va": "center", "fontsize": 11, "color": colour}
+            beside = np.array(grad) * (1 + 1.25 / np.linalg.norm(grad)) + np.array([0.55 * np.sign(grad[0]), 0])
+            axis.text(*beside, f"{name}\n{cosine:.2f}", linespacing=0.95, **text)
+        draw_arrow(axis, mean, color="#1b1b1b", linewidth=4.5)
+        axis.text(*(mean + (0.35, 0.35)), "mean", fontsize=11, weight="bold")
+        axis.set(xlim=(-7, 7), ylim=(-7, 12), aspect="equal", title=f"expert {expert}: gradients, cosines with the mean")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("dotted: a right angle to the mean. dashed: beyond it, in conflict", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pushes(p: np.ndarray) -> dict[str, np.ndarray]:
+    """How hard three losses push the logit of a token's expert down, at its score p; 4 experts, the others' logits equal."""
+    return {
+        "CE(-z, e): eq. 8, 14": 1 - 1 / (1 + 9 * p / (1 - p)),  # 1 - softmax(-z)_e; exp(z_e - others) is 3p / (1 - p)
+        "squared score: eq. 13": 2 * p**2 * (1 - p),
+        "minus CE(z, e): nobody's": 1 - p,
+    }
+
+
+def draw_push(path: Path) -> None:
+    """`pushes` over all scores."""
+    p = np.linspace(0.001, 0.999, 400)
+    places = [(0.55, 0.86), (0.42, 0.08), (0.55, 0.49)]
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
+    for (label, push), place, (colour, style, _) in zip(pushes(p).items(), places, STYLES):
+        axis.plot(p, push, style, color=colour, linewidth=2.2)
+        axis.text(*place, label, color=colour, fontsize=10)
+    axis.set(xlabel="score p of the token's expert", ylabel="push on its logit, downwards", ylim=(0, 1.05), xlim=(0, 1))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_taps(path: Path) -> None:
+    """An MoE layer from left to right, the backward from right to left, and the two taps where gradients are looked at."""
+    figure, axis = plt.subplots(figsize=(11, 3.3), constrained_layout=True)
+    names = ["tokens x", "router:\nTop-K", "sort pairs\nby expert", "first\nlinear", "act", "last\nlinear", "times\nweight"]
+    names += ["add up", "main\nloss"]
+    for i, name in enumerate(names):
+        shade = "#e8edf0" if "linear" in name else "white"
+        box = {"boxstyle": "round,pad=0.45", "facecolor": shade, "edgecolor": "#1b1b1b"}
+        axis.text(1.5 * i, 0, name, ha="center", va="center", fontsize=10, bbox=box)
+        if i:
+            arrow = {"arrowstyle": "-|>", "color": "#1b1b1b", "linewidth": 1.2}
+            axis.annotate("", xy=(1.5 * i - 0.5, 0), xytext=(1.5 * i - 1.0, 0), arrowprops=arrow)
+    back = {"arrowstyle": "-|>", "color": "#d1495b", "linewidth": 1.8, "linestyle": (0, (4, 2))}
+    axis.annotate("", xy=(4.7, -1.05), xytext=(12, -1.05), arrowprops=back)
+    axis.text(12, -1.3, "backward", color="#d1495b", fontsize=10, ha="right", va="top")
+    for x, name in ((8.25, "tap 2: g2,\none row per pair"), (5.25, "tap 1: g1,\none row per pair")):
+        axis.plot([x, x], [-1.05, 0.75], color="#d1495b", linewidth=1.2)
+        axis.plot(x, -1.05, "o", color="#d1495b")
+        axis.text(x, 0.82, name, color="#d1495b", ha="center", va="bottom", fontsize=10)
+    push = {"arrowstyle": "-|>", "color": "#2e86ab", "linewidth": 2.2, "connectionstyle": "arc3,rad=-0.25"}
+    axis.annotate("", xy=(1.6, -0.5), xytext=(4.7, -1.15), arrowprops=push)
+    axis.text(2.7, -1.75, "both seen: flags, and a push on the logits", color="#2e86ab", fontsize=10, ha="center", va="top")
+    axis.set(xlim=(-0.9, 12.8), ylim=(-2.2, 1.7))
+    axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a run's output folder; or, with --idea, the PNG to write")
+    parser.add_argument("folder", type=Path, help="a run's output folder; --idea: a PNG; --tutorial: a folder to write")
     parser.add_argument("--idea", action="store_true", help="draw the README's picture of the method instead")
+    parser.add_argument("--tutorial", action="store_true", help="draw the tutorial's pictures instead")
     args = parser.parse_args()
     if args.idea:
         draw_idea(args.folder)
+    elif args.tutorial:
+        draw_six_tokens(args.folder / "tutorial-six.png")
+        draw_push(args.folder / "tutorial-push.png")
+        draw_taps(args.folder / "tutorial-taps.png")
     else:
         record = json.loads((args.folder / "results.json").read_text())
         print(plot_run(args.folder, record["name"]))
