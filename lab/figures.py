@@ -1,4 +1,5 @@
-"""Figures drawn from a run's records alone: `python -m lab.figures FOLDER` draws them again.
+"""Figures drawn from a run's records alone: `python -m lab.figures FOLDER` draws them again; of several folders, their
+comparison side by side, as comparison.png beside them.
 
 `--idea` and `--tutorial` draw the pictures of README.md and tutorial.md, which show no run.
 
@@ -7,6 +8,7 @@ Variants differ by line style and marker as well as by colour, so that a grey pr
 
 import argparse
 import json
+import os
 import textwrap
 from itertools import cycle, product
 from pathlib import Path
@@ -366,18 +368,24 @@ def draw_taps(path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a run's output folder; --idea: a PNG; --tutorial: a folder to write")
+    wanted = "a run's output folder, or several; --idea: a PNG; --tutorial: a folder to write"
+    parser.add_argument("folder", type=Path, nargs="+", help=wanted)
     parser.add_argument("--idea", action="store_true", help="draw the README's picture of the method instead")
     parser.add_argument("--tutorial", action="store_true", help="draw the tutorial's pictures instead")
     args = parser.parse_args()
+    folder = args.folder[0]
     if args.idea:
-        draw_idea(args.folder)
+        draw_idea(folder)
     elif args.tutorial:
-        draw_six_tokens(args.folder / "tutorial-six.png")
-        draw_push(args.folder / "tutorial-push.png")
-        draw_taps(args.folder / "tutorial-taps.png")
+        draw_six_tokens(folder / "tutorial-six.png")
+        draw_push(folder / "tutorial-push.png")
+        draw_taps(folder / "tutorial-taps.png")
     else:
-        record = json.loads((args.folder / "results.json").read_text())
-        print(plot_run(args.folder, record["name"]))
-        if len({run["variant"] for run in record["runs"]}) > 1:
-            print(plot_comparison(args.folder, [record], "best" if has_best(record) else "last"))
+        records = [json.loads((path / "results.json").read_text()) for path in args.folder]
+        select = "best" if all(map(has_best, records)) else "last"
+        if len(records) > 1:
+            print(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
+        else:
+            print(plot_run(folder, records[0]["name"]))
+            if len({run["variant"] for run in records[0]["runs"]}) > 1:
+                print(plot_comparison(folder, records, select))
