@@ -36,7 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, and the description's line breaks kept."""
+    """Defaults shown where there is one to show, and the description's line breaks kept."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def number(convert: type, low: float, high: float | None = None) -> Callable[[str], float]:
