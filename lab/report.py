@@ -44,6 +44,11 @@ def merge(records: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
+def folded(commands: list[str]) -> str:
+    """The commands that made a table, folded away."""
+    return "\n".join(["<details><summary>the commands</summary>", "", *(f"    {one}" for one in commands), "", "</details>"])
+
+
 def results_table(records: list[dict]) -> str:
     """Markdown: dev scores of recorded runs, and the commands that made them."""
     lines = [
@@ -53,14 +58,14 @@ def results_table(records: list[dict]) -> str:
     commands = []
     for record in merge(records):
         for row in score_rows(record):
-            setting = f"{record['config']['router']} router, beta {record['config']['beta']:g}"
+            setting = f", {record['config']['router']} router, beta {record['config']['beta']:g}"
             lines.append(
-                f"| {record['name']} | {row['variant']}, {setting} "
+                f"| {record['name']} | {row['variant']}{setting if row['variant'] != 'dense' else ''} "
                 f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
                 f"| {row['collapsed']} of {row['seeds']} |"
             )
-        commands += [f"    {command}" for command in record["command"]]
-    return "\n".join([*lines, "", *commands])
+        commands += record["command"]
+    return "\n".join([*lines, "", folded(commands)])
 
 
 def bench_table(record: dict) -> str:
@@ -94,7 +99,7 @@ def lvlm_table(records: list[dict]) -> str:
         for label, scores in rows.items():
             cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
             lines.append(f"| {record['name']} | {label} | {len(scores)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"    {record['command']}" for record in records)])
+    return "\n".join([*lines, "", folded([record["command"] for record in records])])
 
 
 def sections() -> dict[str, str]:
