@@ -58,9 +58,10 @@ def results_table(records: list[dict]) -> str:
     commands = []
     for record in merge(records):
         for row in score_rows(record):
-            setting = f", {record['config']['router']} router, beta {record['config']['beta']:g}"
+            config = record["config"]
+            setting = "" if row["variant"] == "dense" else f", {config['router']} router, beta {config['beta']:g}"
             lines.append(
-                f"| {record['name']} | {row['variant']}{setting if row['variant'] != 'dense' else ''} "
+                f"| {record['name']}, {config['epochs']} epochs | {row['variant']}{setting} "
                 f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
                 f"| {row['collapsed']} of {row['seeds']} |"
             )

@@ -70,11 +70,13 @@ def test_tables_show_mean_and_spread_and_collapses():
     none, ce = report.score_rows(record)
     assert report.spread(none["best"]) == "62.0 ± 2.8" and report.spread([50.0]) == "50.0"
     assert (ce["collapsed"], ce["seeds"]) == (1, 2) and none["conflict_ratio"] == "0.250 → 0.500"
-    record |= {"name": "toy-rte", "command": "python x.py --y", "config": {"router": "linear", "beta": 1.0}}
+    record |= {"name": "toy-rte", "command": "python x.py --y", "config": {"router": "linear", "beta": 1.0, "epochs": 3}}
     again = record | {"runs": [entry("ce", 2, 0.8)], "config": record["config"] | {"seeds": [2]}}
-    assert "| toy-rte | ce, linear router, beta 1 | 60.0 ± 17.3 |" in report.results_table([record, again])
+    assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 60.0 ± 17.3 |" in report.results_table([record, again])
     table = report.results_table([record])
-    assert "| toy-rte | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
+    assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
+    dense = report.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
+    assert "| toy-rte, 3 epochs | dense | 70.0 |" in dense
 
 
 def test_readme_shows_what_the_records_say():
