@@ -283,7 +283,7 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
     "ocr": {"": (lambda scene: [Ask("what is written?", text.text, ()) for text in scene.texts], "the text.")},
     "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
 }
-NUM_ASKED = {"vqa": 6}  # of a picture, if there are that many different questions; of the other kinds 1
+NUM_ASKED = {"vqa": 6, "region": 3}  # of a picture, if there are that many different questions; of the other kinds 1
 
 
 class Scenes(NamedTuple):

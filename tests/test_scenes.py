@@ -80,9 +80,9 @@ def test_form(splits):
             times = {
                 "caption": 1,
                 "vqa": 6 if shapes else found.count("vqa"),
-                "choice": bool(text) or single(shapes, "size", "shape") or single(shapes, "size", "colour"),
+                "choice": bool(text) or alone(shapes, "size", "shape") > 0 or alone(shapes, "size", "colour") > 0,
                 "ocr": bool(text),
-                "region": bool(text) or single(shapes, "size", "colour", "shape"),
+                "region": min(3, 2 * alone(shapes, "size", "colour", "shape") + bool(text)),
             }
             assert found == [kind for kind in KINDS for _ in range(times[kind])]
             assert len(questions[image]) == len(found)  # all different
@@ -93,9 +93,9 @@ def test_form(splits):
     assert len(instructions(splits)) > 8.8 * (NUM_TRAIN + NUM_TEST)
 
 
-def single(shapes: list[dict], *attributes: str) -> bool:
-    """Whether these attributes single out one of the shapes."""
-    return 1 in Counter(tuple(s[name] for name in attributes) for s in shapes).values()
+def alone(shapes: list[dict], *attributes: str) -> int:
+    """How many of the shapes these attributes single out."""
+    return list(Counter(tuple(s[name] for name in attributes) for s in shapes).values()).count(1)
 
 
 @pytest.mark.parametrize("size", [32, 96])
