@@ -177,7 +177,7 @@ def test_held_out_pairs_are_in_test_only(splits):
             words += [word.rstrip("s") for word in words]
             new = [pair for pair in HELD_OUT if " ".join(pair) in splits["test"].captions[some.image]]
             about.append("shapes" in words and "many" in words or any(set(pair) & set(words) for pair in new))
-    assert sum(about) > 0.95 * len(about)  # a held-out thing that has no name of its own is not asked about
+    assert sum(about) > 0.9 * len(about)  # a held-out thing that has no name of its own is not asked about
 
 
 # ---- What is asked ----
