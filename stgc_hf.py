@@ -82,8 +82,7 @@ def run_experts(
     names = linear_names(experts)  # a view of each weight: its gradient is that of this run alone
     weights = [w.view_as(w) if experts.is_transposed else w.mT for w in (getattr(experts, name) for name in names)]
     biases = [getattr(experts, f"{name}_bias") if experts.has_bias else None for name in names]
-    x_SD = x_TD.to(weights[0].dtype).unsqueeze(1).expand(-1, expert_ids_TK.shape[1], -1).flatten(0, 1)
-    x_SD = Permute.apply(x_SD, pairs.order_S, pairs.inverse_S)
+    x_SD = Permute.apply(x_TD.to(weights[0].dtype), pairs.order_S, pairs.inverse_S, expert_ids_TK.shape[1])
     if step is not None:
         x_SD, weights = step.enter(x_SD, weights)
     h_SF = grouped_linear(x_SD, weights[0], biases[0], pairs)
