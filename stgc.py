@@ -148,13 +148,14 @@ class Permute(torch.autograd.Function):
 
 def matmul_kernel(x_SI: Tensor, w_EIO: Tensor, pairs: Pairs) -> str:
     """How the experts' products are computed, the one place that decides. Only on a CPU numbers are copied to the host."""
-    aligned = all(size * x_SI.element_size() % 16 == 0 for size in w_EIO.shape[1:]) and x_SI.dtype != torch.float64
-    able = hasattr(F, "grouped_mm") and aligned and (x_SI.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
-    if x_SI.is_cuda:  # dense: every expert on every row, E times the work
-        return "grouped_mm" if able and torch.cuda.get_device_capability(x_SI.device) >= (8, 0) else "dense"
+    aligned = all(size * x_SI.element_size() % 16 == 0 for size in w_EIO.shape[1:])
+    able, compiled = hasattr(F, "grouped_mm") and aligned and x_SI.dtype != torch.float64, torch.compiler.is_compiling()
+    if x_SI.is_cuda:  # torch compiles it for bf16 only. dense: every expert on every row, E times the work
+        able = able and torch.cuda.get_device_capability(x_SI.device) >= (8, 0)
+        return "grouped_mm" if able and (x_SI.dtype == torch.bfloat16 or not compiled) else "dense"
     # slices: a loop over contiguous rows, which leaves padding out; without padding grouped_mm took 0.83x to 0.98x its time
-    able = able and x_SI.device.type == "cpu" and torch.__version__ >= (2, 11) and int(pairs.ends_E[-1]) == len(x_SI)
-    return "grouped_mm" if able else "slices"
+    able = able and not compiled and x_SI.device.type == "cpu" and torch.__version__ >= (2, 11)
+    return "grouped_mm" if able and int(pairs.ends_E[-1]) == len(x_SI) else "slices"
 
 
 def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pairs) -> Tensor:
