@@ -384,8 +384,8 @@ class LayerStep:
 
     def enter(self, x_SD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Before the first linear."""
-        if not self.judged or self.config.passes == "two":
-            return x_SD, weights
+        if not self.judged or self.config.passes == "two":  # a view's gradient is that of this forward alone
+            return x_SD, [w.view_as(w) for w in weights] if self.whole else weights
         conflict, x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *(weights if self.whole else []))
         if not self.replay:
             self.stgc.conflicts[self.index] = conflict
@@ -406,6 +406,8 @@ class LayerStep:
 
     def see(self, linear: int, grad_SO: Tensor) -> None:
         """The gradient of the main loss at the output of a linear: compared at once, and kept only where it is needed on."""
+        if not self.judged:  # a later forward came before the loss
+            return
         grads = self.splits[linear](grad_SO.detach())
         with torch.no_grad(), torch.autocast(grad_SO.device.type, enabled=False):
             self.compared[linear] = [compare_to_means(grad, self.pairs, self.stgc.all_reduce) for grad in grads]
@@ -555,6 +557,8 @@ class STGC:
         logits_TE = widen(self.layers[i].router(x_TD.detach())) if self.config.router_only else routing.logits_TE
         step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
         if not replay:
+            if self.steps[i] is not None:
+                self.steps[i].judged = False
             self.steps[i] = step
         return step
 

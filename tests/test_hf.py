@@ -783,6 +783,34 @@ def test_bf16(passes, case):
     assert result.grads["model.layers.0.mlp.gate.weight"].any()
 
 
+@pytest.mark.parametrize("passes", ["two", "one"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forwards(passes, checkpointing):
+    """Of two forwards before one loss, of other lengths, the latest counts, in the statistics too, whichever autograd or
+    checkpointing comes to last; and every parameter's gradient is there. Whole weights would need the earlier one's mask."""
+    model, first, second = make(use_cache=False), make_batch(), {key: value[:1] for key, value in make_batch(0).items()}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = step(model, second, passes=passes, tau=0.3)
+    model.zero_grad()
+    forward(model, first).loss.backward()
+    main = grads_of(model)
+    for gradients in ("bias", "weight"):
+        model.zero_grad(set_to_none=True)
+        stgc = stgc_hf.attach(model, STGCConfig(passes=passes, tau=0.3, gradients=gradients))
+        early, late = forward(model, first).loss, forward(model, second).loss
+        if checkpointing and gradients == "weight":
+            with pytest.raises(RuntimeError, match="backward after each forward"):
+                stgc.loss(early + late).backward()
+            continue
+        stgc.loss(early + late).backward()
+        if gradients == "bias":
+            same(grads_of(model), {name: main[name] + grad for name, grad in expected.grads.items()})
+            for verdict, truth in zip(stgc.verdicts, expected.verdicts):
+                assert torch.equal(verdict.conflict_TK, truth.conflict_TK) and verdict.conflict_TK.any()
+            close([row["conflict_ratio"] for row in stgc.stats()], [row["conflict_ratio"] for row in expected.rows])
+
+
 class Delta(nn.Module):
     """A parametrization as low-rank adapters are: a frozen weight plus the product of two trained ones."""
 
@@ -928,6 +956,21 @@ def test_trainer(tmp_path):
     reloaded = type(whole.model).from_pretrained(tmp_path / "cut" / "checkpoint-4")  # a plain model of transformers
     assert "stgc" not in (tmp_path / "cut" / "checkpoint-4" / "config.json").read_text()
     assert reloaded.config._experts_implementation != stgc_hf.NAME
+
+
+def test_trainer_with_model_init(tmp_path):
+    """train() then makes the model anew: the one that trains is watched."""
+    run = trainer(tmp_path, 1, save_strategy="no")
+    run = STGCTrainer(
+        None,
+        run.args,
+        train_dataset=run.train_dataset,
+        model_init=lambda: make("gpt_oss", torch.float32),
+        stgc_config=STGCConfig(tau=0.3),
+    )
+    run.train()
+    assert run.stgc.layers[0].experts is run.model.model.layers[0].mlp.experts
+    assert any("conflict_ratio" in row for row in run.state.log_history)
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -382,6 +382,26 @@ def test_a_forward_without_gradients_leaves_nothing_behind(passes, mode):
 
 
 @both_passes
+@both_gradients
+def test_the_latest_forward_counts(passes, gradients):
+    """Two forwards before one loss: verdicts and statistics are those of the second, though one pass meets the first later,
+    and the first trains on its main loss alone."""
+    net, first, second = make_net(), make_batch(tokens=9), make_batch()
+    config = {"passes": passes, "gradients": gradients, "router_only": True}
+    expected, stgc = run(net, second, **config), STGC(net, STGCConfig(**config))
+    net.zero_grad()
+    early = main_loss(net, first)
+    grads = dict(zip(names := [n for n, _ in net.named_parameters()], torch.autograd.grad(early, net.parameters())))
+    stgc.loss(main_loss(net, first) + main_loss(net, second)).backward()
+    same_verdicts(stgc.verdicts, expected.verdicts)
+    for row, truth in zip(stgc.stats(), expected.stats, strict=True):
+        close([row["conflict_ratio"], row["consistency"]], [truth["conflict_ratio"], truth["consistency"]])
+    same_grads(
+        {name: p.grad for name, p in net.named_parameters()}, {name: grads[name] + expected.grads[name] for name in names}
+    )
+
+
+@both_passes
 def test_every(passes):
     """Between the judged steps the loss is main + alpha * balance, and the verdicts are those of the last judged step."""
     net, batches = make_net(), [make_batch() for _ in range(5)]
