@@ -6,6 +6,7 @@ biases of its own, and loops over pairs that compare their gradients. It shares 
 
 import copy
 import importlib
+import json
 import pickle
 import re
 import sys
@@ -25,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import stgc_hf
-from lab import bench
+from lab import bench, report
 from stgc import LayerStep, STGCConfig
 
 TEXT = {
@@ -1055,3 +1056,23 @@ def test_bench(kind):
     assert bench.Bench("eager", *arguments, kind=kind).stgc is None
     measured = bench.Bench("one pass", *arguments, kind=kind)
     assert measured.step() > 0 and measured.stgc.verdicts[0].judged_TK.any()
+
+
+@pytest.mark.parametrize("kind", bench.TEXT_MODELS)
+def test_bench_in_readme(kind, tmp_path, monkeypatch):
+    """`--model` writes a record, and README has a place for its table: one without a marker would be left out in silence."""
+    cls, config = bench.TEXT_MODELS[kind]
+    config = copy.deepcopy(config)
+    config.hidden_size, config.intermediate_size = 64, 32
+    monkeypatch.setitem(bench.TEXT_MODELS, kind, (cls, config))
+    output = tmp_path / "results" / f"bench-{kind}.json"
+    words = (
+        f"bench --model {kind} --rounds 3 --batch-size 1 --length 6 --threads 1 --device cpu --output {output} --variants"
+    )
+    monkeypatch.setattr(sys, "argv", [*words.split(), "one pass"])
+    bench.main()
+    record = json.loads(output.read_text())
+    assert list(record["variants"]) == [*bench.LIBRARY, "one pass"] and record["variants"][record["base"]]["ratio"] == 1
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    shown = report.render(Path("README.md").read_text()).partition(f"<!-- bench-{kind} -->")[2]
+    assert "| one pass |" in shown.partition(f"<!-- /bench-{kind} -->")[0]
