@@ -116,6 +116,11 @@ class Pairs(NamedTuple):
     onehot_SE: Tensor  # its expert, as a float row; zero for padding
     ends_E: Tensor  # where each expert's pairs end
 
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert, then those of padding. Copies their numbers to the host."""
+        ends_E = self.ends_E.tolist()
+        return rows.split([end - start for start, end in zip([0, *ends_E], [*ends_E, len(rows)], strict=True)])
+
 
 def sort_pairs(expert_ids_TK: Tensor, keep_T: Tensor, num_experts: int, dtype: torch.dtype) -> Pairs:
     """Sort the pairs by expert; tokens with keep_T False are padding. Dropless: no expert has a capacity."""
@@ -126,25 +131,31 @@ def sort_pairs(expert_ids_TK: Tensor, keep_T: Tensor, num_experts: int, dtype: t
 
 
 class Permute(torch.autograd.Function):
-    """x[index], its backward grad[inverse]: autograd's own would be an index_add, whose atomics add in random order."""
+    """x[index // copies]; backward gathers and sums up copies: autograd's own would be an index_add, whose atomics add in
+    random order."""
 
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx, x, index, inverse, copies=1):
         ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
+        ctx.copies = copies
+        return x.index_select(0, index // copies)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+        grad = grad.index_select(0, ctx.saved_tensors[0])
+        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
 
 
 def matmul_kernel(x_SI: Tensor, w_EIO: Tensor) -> str:
-    """How the experts' products are computed, the one place that decides. Only `slices` copies numbers to the host."""
-    if not x_SI.is_cuda:
-        return "slices"  # a loop over contiguous rows
-    aligned = all(size * x_SI.element_size() % 16 == 0 for size in w_EIO.shape[1:]) and x_SI.dtype != torch.float64
-    able = hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(x_SI.device) >= (8, 0)
-    return "grouped_mm" if able and aligned else "dense"  # dense: every expert on every row, E times the work
+    """How the experts' products are computed, the one place that decides. Only on a CPU numbers are copied to the host."""
+    aligned = all(size * x_SI.element_size() % 16 == 0 for size in w_EIO.shape[1:])
+    able, compiled = hasattr(F, "grouped_mm") and aligned and x_SI.dtype != torch.float64, torch.compiler.is_compiling()
+    if x_SI.is_cuda:  # torch compiles it for bf16 only. dense: every expert on every row, E times the work
+        able = able and torch.cuda.get_device_capability(x_SI.device) >= (8, 0)
+        return "grouped_mm" if able and (x_SI.dtype == torch.bfloat16 or not compiled) else "dense"
+    # slices: a loop over contiguous rows; from 4 to 128 experts grouped_mm takes 0.83x to 0.98x its time
+    able = able and not compiled and x_SI.device.type == "cpu" and torch.__version__ >= (2, 11)
+    return "grouped_mm" if able else "slices"
 
 
 def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pairs) -> Tensor:
@@ -154,19 +165,20 @@ def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pair
         x_SI, w_EIO, b_EO = x_SI.to(dtype), w_EIO.to(dtype), None if b_EO is None else b_EO.to(dtype)
     kernel = matmul_kernel(x_SI, w_EIO)
     if kernel == "slices":  # unbind, not w_EIO[e]: each indexing would write a gradient of the full size
-        ends_E = pairs.ends_E.tolist()
-        *rows, padding_NI = x_SI.split([end - start for start, end in zip([0, *ends_E], [*ends_E, len(x_SI)], strict=True)])
+        *rows, padding_NI = pairs.split(x_SI)
         biases = [None] * len(rows) if b_EO is None else b_EO.unbind(0)
-        stored_OI = w_EIO.stride(1) == 1  # transposed in memory, as in transformers: unbound so, else the gradient is copied
-        weights = w_EIO.mT.unbind(0) if stored_OI else [w_IO.T for w_IO in w_EIO.unbind(0)]
-        out = [F.linear(x_NI, w_OI, b_O) for x_NI, w_OI, b_O in zip(rows, weights, biases, strict=True)]
+        out = [F.linear(x_NI, w_IO.T, b_O) for x_NI, w_IO, b_O in zip(rows, w_EIO.unbind(0), biases, strict=True)]
         return torch.cat([*out, x_SI.new_zeros(len(padding_NI), w_EIO.shape[2])])
     onehot_SE = pairs.onehot_SE.to(x_SI.dtype)
-    if kernel == "grouped_mm":  # rows behind the last end would stay unwritten, so padding joins the last expert
-        ends_E = torch.cat([pairs.ends_E[:-1], pairs.ends_E.new_full((1,), len(x_SI))]).to(torch.int32)
-        out_SO = F.grouped_mm(x_SI, w_EIO, offs=ends_E)
+    if (
+        kernel == "grouped_mm"
+    ):  # rows behind `end` would stay unwritten. On a GPU, which must not wait, padding joins an expert
+        end = len(x_SI) if x_SI.is_cuda else int(pairs.ends_E[-1])
+        ends_E = torch.cat([pairs.ends_E[:-1], pairs.ends_E.new_full((1,), end)]).to(torch.int32)
+        out_SO = F.grouped_mm(x_SI[:end], w_EIO, offs=ends_E)
+        out_SO = out_SO if end == len(x_SI) else F.pad(out_SO, (0, 0, 0, len(x_SI) - end))
     else:
-        out_SO = (onehot_SE.unsqueeze(2) * x_SI.unsqueeze(1)).flatten(1) @ w_EIO.flatten(0, 1)
+        out_SO = torch.einsum("si,eio,se->so", x_SI, w_EIO, onehot_SE)
     return out_SO if b_EO is None else out_SO + onehot_SE @ b_EO
 
 
@@ -244,8 +256,8 @@ class MoELayer(nn.Module):
         routing = self.routing(x_TD)
         pairs = sort_pairs(routing.expert_ids_TK, keep_T, self.experts.num_experts, routing.logits_TE.dtype)
         step = None if self.watch is None else self.watch(x_TD, routing, pairs, keep_T)
-        x_SD = x_TD.unsqueeze(1).expand(-1, self.top_k, -1).flatten(0, 1)
-        y_SD = self.experts(Permute.apply(x_SD, pairs.order_S, pairs.inverse_S), pairs, step)
+        x_SD = Permute.apply(x_TD, pairs.order_S, pairs.inverse_S, self.top_k)
+        y_SD = self.experts(x_SD, pairs, step)
         y_TKD = Permute.apply(y_SD, pairs.inverse_S, pairs.order_S).unflatten(0, (-1, self.top_k))
         weights_TK1 = (routing.weights_TK * keep_T.unsqueeze(1)).unsqueeze(2)
         return (y_TKD * weights_TK1.to(y_TKD.dtype)).sum(1).reshape(x.shape)
@@ -261,22 +273,29 @@ class MoELayer(nn.Module):
 # speak of. At the last linear it is the gradient before the routing weight, so it contains the factor w_e.
 
 
-def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambda t: t) -> tuple[Tensor, Tensor, Tensor]:
-    """cos_SE(g_n, gbar_e) for every expert e, norm_S, and consistency_E (sec. 4.3). PAPER eq. 7 and 11.
+def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambda t: t) -> tuple[Tensor, ...]:
+    """cos_S(g_n, gbar_e) with the pair's own expert e, norm_S, consistency_E (sec. 4.3), and each gbar_e's direction_EO.
 
-    At the pair's own expert the cosine is one term of eq. 12. A zero gradient has no direction, cosine 0, and adds nothing
-    to the sums; the scale of the loss cancels. Consistency, in [0, 1], is the mean of the cosine matrix of an expert's
-    pairs, diagonal included: the squared norm of their mean unit vector. `all_reduce` sums over processes: global means.
+    PAPER eq. 7 and 11; the cosine is one term of eq. 12. A zero gradient has no direction, cosine 0, and adds nothing to
+    the sums; the scale of the loss cancels. Consistency, in [0, 1], is the mean of the cosine matrix of an expert's pairs,
+    diagonal included: the squared norm of their mean unit vector. `all_reduce` sums over processes: global means.
     """
     grad_SO = widen(grad_SO.detach())
-    tiny = torch.finfo(grad_SO.dtype).tiny
-    norm_S = torch.linalg.vector_norm(grad_SO, dim=-1)
-    alive_S, onehot_SE = (norm_S > 0).to(grad_SO.dtype), pairs.onehot_SE.to(grad_SO.dtype)
-    unit_SE = onehot_SE * (alive_S / norm_S.clamp_min(tiny)).unsqueeze(1)
-    sum_EO, unit_sum_EO = all_reduce(torch.cat([onehot_SE, unit_SE], dim=1).T @ grad_SO).chunk(2)
+    onehot_SE, tiny = pairs.onehot_SE.to(grad_SO.dtype), torch.finfo(grad_SO.dtype).tiny
+    norm_S, real_S = torch.linalg.vector_norm(grad_SO, dim=-1), onehot_SE.sum(1)
+    alive_S = real_S * (norm_S > 0)
+    inverse_S = alive_S / norm_S.clamp_min(tiny)
+    scale_S2 = torch.stack([real_S, inverse_S], dim=1)  # for the sum of gradients, and of unit vectors
+    if grad_SO.is_cuda:  # E times the work, but nothing waits for the numbers of rows
+        sums_E2O = torch.einsum("sw,se,so->ewo", scale_S2, onehot_SE, grad_SO)
+    else:
+        rows = zip(pairs.split(scale_S2)[:-1], pairs.split(grad_SO)[:-1], strict=True)
+        sums_E2O = torch.stack([scale_N2.T @ grad_NO for scale_N2, grad_NO in rows])
+    sum_EO, unit_sum_EO = all_reduce(sums_E2O).unbind(1)
     count_E = all_reduce(alive_S @ onehot_SE).clamp_min(1)
-    cos_SE = grad_SO @ F.normalize(sum_EO, dim=-1, eps=tiny).T / norm_S.clamp_min(tiny).unsqueeze(1)
-    return cos_SE, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1)
+    direction_EO = F.normalize(sum_EO, dim=-1, eps=tiny)
+    cos_S = grouped_linear(grad_SO, direction_EO.unsqueeze(2), None, pairs).squeeze(1) * inverse_S
+    return cos_S, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1), direction_EO
 
 
 def weight_cosine(grad_SO: Tensor, a_SI: Tensor, weight_grad_EIO: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -305,7 +324,7 @@ class Verdict(NamedTuple):
     judged_TK: Tensor  # has a gradient at all
     conflict_TK: Tensor  # judged, and s_n < tau
     picked_TK: Tensor  # gets the loss: the conflicting pairs, or the placebo's
-    target_TK: Tensor  # where "reroute" sends the pair's token
+    target_TK: Tensor  # where "reroute" sends the pair's token; with another loss, its own expert
 
 
 def draw_placebo(conflict_TK: Tensor, judged_TK: Tensor, seed: int) -> Tensor:
@@ -315,14 +334,14 @@ def draw_placebo(conflict_TK: Tensor, judged_TK: Tensor, seed: int) -> Tensor:
     return (rank_S < conflict_TK.sum()).view_as(conflict_TK)
 
 
-def best_other_expert(cos_TKE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    """argmax over the experts e' that the token is not on of cos(g2_n, gbar2_e').
+def best_other_expert(gain_TKE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """argmax over the experts e' that the token is not on of cos(g2_n, gbar2_e'), or of that times |g2_n|.
 
     DIFFERS: the paper leaves the destination open, as a token passes only its own experts. But g2 lives in the hidden space
-    that all experts share, so its cosine with every expert's mean is there already.
+    that all experts share, so it can be compared with every expert's mean.
     """
-    on_TE = torch.zeros_like(cos_TKE[:, 0], dtype=torch.bool).scatter(1, expert_ids_TK, True)
-    return cos_TKE.masked_fill(on_TE.unsqueeze(1), -math.inf).argmax(-1)
+    on_TE = torch.zeros_like(gain_TKE[:, 0], dtype=torch.bool).scatter(1, expert_ids_TK, True)
+    return gain_TKE.masked_fill(on_TE.unsqueeze(1), -math.inf).argmax(-1)
 
 
 # ---- 7. Losses ----
@@ -362,15 +381,15 @@ class LayerStep:
     def __init__(self, stgc: "STGC", index: int, judged: bool, replay: bool, routing: Routing, logits_TE, pairs, keep_T):
         self.stgc, self.index, self.judged, self.replay, self.config = stgc, index, judged, replay, stgc.config
         self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
-        self.whole = self.config.gradients == "weight"
+        self.whole, self.rerouted = self.config.gradients == "weight", self.config.conflict_loss == "reroute"
         self.inputs, self.splits = [], []  # of each linear
         self.edges = []  # where its outputs (and weights) hang in the graph
         self.compared, self.grads = {}, {}  # linear -> what compare_to_means found, and the gradients if they are needed on
 
     def enter(self, x_SD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Before the first linear."""
-        if not self.judged or self.config.passes == "two":
-            return x_SD, weights
+        if not self.judged or self.config.passes == "two":  # a view's gradient is that of this forward alone
+            return x_SD, [w.view_as(w) for w in weights] if self.whole else weights
         conflict, x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *(weights if self.whole else []))
         if not self.replay:
             self.stgc.conflicts[self.index] = conflict
@@ -390,11 +409,13 @@ class LayerStep:
         return out_SO
 
     def see(self, linear: int, grad_SO: Tensor) -> None:
-        """The gradient of the main loss at the output of a linear: compared at once, and kept for whole weights only."""
+        """The gradient of the main loss at the output of a linear: compared at once, and kept only where it is needed on."""
+        if not self.judged:  # a later forward came before the loss
+            return
         grads = self.splits[linear](grad_SO.detach())
         with torch.no_grad(), torch.autocast(grad_SO.device.type, enabled=False):
             self.compared[linear] = [compare_to_means(grad, self.pairs, self.stgc.all_reduce) for grad in grads]
-        self.grads |= {linear: grads} if self.whole else {}
+        self.grads |= {linear: grads} if self.whole or self.rerouted else {}
 
     def close(self, logits_TE: Tensor, weight_grads: Sequence[Tensor]) -> Tensor:
         """All gradients are in: judges the pairs, and returns the conflict loss, differentiable in logits_TE.
@@ -415,9 +436,8 @@ class LayerStep:
     def judge(self, weight_grads: Sequence[Tensor]) -> tuple[Verdict, Tensor]:
         """Flags, statistics, and the number of picked pairs over all processes. PAPER eq. 12 and definition 1."""
         ids_TK, onehot_SE, all_reduce = self.expert_ids_TK, self.pairs.onehot_SE, self.stgc.all_reduce
-        compared = (found for i in sorted(self.compared) for found in self.compared[i])
-        cos_LSE, norm_LS, consistency_LE = (torch.stack(t) for t in zip(*compared))
-        cos_LS = (cos_LSE * onehot_SE).sum(-1)
+        *found, directions = zip(*(one for i in sorted(self.compared) for one in self.compared[i]), strict=True)
+        cos_LS, norm_LS, consistency_LE = map(torch.stack, found)
         if self.whole:
             terms = []
             for i, a_SI in enumerate(self.inputs):
@@ -425,10 +445,12 @@ class LayerStep:
                 terms += [weight_cosine(grad_SO, a_SI, sum_EIO, self.pairs) for grad_SO, sum_EIO in parts]
             cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
         judged_S = (norm_LS > 0).any(0) & onehot_SE.any(1)  # not padding, whatever the loss does with it
-        similarity_TK, judged_TK, cos_TKE = (
+        gain_SE = [widen(self.grads[max(self.grads)][-1]) @ directions[-1].T] if self.rerouted else []  # of g2
+        similarity_TK, judged_TK, *gain_TKE = (
             rows_S.index_select(0, self.pairs.inverse_S).unflatten(0, ids_TK.shape)
-            for rows_S in (cos_LS.mean(0), judged_S, cos_LSE[-1])
+            for rows_S in (cos_LS.mean(0), judged_S, *gain_SE)
         )
+        target_TK = best_other_expert(*gain_TKE, ids_TK) if self.rerouted else ids_TK
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
             seed = hash((self.config.seed, self.stgc.forward_step, self.index, self.stgc.rank))
@@ -445,7 +467,7 @@ class LayerStep:
             "consistency": consistency,
             "consistency_std": (share_E * (consistency_E - consistency).square()).sum().sqrt(),
         }
-        verdict = Verdict(similarity_TK, judged_TK, conflict_TK, picked_TK, best_other_expert(cos_TKE, ids_TK))
+        verdict = Verdict(similarity_TK, judged_TK, conflict_TK, picked_TK, target_TK)
         self.stgc.verdicts[self.index] = verdict
         return verdict, num_picked
 
@@ -539,6 +561,8 @@ class STGC:
         logits_TE = widen(self.layers[i].router(x_TD.detach())) if self.config.router_only else routing.logits_TE
         step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
         if not replay:
+            if self.steps[i] is not None:
+                self.steps[i].judged = False
             self.steps[i] = step
         return step
 

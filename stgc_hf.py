@@ -62,16 +62,17 @@ NAME = "stgc"  # of our function in the experts interface
 
 
 def split_columns(concatenated: bool, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A fused gate and up projection, or its gradient, as the two linears that it is."""
+    """A fused gate and up projection (..., 2F), or its gradient, as the two linears (..., F) that it is."""
     return rows.chunk(2, dim=-1) if concatenated else (rows[..., ::2], rows[..., 1::2])
 
 
 def everything(x_TD: Tensor) -> Tensor:
-    """keep_T without padding."""
+    """keep_T without padding: all True."""
     return torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device)
 
 
 def linear_names(experts: nn.Module) -> list[str]:
+    """Names of the stacked weights, the first linear's and the last's; a bias is named alike, with `_bias` behind it."""
     return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
 
 
@@ -79,11 +80,10 @@ def run_experts(
     experts: nn.Module, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, pairs: Pairs, step: LayerStep | None = None
 ) -> Tensor:
     """out_TD, the sum over a token's experts of w_e * E_e(x), by the parameters of the library's module. `step` taps it."""
-    names = linear_names(experts)  # a view of each weight: its gradient is that of this run alone
-    weights = [w.view_as(w) if experts.is_transposed else w.mT for w in (getattr(experts, name) for name in names)]
+    names = linear_names(experts)
+    weights = [w if experts.is_transposed else w.mT for w in (getattr(experts, name) for name in names)]
     biases = [getattr(experts, f"{name}_bias") if experts.has_bias else None for name in names]
-    x_SD = x_TD.to(weights[0].dtype).unsqueeze(1).expand(-1, expert_ids_TK.shape[1], -1).flatten(0, 1)
-    x_SD = Permute.apply(x_SD, pairs.order_S, pairs.inverse_S)
+    x_SD = Permute.apply(x_TD.to(weights[0].dtype), pairs.order_S, pairs.inverse_S, expert_ids_TK.shape[1])
     if step is not None:
         x_SD, weights = step.enter(x_SD, weights)
     h_SF = grouped_linear(x_SD, weights[0], biases[0], pairs)
@@ -115,7 +115,10 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, experts_function)
 
 
 class Padding:
-    """Which tokens are padding: the 2-D attention mask of the model call that runs, the innermost one that has it."""
+    """Which tokens are padding: the 2-D attention mask (B, L) of the model call that runs, the innermost one that has it.
+
+    `enter` and `leave` are hooks around the forward of each model in the model; `names` are the parameters of that forward.
+    """
 
     def __init__(self):
         self.masks: list[Tensor | None] = []
@@ -129,7 +132,10 @@ class Padding:
         self.masks.pop()
 
     def keep(self, x_TD: Tensor) -> Tensor | None:
-        """keep_T, False for padding. None: no call that runs was given a 2-D mask, so every token is real."""
+        """keep_T, False for padding. None: no call that runs was given a 2-D mask, so every token is real.
+
+        Raises ValueError where a mask with zeros does not fit the tokens.
+        """
         if not self.masks or self.masks[-1] is None:
             return None
         mask = self.masks[-1]
@@ -173,6 +179,7 @@ class Layer:
         return None if self.watch is None else self.watch.func.__self__
 
     def install(self) -> None:
+        """Hooks on the routers, and the experts' function in the place of the one chosen before; `remove` undoes both."""
         for router in self.routers:
             self.handles.append(router.register_forward_hook(self.take, with_kwargs=True))
             for child in router.children():  # what the router returns may be probabilities, as in gemma4
@@ -190,6 +197,7 @@ class Layer:
                 self.experts.config._experts_implementation_internal = self.before
 
     def take_linear(self, linear, args, output) -> None:
+        """After a linear inside the router, as wide as there are experts: what it returns are the raw logits."""
         self.linear_out = output
 
     def take(self, router, args, kwargs, output) -> None:
@@ -218,7 +226,10 @@ class Layer:
         return self.alone_TE
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes."""
+        """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes.
+
+        Raises RuntimeError where the router did not run on the same tokens before, or a frozen part makes judging moot.
+        """
         eager = type(self.experts).forward.__wrapped__
         library = partial(ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager), self.experts, x_TD, expert_ids_TK)
         if self.watch is None:
@@ -232,12 +243,20 @@ class Layer:
                 "them before: stgc_hf cannot tell their router logits"
             )
         (logits_TE, self.alone_TE), self.logits = self.logits, None
-        if torch._C._current_graph_task_id() == -1:  # else gradient checkpointing computes the layer once more
+        if torch._C._current_graph_task_id() == -1:
             self.keep_T = self.padding.keep(x_TD)
-        keep_T = everything(x_TD) if self.keep_T is None else self.keep_T
+        # else gradient checkpointing computes the layer once more: the latest forward's tokens, or those of one before it,
+        # which does not count and whose padding no longer matters
+        known = self.keep_T is not None and len(self.keep_T) == len(x_TD)
+        keep_T = self.keep_T if known else everything(x_TD)
         # The library computes padding as it does tokens, and so do we, but it is not judged. For gradients of whole weights,
         # which sum up over all rows of a product, it runs apart.
         apart = self.keep_T is not None and self.stgc.config.gradients == "weight"
+        if apart and not known:
+            raise RuntimeError(
+                "gradient checkpointing computes a forward again that was not the latest, and gradients='weight' needs its "
+                "attention mask: call backward after each forward"
+            )
         sort = partial(sort_pairs, expert_ids_TK, num_experts=self.experts.num_experts, dtype=logits_TE.dtype)
         pairs = sort(keep_T if apart else everything(x_TD))
         keep_S = keep_T.unsqueeze(1).expand_as(expert_ids_TK).flatten().index_select(0, pairs.order_S)
@@ -305,6 +324,7 @@ class ModelSTGC(STGC):
                 self.handles.append(module.register_forward_hook(self.padding.leave, always_call=True))
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """Every module whose experts go through the interface, by name. Raises ValueError for what cannot be watched."""
         found = {name: module for name, module in model.named_modules() if is_experts(module)}
         if not found:
             raise ValueError(
@@ -326,6 +346,7 @@ class ModelSTGC(STGC):
         return layers
 
     def begin(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
+        """As in STGC. Raises RuntimeError for a frozen router, ValueError where reroute has no expert to send to."""
         step, layer = super().begin(i, x_TD, routing, pairs, keep_T), self.layers[i]
         if step is not None and step.judged and self.config.conflict_loss != "none":
             if not layer.router_trains:
@@ -339,6 +360,7 @@ class ModelSTGC(STGC):
         return step
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
+        """As in STGC. Raises RuntimeError where all judged experts are frozen."""
         judged = [self.layers[step.index] for step in self.steps if step is not None and step.judged]
         if judged and not any(layer.experts_train for layer in judged):
             raise RuntimeError(
@@ -370,11 +392,21 @@ def attach(model: nn.Module, config: STGCConfig) -> ModelSTGC:
 
 
 class TrainerMixin:
-    """class MyTrainer(stgc_hf.TrainerMixin, Trainer): pass. Then MyTrainer(..., stgc_config=STGCConfig())."""
+    """class MyTrainer(stgc_hf.TrainerMixin, Trainer): pass. Then MyTrainer(..., stgc_config=STGCConfig()).
+
+    Adds the losses in training, logs their means over the layers and the conflict statistics, and goes on at the right step
+    when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
+    """
 
     def __init__(self, *args, stgc_config: STGCConfig, **kwargs):
+        self.stgc_config = stgc_config
         super().__init__(*args, **kwargs)
         self.stgc = attach(self.model, stgc_config)
+
+    def call_model_init(self, trial=None):  # `train` makes the model anew where a model_init is given
+        model = super().call_model_init(trial)
+        self.stgc = attach(model, self.stgc_config)
+        return model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         resumed = self.state.global_step * self.args.gradient_accumulation_steps

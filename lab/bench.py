@@ -4,6 +4,7 @@
   python -m lab.bench --size large             BERT-large's size
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
   python -m lab.bench --model mixtral          transformers' own model, mid-size, with stgc_hf attached or not; or olmoe
+  python -m lab.bench --model olmoe --output results/bench-olmoe.json     and its record, which README shows
 
 A step is forward, losses, backward and AdamW. All variants take turns within each round, so that what slows the machine
 slows them all; reported are medians over rounds of the ratio to the base in the same round: to "moe" (the MoE model with its

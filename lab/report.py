@@ -70,7 +70,7 @@ def results_table(records: list[dict]) -> str:
 
 
 def bench_table(record: dict) -> str:
-    """Markdown: step time and memory against the MoE model without STGC."""
+    """Markdown: step time and memory against the variant that the record calls its base."""
     lines = ["| variant | step time | middle half of the rounds | peak memory |", "| --- | --- | --- | --- |"]
     for name, row in record["variants"].items():
         low, high = row["ratio_quartiles"]

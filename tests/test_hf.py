@@ -6,6 +6,7 @@ biases of its own, and loops over pairs that compare their gradients. It shares 
 
 import copy
 import importlib
+import json
 import pickle
 import re
 import sys
@@ -25,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import stgc_hf
-from lab import bench
+from lab import bench, report
 from stgc import LayerStep, STGCConfig
 
 TEXT = {
@@ -783,6 +784,34 @@ def test_bf16(passes, case):
     assert result.grads["model.layers.0.mlp.gate.weight"].any()
 
 
+@pytest.mark.parametrize("passes", ["two", "one"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forwards(passes, checkpointing):
+    """Of two forwards before one loss, of other lengths, the latest counts, in the statistics too, whichever autograd or
+    checkpointing comes to last; and every parameter's gradient is there. Whole weights would need the earlier one's mask."""
+    model, first, second = make(use_cache=False), make_batch(), {key: value[:1] for key, value in make_batch(0).items()}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = step(model, second, passes=passes, tau=0.3)
+    model.zero_grad()
+    forward(model, first).loss.backward()
+    main = grads_of(model)
+    for gradients in ("bias", "weight"):
+        model.zero_grad(set_to_none=True)
+        stgc = stgc_hf.attach(model, STGCConfig(passes=passes, tau=0.3, gradients=gradients))
+        early, late = forward(model, first).loss, forward(model, second).loss
+        if checkpointing and gradients == "weight":
+            with pytest.raises(RuntimeError, match="backward after each forward"):
+                stgc.loss(early + late).backward()
+            continue
+        stgc.loss(early + late).backward()
+        if gradients == "bias":
+            same(grads_of(model), {name: main[name] + grad for name, grad in expected.grads.items()})
+            for verdict, truth in zip(stgc.verdicts, expected.verdicts):
+                assert torch.equal(verdict.conflict_TK, truth.conflict_TK) and verdict.conflict_TK.any()
+            close([row["conflict_ratio"] for row in stgc.stats()], [row["conflict_ratio"] for row in expected.rows])
+
+
 class Delta(nn.Module):
     """A parametrization as low-rank adapters are: a frozen weight plus the product of two trained ones."""
 
@@ -930,6 +959,21 @@ def test_trainer(tmp_path):
     assert reloaded.config._experts_implementation != stgc_hf.NAME
 
 
+def test_trainer_with_model_init(tmp_path):
+    """train() then makes the model anew: the one that trains is watched."""
+    run = trainer(tmp_path, 1, save_strategy="no")
+    run = STGCTrainer(
+        None,
+        run.args,
+        train_dataset=run.train_dataset,
+        model_init=lambda: make("gpt_oss", torch.float32),
+        stgc_config=STGCConfig(tau=0.3),
+    )
+    run.train()
+    assert run.stgc.layers[0].experts is run.model.model.layers[0].mlp.experts
+    assert any("conflict_ratio" in row for row in run.state.log_history)
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_trainer_accumulates(tmp_path, scaled):
     """One step of two micro-batches adds the mean of their two regularisers, whether the model's loss is scaled or not."""
@@ -1012,3 +1056,23 @@ def test_bench(kind):
     assert bench.Bench("eager", *arguments, kind=kind).stgc is None
     measured = bench.Bench("one pass", *arguments, kind=kind)
     assert measured.step() > 0 and measured.stgc.verdicts[0].judged_TK.any()
+
+
+@pytest.mark.parametrize("kind", bench.TEXT_MODELS)
+def test_bench_in_readme(kind, tmp_path, monkeypatch):
+    """`--model` writes a record, and README has a place for its table: one without a marker would be left out in silence."""
+    cls, config = bench.TEXT_MODELS[kind]
+    config = copy.deepcopy(config)
+    config.hidden_size, config.intermediate_size = 64, 32
+    monkeypatch.setitem(bench.TEXT_MODELS, kind, (cls, config))
+    output = tmp_path / "results" / f"bench-{kind}.json"
+    words = (
+        f"bench --model {kind} --rounds 3 --batch-size 1 --length 6 --threads 1 --device cpu --output {output} --variants"
+    )
+    monkeypatch.setattr(sys, "argv", [*words.split(), "one pass"])
+    bench.main()
+    record = json.loads(output.read_text())
+    assert list(record["variants"]) == [*bench.LIBRARY, "one pass"] and record["variants"][record["base"]]["ratio"] == 1
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    shown = report.render(Path("README.md").read_text()).partition(f"<!-- bench-{kind} -->")[2]
+    assert "| one pass |" in shown.partition(f"<!-- /bench-{kind} -->")[0]

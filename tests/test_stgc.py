@@ -381,6 +381,26 @@ def test_a_forward_without_gradients_leaves_nothing_behind(passes, mode):
 
 
 @both_passes
+@both_gradients
+def test_the_latest_forward_counts(passes, gradients):
+    """Two forwards before one loss: verdicts and statistics are those of the second, though one pass meets the first later,
+    and the first trains on its main loss alone."""
+    net, first, second = make_net(), make_batch(tokens=9), make_batch()
+    config = {"passes": passes, "gradients": gradients, "router_only": True}
+    expected, stgc = run(net, second, **config), STGC(net, STGCConfig(**config))
+    net.zero_grad()
+    early = main_loss(net, first)
+    grads = dict(zip(names := [n for n, _ in net.named_parameters()], torch.autograd.grad(early, net.parameters())))
+    stgc.loss(main_loss(net, first) + main_loss(net, second)).backward()
+    same_verdicts(stgc.verdicts, expected.verdicts)
+    for row, truth in zip(stgc.stats(), expected.stats, strict=True):
+        close([row["conflict_ratio"], row["consistency"]], [truth["conflict_ratio"], truth["consistency"]])
+    same_grads(
+        {name: p.grad for name, p in net.named_parameters()}, {name: grads[name] + expected.grads[name] for name in names}
+    )
+
+
+@both_passes
 def test_every(passes):
     """Between the judged steps the loss is main + alpha * balance, and the verdicts are those of the last judged step."""
     net, batches = make_net(), [make_batch() for _ in range(5)]
@@ -715,28 +735,71 @@ def test_any_router(passes):
         assert not torch.equal(main[name], balance[name]) and not torch.equal(main[name], conflict[name])
 
 
+def as_on_cuda(patch):
+    """CUDA's ways, run here: every choice that depends on the device falls as on a GPU with grouped products."""
+    patch.setattr(torch.Tensor, "is_cuda", True)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
 KERNELS = [("dense", torch.float64, 1e-12)] + [("grouped_mm", torch.float32, 1e-4)] * hasattr(F, "grouped_mm")
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("on_cuda", [True, False])
+@pytest.mark.parametrize("padding", [5, 0])
 @pytest.mark.parametrize("kernel, dtype, tolerance", KERNELS)
-def test_kernels_agree(kernel, dtype, tolerance, gated, monkeypatch):
-    """CUDA's ways to the experts' products, run here: loss, flags and gradients are those of the loop, padding or not."""
-    net, batch = make_net(dtype=dtype, gated=gated), make_batch(tokens=24, padding=5, dtype=dtype)
+def test_kernels_agree(kernel, dtype, tolerance, on_cuda, padding, gated, monkeypatch):
+    """All ways to the experts' products and sums: loss, flags, statistics and gradients are those of the loop, padding or
+    not, and for reroute, which alone compares with every expert."""
+    if kernel == "dense" and not on_cuda:
+        return  # a CPU has no use for it
+    net, batch = make_net(dtype=dtype, gated=gated), make_batch(tokens=24, padding=padding, dtype=dtype)
+    kinds = [("ce", passes, gradients) for passes in PASSES for gradients in GRADIENTS] + [("reroute", "one", "bias")]
+    cases = [{"conflict_loss": kind, "passes": passes, "gradients": gradients} for kind, passes, gradients in kinds]
+    used, choose = set(), stgc_module.matmul_kernel
+    monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_: "slices")
+    expected, expected_TD = [run(net, batch, alpha=0.1, **case) for case in cases], net.layers[0](*batch[::2]).detach()
+    if on_cuda:
+        as_on_cuda(monkeypatch)
+    monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *args: used.add(choose(*args)) or choose(*args))
     with torch.no_grad():
-        expected_TD = net.layers[0](*batch[::2])
-        monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_: kernel)
-        close(net.layers[0](*batch[::2]), expected_TD, tolerance, tolerance)
-        assert not net.layers[0](*batch[::2])[~batch.keep_T].any()
-    for passes in PASSES:
-        for gradients in GRADIENTS:
-            results = []
-            for name in ("slices", kernel):
-                monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_, name=name: name)
-                results.append(run(net, batch, passes=passes, gradients=gradients, alpha=0.1))
-            same_grads(results[1].grads, results[0].grads, rtol=tolerance, atol=tolerance)
-            same_verdicts(results[1].verdicts, results[0].verdicts, rtol=tolerance, atol=tolerance)
-            close(results[1].total, results[0].total, rtol=tolerance)
+        out_TD = net.layers[0](*batch[::2])
+        close(out_TD, expected_TD, tolerance, tolerance)
+        assert used == {kernel} and not out_TD[~batch.keep_T].any()
+    for case, truth in zip(cases, expected, strict=True):
+        result = run(net, batch, alpha=0.1, **case)
+        same_grads(result.grads, truth.grads, rtol=tolerance, atol=tolerance)
+        same_verdicts(result.verdicts, truth.verdicts, rtol=tolerance, atol=tolerance)
+        close(result.total, truth.total, rtol=tolerance)
+        for row, true_row in zip(result.stats, truth.stats, strict=True):
+            close(
+                [row[key] for key in ("consistency", "consistency_std")],
+                [true_row["consistency"], true_row["consistency_std"]],
+                tolerance,
+                tolerance,
+            )
+
+
+def test_matmul_kernel(monkeypatch):
+    """A CPU takes torch's own product where it can; that refuses other dtypes and sizes, so a loop must take these."""
+
+    def chosen(dtype=torch.float32, size=8):
+        return stgc_module.matmul_kernel(torch.zeros(12, 8, dtype=dtype), torch.zeros(4, 8, size, dtype=dtype))
+
+    best = "grouped_mm" if hasattr(F, "grouped_mm") and torch.__version__ >= (2, 11) else "slices"
+    assert chosen() == chosen(dtype=torch.bfloat16) == best
+    assert chosen(dtype=torch.float64) == chosen(size=7) == chosen(size=12, dtype=torch.bfloat16) == "slices"
+    with monkeypatch.context() as patch:  # torch compiles it for bf16 only, and reading numbers breaks the graph
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert chosen() == chosen(dtype=torch.bfloat16) == "slices"
+        as_on_cuda(patch)
+        assert chosen() == "dense" and (chosen(dtype=torch.bfloat16) == "grouped_mm") is hasattr(F, "grouped_mm")
+    as_on_cuda(monkeypatch)
+    assert chosen(dtype=torch.float64) == chosen(size=7) == "dense"
+    if hasattr(F, "grouped_mm"):
+        assert chosen() == "grouped_mm"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert chosen() == "dense"
 
 
 @both_passes
@@ -826,10 +889,10 @@ class NoSync(TorchDispatchMode):
 
 @both_passes
 @both_gradients
-@pytest.mark.parametrize("kernel", [case[0] for case in KERNELS])
-def test_nothing_waits_for_the_gpu(kernel, passes, gradients, monkeypatch):
+@pytest.mark.parametrize("dtype", [case[1] for case in KERNELS])
+def test_nothing_waits_for_the_gpu(dtype, passes, gradients, monkeypatch):
     """The CUDA path, run here: no .item(), .tolist() or boolean indexing from the forward to the end of backward."""
-    net, batch = make_net(dtype=torch.float32), make_batch(dtype=torch.float32)
+    net, batch = make_net(dtype=dtype), make_batch(dtype=dtype)
 
     def refuse(*_):
         raise AssertionError("a tensor was read")
@@ -843,7 +906,7 @@ def test_nothing_waits_for_the_gpu(kernel, passes, gradients, monkeypatch):
 
     with pytest.raises(AssertionError):  # the loop over slices reads where each expert's rows end, so the guard works
         step()
-    monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_: kernel)
+    as_on_cuda(monkeypatch)
     for kind in (*KINDS, "none"):
         step(conflict_loss=kind)
 
