@@ -96,7 +96,8 @@ def route(router: nn.Module, x_TD: Tensor, top_k: int, normalize: bool = True, s
     """Top-K of p = softmax(z). PAPER eq. 5.
 
     CHOICE: the K weights are renormalised to sum to 1 (MoE-LLaVA's gate does) unless `normalize` is off. `scale`
-    multiplies them: experts that are parts of one FFN add up, so their weights sum to K.
+    multiplies them: experts that are parts of one FFN add up, so their weights sum to K. With top_k=1 a renormalised weight
+    is 1, so the main loss trains no router: turn `normalize` off there.
     """
     logits_TE = widen(router(x_TD))
     weights_TK, expert_ids_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
@@ -577,8 +578,8 @@ class STGC:
         unseen, self.blind = sorted(self.blind - {step.index for step in steps}), set()
         if unseen:
             raise RuntimeError(
-                f"MoE layer {self.names[unseen[0]]} ran in training mode without gradients, as reentrant gradient "
-                "checkpointing makes it: pass use_reentrant=False (gradient_checkpointing_kwargs in transformers)"
+                f"MoE layer {self.names[unseen[0]]} ran in training mode without gradients: call model.eval() before an "
+                "evaluation; under gradient checkpointing pass use_reentrant=False (gradient_checkpointing_kwargs)"
             )
         if not steps:
             raise RuntimeError("no forward of a watched layer since the last loss: call the model first, with gradients on")
