@@ -111,10 +111,8 @@ def sections() -> dict[str, str]:
     if pictures:
         texts["lvlm"] = lvlm_table(pictures)
     for path in sorted((ROOT / "results").glob("bench*.json")):
-        texts[path.stem] = bench_table(json.loads(path.read_text()))
-    peer = ROOT / "results" / "peer.json"
-    if peer.exists():
-        texts["peer"] = peer_table(json.loads(peer.read_text()))
+        record = json.loads(path.read_text())
+        texts[path.stem] = (bench_table if "variants" in record else peer_table)(record)
     return texts
 
 
