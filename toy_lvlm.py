@@ -245,7 +245,7 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            run.step_done(main_loss, args.batch_size)
+            run.step_done(main_loss, args.batch_size * (1 if stage.startswith("stage") else PAIRS))
         if run.at.epoch == 1:
             run.epoch_done()
     accelerator.free_memory()

@@ -246,9 +246,12 @@ def score(instructions: Sequence[Instruction], right: Sequence[bool]) -> dict[st
 
 
 def majority(train: Sequence[Instruction], test: Sequence[Instruction]) -> list[str]:
-    """What one answers who sees neither picture nor question: the training's most frequent answer to that kind and part."""
-    counts: dict[tuple[str, str], Counter] = {}
+    """What one answers who does not see the picture: the training's most frequent answer to that very question, or, where it
+    was never asked, to questions of its kind and part."""
+    counts: dict[tuple, Counter] = {}
     for one in train:
-        counts.setdefault((one.kind, one.part), Counter())[one.turns[-1][1]] += 1
+        question, answer = one.turns[-1]
+        for key in ((one.kind, one.part, question), (one.kind, one.part)):
+            counts.setdefault(key, Counter())[answer] += 1
     best = {key: min(count, key=lambda answer: (-count[answer], answer)) for key, count in counts.items()}
-    return [best.get((one.kind, one.part), "") for one in test]
+    return [best.get((one.kind, one.part, one.turns[-1][0]), best.get((one.kind, one.part), "")) for one in test]

@@ -47,7 +47,7 @@ from lab.runs import write_json
 from lab.scenes import make_scenes
 
 SIZE = 64  # of a picture without a pretrained CLIP, in pixels
-PATCH = 16
+PATCH = 32  # a cell of lab.scenes: with smaller ones the language model hardly learns where a thing is that it can name
 
 # ---- 1. Data ----
 

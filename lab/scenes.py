@@ -199,8 +199,9 @@ def named(scene: Scene, ways: tuple[str, ...] = ("shape", "colour shape", "size 
 
 
 def caption(scene: Scene) -> str:
-    """The one sentence for this scene."""
-    parts = [f"a {thing.size} {thing.colour} {thing.shape} at the {CELLS[thing.cell]}" for thing in scene.shapes]
+    """The one sentence for this scene. Shapes come by colour and name, not by place: to say where each is, one has to look."""
+    shapes = sorted(scene.shapes, key=lambda thing: ([*COLOURS].index(thing.colour), [*OUTLINES].index(thing.shape)))
+    parts = [f"a {thing.size} {thing.colour} {thing.shape} at the {CELLS[thing.cell]}" for thing in shapes]
     parts += [f"the {text.shape} {text.text} in {text.colour} at the {ROWS[text.cell]}" for text in scene.texts]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts) + "."
 
@@ -284,6 +285,7 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
     "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
 }
 NUM_ASKED = {"vqa": 6, "region": 3}  # of a picture, if there are that many different questions; of the other kinds 1
+BARE = 0.3  # of the one-word questions of the training do not say how to answer, for people do not either
 
 
 class Scenes(NamedTuple):
@@ -291,7 +293,7 @@ class Scenes(NamedTuple):
     captions: list[str]  # one per picture
 
 
-def instruct(scene: Scene, image: int, rng: random.Random, used: Counter) -> Iterator[Instruction]:
+def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Counter) -> Iterator[Instruction]:
     """NUM_ASKED of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come
     about equally often; but questions about a held-out pair go first. `used` counts by condition, and is updated."""
     for kind, parts in ASKED.items():
@@ -300,7 +302,8 @@ def instruct(scene: Scene, image: int, rng: random.Random, used: Counter) -> Ite
             order = [(not is_new(*ask.about), used[key], used[key, ask.answer], rng.random()) for key, ask in asks]
             key, ask = asks.pop(order.index(min(order)))
             used.update([key, (key, ask.answer)])
-            turn = (f"{IMAGE}\n{ask.question} {parts[key[2]][1]}", ask.answer)
+            bare = split == "train" and kind == "vqa" and rng.random() < BARE
+            turn = (f"{IMAGE}\n{ask.question}" + f" {parts[key[2]][1]}" * (not bare), ask.answer)
             yield Instruction((turn,), image, kind, key[2], scene.where, ask.accept)
 
 
@@ -313,6 +316,6 @@ def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) ->
         images_N3SS = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8)
         for i, scene in enumerate(scenes):
             images_N3SS[i] = draw_scene(scene, size)
-            instructions += instruct(scene, i, rng, used)
+            instructions += instruct(scene, i, split, rng, used)
         splits[split] = Scenes(InstructionSet(images_N3SS, instructions), [caption(scene) for scene in scenes])
     return splits

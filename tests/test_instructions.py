@@ -167,6 +167,8 @@ def test_scores_and_the_majority():
         ask("q", "x", kind="ocr"),
     ]
     assert majority(train, test) == ["red", "red", ""]
+    asked = [ask("how many?", "1", part="count"), ask("how many red ones?", "0", part="count"), *train]
+    assert majority(asked, [ask(q, "", part="count") for q in ("how many?", "how many red ones?")]) == ["1", "0"]
     found = score(test, [True, False, True])
     assert list(found)[0] == "score" and found["score"] == pytest.approx(2 / 3)
     assert found["vqa"] == 0.5 and found["ocr"] == 1 and found["vqa, clean"] == 1 and found["cluttered"] == 0
