@@ -199,7 +199,7 @@ def named(scene: Scene, ways: tuple[str, ...] = ("shape", "colour shape", "size 
 
 
 def caption(scene: Scene) -> str:
-    """The one sentence for this scene. Shapes come by colour and name, not by place: to say where each is, one has to look."""
+    """The one sentence for this scene. Shapes come by colour and name, not by place: so one has to look where each is."""
     shapes = sorted(scene.shapes, key=lambda thing: ([*COLOURS].index(thing.colour), [*OUTLINES].index(thing.shape)))
     parts = [f"a {thing.size} {thing.colour} {thing.shape} at the {CELLS[thing.cell]}" for thing in shapes]
     parts += [f"the {text.shape} {text.text} in {text.colour} at the {ROWS[text.cell]}" for text in scene.texts]
