@@ -1,7 +1,7 @@
 """STGC: token gradient conflict in Mixture-of-Experts, in one file.
 
-Paper: Yang et al., ICLR 2025, arXiv:2406.19905; "eq." and "sec." always mean it. Three tags keep it and us apart: PAPER (the
-line that is the equation), CHOICE (the paper is silent), DIFFERS (we depart from it, knowingly).
+Paper: Yang et al., ICLR 2025, arXiv:2406.19905; "eq." and "sec." always mean it. Three tags keep it and us apart: PAPER (an
+equation is computed here), CHOICE (the paper is silent), DIFFERS (we depart from it, knowingly).
 
   T tokens                    K experts per token       S = T*K pairs (token, expert), the unit that is judged
   E experts in a layer        D hidden size             F expert ffn size            I, O  in and out of one linear
@@ -43,7 +43,7 @@ class STGCConfig:
     passes: str = "two"  # two: an extra backward for the token gradients (paper) | one: the ordinary backward (ours)
     gradients: str = "bias"  # bias: of the (virtual) biases (paper) | weight: of the whole weights (ours)
     select: str = "conflict"  # conflict | random: the placebo, as many pairs drawn at random get the loss
-    every: int = 1  # judge the tokens at each k-th step only; 0: never, which leaves the balance loss
+    every: int = 1  # judge the tokens at each k-th call of `loss` only; 0: never, which leaves the balance loss
     layers: tuple[int, ...] | None = None  # which MoE layers to judge, counted from 0; None: all
     router_only: bool | None = None  # both losses train the router, not the features; None: only with one pass
     seed: int = 0  # of the placebo's draw
@@ -148,7 +148,8 @@ class Permute(torch.autograd.Function):
 
 
 def matmul_kernel(x_SI: Tensor, w_EIO: Tensor) -> str:
-    """How the experts' products are computed, the one place that decides. Only on a CPU numbers are copied to the host."""
+    """How the experts' products are computed, the one place that decides. On CUDA torch has a kernel of its own for bf16 and
+    compute capability 9 and 10; elsewhere its grouped_mm is a loop, and waits for the numbers of rows."""
     aligned = all(size * x_SI.element_size() % 16 == 0 for size in w_EIO.shape[1:])
     able, compiled = hasattr(F, "grouped_mm") and aligned and x_SI.dtype != torch.float64, torch.compiler.is_compiling()
     if x_SI.is_cuda:  # torch compiles it for bf16 only. dense: every expert on every row, E times the work
@@ -285,8 +286,8 @@ def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambd
     onehot_SE, tiny = pairs.onehot_SE.to(grad_SO.dtype), torch.finfo(grad_SO.dtype).tiny
     norm_S, real_S = torch.linalg.vector_norm(grad_SO, dim=-1), onehot_SE.sum(1)
     alive_S = real_S * (norm_S > 0)
-    inverse_S = alive_S / norm_S.clamp_min(tiny)
-    scale_S2 = torch.stack([real_S, inverse_S], dim=1)  # for the sum of gradients, and of unit vectors
+    per_norm_S = alive_S / norm_S.clamp_min(tiny)
+    scale_S2 = torch.stack([real_S, per_norm_S], dim=1)  # for the sum of gradients, and of unit vectors
     if grad_SO.is_cuda:  # E times the work, but nothing waits for the numbers of rows
         sums_E2O = torch.einsum("sw,se,so->ewo", scale_S2, onehot_SE, grad_SO)
     else:
@@ -295,7 +296,7 @@ def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambd
     sum_EO, unit_sum_EO = all_reduce(sums_E2O).unbind(1)
     count_E = all_reduce(alive_S @ onehot_SE).clamp_min(1)
     direction_EO = F.normalize(sum_EO, dim=-1, eps=tiny)
-    cos_S = grouped_linear(grad_SO, direction_EO.unsqueeze(2), None, pairs).squeeze(1) * inverse_S
+    cos_S = grouped_linear(grad_SO, direction_EO.unsqueeze(2), None, pairs).squeeze(1) * per_norm_S
     return cos_S, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1), direction_EO
 
 
@@ -339,7 +340,7 @@ def best_other_expert(gain_TKE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """argmax over the experts e' that the token is not on of cos(g2_n, gbar2_e'), or of that times |g2_n|.
 
     DIFFERS: the paper leaves the destination open, as a token passes only its own experts. But g2 lives in the hidden space
-    that all experts share, so it can be compared with every expert's mean.
+    that all experts share, so it can be compared with every expert's mean. An expert without tokens has the cosine 0.
     """
     on_TE = torch.zeros_like(gain_TKE[:, 0], dtype=torch.bool).scatter(1, expert_ids_TK, True)
     return gain_TKE.masked_fill(on_TE.unsqueeze(1), -math.inf).argmax(-1)
@@ -381,6 +382,7 @@ class LayerStep:
 
     def __init__(self, stgc: "STGC", index: int, judged: bool, replay: bool, routing: Routing, logits_TE, pairs, keep_T):
         self.stgc, self.index, self.judged, self.replay, self.config = stgc, index, judged, replay, stgc.config
+        self.number = stgc.forward_step
         self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
         self.whole, self.rerouted = self.config.gradients == "weight", self.config.conflict_loss == "reroute"
         self.inputs, self.splits = [], []  # of each linear
@@ -427,6 +429,7 @@ class LayerStep:
             return logits_TE.sum() * 0.0
         with torch.no_grad(), torch.autocast(logits_TE.device.type, enabled=False):
             verdict, num_picked = self.judge(weight_grads)
+        self.compared, self.grads = {}, {}  # whoever holds the loss holds this object
         if self.config.conflict_loss == "none":
             return logits_TE.sum() * 0.0
         loss = conflict_loss(self.config.conflict_loss, logits_TE, self.expert_ids_TK, verdict.picked_TK, verdict.target_TK)
@@ -454,7 +457,7 @@ class LayerStep:
         target_TK = best_other_expert(*gain_TKE, ids_TK) if self.rerouted else ids_TK
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
-            seed = hash((self.config.seed, self.stgc.forward_step, self.index, self.stgc.rank))
+            seed = hash((self.config.seed, self.number, self.index, self.stgc.rank))
             picked_TK = draw_placebo(conflict_TK, judged_TK, seed)
         judged_SE = onehot_SE * judged_S.unsqueeze(1)
         counts = [picked_TK.sum(), conflict_TK.sum(), judged_SE.sum(), onehot_SE.sum()]
@@ -513,7 +516,9 @@ class STGC:
         self.chosen = set(range(len(layers)) if config.layers is None else config.layers)
         if not self.chosen <= set(range(len(layers))):
             raise ValueError(f"layers={config.layers} must lie between 0 and {len(layers) - 1}, the model's MoE layers")
-        if config.conflict_loss == "reroute" and any(layer.top_k == layer.experts.num_experts for layer in self.layers):
+        if config.conflict_loss == "reroute" and any(
+            self.layers[i].top_k == self.layers[i].experts.num_experts for i in self.chosen
+        ):
             raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
         self.group = dist.new_group() if dist.is_available() and dist.is_initialized() else None
         self.num_processes, self.rank = (self.group.size(), self.group.rank()) if self.group else (1, 0)
@@ -537,7 +542,7 @@ class STGC:
     def detach(self) -> None:
         """End the watch: the layers run as if there had been none."""
         for layer in self.layers:
-            if layer.watch is not None and layer.watch.func.__self__ is self:
+            if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:  # not another object's
                 layer.watch = None
         if self.group is not None:
             dist.destroy_process_group(self.group)
@@ -560,6 +565,8 @@ class STGC:
             self.forward_step = self.step
         judged = i in self.chosen and self.config.every > 0 and self.forward_step % self.config.every == 0
         logits_TE = widen(self.layers[i].router(x_TD.detach())) if self.config.router_only else routing.logits_TE
+        if judged and self.config.router_only and not logits_TE.requires_grad:
+            raise RuntimeError(f"the router of {self.names[i]} is frozen: unfreeze it, or leave it out of STGCConfig.layers")
         step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
         if not replay:
             if self.steps[i] is not None:
@@ -596,7 +603,8 @@ class STGC:
         return total
 
     def first_backward(self, main_loss: Tensor, judged: list[LayerStep]) -> None:
-        """The paper's extra backward (sec. 3.2): activation gradients of the main loss only, no parameter is touched."""
+        """The paper's extra backward (sec. 3.2): activation gradients of the main loss only, no parameter is touched. Whole
+        weights need theirs too, which the ordinary backward then forms again."""
         edges = [edge for step in judged for edge in step.edges]
         all_grads = iter(torch.autograd.grad(main_loss, edges, retain_graph=True, allow_unused=True))
         for step in judged:

@@ -177,7 +177,8 @@ def test_two_processes_train_as_one(tmp_path):
         assert len(one) == len(two)
         for a, b in zip(one, two, strict=True):
             for key in a.keys() & {"loss", "conflict_ratio", "consistency", "balance_loss", "conflict_loss"}:
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-3), (name, a["step"], key)
+                close = 1e-3 if name in names[:3] else 4e-3  # Muon rounds to bfloat16: sums in another order show more
+                assert a[key] == pytest.approx(b[key], rel=close, abs=close), (name, a["step"], key)
 
 
 def test_own_data(tmp_path, capsys):

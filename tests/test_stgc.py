@@ -26,6 +26,7 @@ import stgc as stgc_module
 from stgc import (
     STGC,
     Experts,
+    LayerStep,
     MoELayer,
     Router,
     STGCConfig,
@@ -693,6 +694,65 @@ def test_a_step_leaves_no_graph_behind(passes, gradients, checkpointed):
         assert not alive
     finally:
         gc.enable()
+
+
+def test_one_pass_keeps_no_token_gradients():
+    """Not even while the caller holds the loss: a training loop does, until its next loss is there."""
+    net, batch = make_net(), make_batch()
+    for config in ({"gradients": "weight"}, {"conflict_loss": "reroute"}):
+        stgc = STGC(net, STGCConfig(passes="one", **config))
+        total = stgc.loss(main_loss(net, batch))
+        steps = [found for found in gc.get_objects() if isinstance(found, LayerStep) and found.stgc is stgc]
+        total.backward()
+        assert len(steps) == len(net.layers) and not any(step.grads or step.compared for step in steps)
+        stgc.detach()
+
+
+def test_a_placebo_is_drawn_by_its_own_forward():
+    """Two losses before one backward: each draws as it does alone."""
+    net, batches = make_net(), [make_batch(), make_batch()]
+
+    def router_grads(together):
+        net.zero_grad()
+        stgc = STGC(net, STGCConfig(passes="one", select="random"))
+        losses = []
+        for batch in batches:
+            losses.append(stgc.loss(main_loss(net, batch)))
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        stgc.detach()
+        return [layer.router.weight.grad.clone() for layer in net.layers]
+
+    torch.testing.assert_close(router_grads(True), router_grads(False), rtol=1e-9, atol=1e-9)
+
+
+def test_a_frozen_router_is_named():
+    net, batch = make_net(), make_batch()
+    net.layers[0].router.requires_grad_(False)
+    for config in ({"passes": "one"}, {"passes": "two", "router_only": True}):
+        stgc = STGC(net, STGCConfig(**config))
+        with pytest.raises(RuntimeError, match="router of layers.0 is frozen"):
+            main_loss(net, batch)
+        stgc.detach()
+    run(net, batch, passes="one", layers=(1,))
+
+
+def test_only_judged_layers_have_to_be_reroutable():
+    net = make_net()
+    net.layers[0].top_k = net.layers[0].experts.num_experts
+    with pytest.raises(ValueError, match="reroute"):
+        STGC(net, STGCConfig("reroute"))
+    STGC(net, STGCConfig("reroute", layers=(1,))).detach()
+
+
+def test_detach_leaves_another_watch_alone():
+    net = make_net()
+    stgc, other = STGC(net, STGCConfig()), object()
+    net.layers[0].watch = other
+    stgc.detach()
+    assert net.layers[0].watch is other and net.layers[1].watch is None
 
 
 BACKENDS = ["aot_eager"]
