@@ -32,6 +32,7 @@ STAGES = {  # flag: (default steps, learning rate, that with a pretrained langua
     "stage3": (200, 5e-4, 2e-5, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
+METHOD_FLAGS = [*options.METHOD, "alpha", "beta", "tau", "every"]
 
 
 def make_parser() -> Parser:
@@ -105,6 +106,12 @@ def parse(argv: list[str]):
     for flag in ("run", "image"):
         if getattr(args, flag):
             parser.error(f"--{flag} goes with --ask or --chat: leave it out, or add one of them")
+    for one, others in (("clip", ["clip"]), ("lm", ["text"])):
+        for flag in (f"{name}_{what}" for name in others for what in ("steps", "lr")):
+            if getattr(args, one) and getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag.replace('_', '-')}: nothing is trained there with --{one}; leave one of them out")
+    if args.routing != "token" and any(getattr(args, name) != parser.get_default(name) for name in METHOD_FLAGS):
+        parser.error(f"--routing {args.routing} has neither loss: leave --conflict-loss, --beta and the like out")
     if args.routing != "token" and (args.compare or args.variants):
         parser.error(
             f"--routing {args.routing} is a variant's name here: leave it out, and add {args.routing} to --variants"
@@ -116,6 +123,13 @@ def parse(argv: list[str]):
     if not args.compare:
         chosen = args.routing if args.routing != "token" else args.variants[0]
         args.variants = ["none", chosen] if not chosen.startswith("none") else [chosen]
+    routed = [name for name in args.variants if name in ROUTINGS]
+    if routed and args.router != parser.get_default("router"):
+        parser.error(f"--router {args.router}: {routed[0]} is a router of its own; leave one of them out")
+    if routed and args.top_k == 1 and set(routed) & {"embedding", "feature"}:
+        parser.error(f"--top-k 1: nothing trains the router of {routed[0]}, since the only weight is 1; take 2 or more")
+    if len(set(args.capacity)) < len(args.capacity):
+        parser.error(f"--capacity {' '.join(map(str, args.capacity))}: one repeated is the same test again; name each once")
     if args.bpr and not args.capacity:
         parser.error("--bpr orders what a capacity cuts off: add --capacity 0.5, or leave it out")
     if (args.image_dir or args.eval_data) and not args.data:
@@ -150,7 +164,7 @@ from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_w
 from transformers.utils import logging
 
 from lab import baselines, compare, figures, instructions, llava, lvlm, moefication, routes, runs
-from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, encode, is_right, make_packs
+from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
 from lab.training import MuonAdamW, Training
 from stgc import STGC, MoELayer, STGCConfig
 
@@ -206,6 +220,8 @@ def train(
     `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
     """
     args, accelerator, (steps, lr) = job.args, job.accelerator, job.plan(stage)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -322,8 +338,9 @@ def dense_model(job: Job):
         clip, lm = job.clip or clip_stage(job), job.lm or text_stage(job)
         set_seed(job.seed)
         model = lvlm.join(clip, lm, job.data)
-        captions = [row for row, one in enumerate(job.data.train.instructions) if one.kind == "caption"]
-        loader, projector = job.loader(job.packs(captions or None), "stage1", size), model.model.multi_modal_projector
+        shown = [row for row, one in enumerate(job.data.train.instructions) if one.image is not None]
+        captions = [row for row in shown if job.data.train.instructions[row].kind == "caption"]
+        loader, projector = job.loader(job.packs(captions or shown), "stage1", size), model.model.multi_modal_projector
         return model, train(job, folder, name, model, [*projector.parameters()], loader, "stage1"), save
 
     def stage_2(folder: Path, name: str):
@@ -373,7 +390,8 @@ def moe_stage(job: Job, variant: str) -> dict:
     model, layers = build(job, variant)
     set_seed(job.seed)
     trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
-    loader = job.loader(job.packs(share=variant not in ROUTINGS), "stage3", args.batch_size)
+    collate = Unpacked(job.packs(), job.packs(share=False)) if variant in ROUTINGS else job.packs()
+    loader = job.loader(collate, "stage3", args.batch_size)  # the same conversations in each step, whatever the variant
     entry = train(job, job.folder, name, model, trained, loader, "stage3", make_config(args, variant))
     texts = answers(job, model)
     scores, limited = score(job, texts), []
@@ -381,7 +399,9 @@ def moe_stage(job: Job, variant: str) -> dict:
         for bpr in (False, True)[: 1 + args.bpr]:
             with baselines.limit_capacity(model, capacity, bpr) as limit:
                 found = score(job, answers(job, model))
-            limited.append({"capacity": capacity, "bpr": bpr, "dropped": limit.share, "scores": found})
+            counts = torch.tensor([float(limit.dropped), float(limit.pairs)], device=job.accelerator.device)
+            dropped, pairs = job.accelerator.reduce(counts).tolist()
+            limited.append({"capacity": capacity, "bpr": bpr, "dropped": dropped / max(pairs, 1.0), "scores": found})
     if job.accelerator.is_main_process:
         with runs.replaced_folder(job.folder / f"model-{name}") as target:
             lvlm.save(model, target, job.data)
@@ -450,7 +470,7 @@ def walk(job: Job, model) -> routes.Routes:
             keep, asked = batch.pop("keep"), batch.pop("asked")
             if samples:
                 samples.set(keep, **lvlm.question_values(model, batch["input_ids"], asked))
-            model(**batch)
+            model(**batch, logits_to_keep=1)
             found.add(batch["input_ids"] == job.data.image_id, keep)
     return found
 
@@ -548,9 +568,10 @@ def main(args) -> None:
     accelerator = runs.make_accelerator(args.device, args.precision)
     if args.batch_size % accelerator.num_processes:
         raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            "accelerate is set to FSDP, but each process of this toy holds all of it: use its multi-GPU (DDP) setting"
+            f"accelerate is set to {accelerator.distributed_type.value}, but each process of this toy holds all of it: use "
+            "its multi-GPU (DDP) setting"
         )
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)

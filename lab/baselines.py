@@ -267,7 +267,7 @@ def find_room(expert_ids_BLK: Tensor, keep_BL: Tensor, score_BL: Tensor | None, 
     onehot_BKLE = onehot_BKLE * keep_BL.gather(1, order_BL)[:, None, :, None]
     place_BKLE = onehot_BKLE.flatten(1, 2).cumsum(1).view_as(onehot_BKLE)  # from 1
     share = expert_ids_BLK.shape[2] * capacity / num_experts
-    limit_B = (keep_BL.sum(1).double() * share - 1e-9).ceil()  # less a rounding error, which would be one pair more
+    limit_B = (keep_BL.sum(1).float() * share - 1e-4).ceil()  # less a rounding error, which would be one pair more
     kept_BKL = (place_BKLE * onehot_BKLE).sum(3) <= limit_B[:, None, None]
     return kept_BKL.gather(2, order_BKL.argsort(2)).mT
 

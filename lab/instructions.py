@@ -124,7 +124,11 @@ class Pack(NamedTuple):
 
 def make_packs(data: InstructionSet, encoded: Sequence[Encoded], image_id: int, max_length: int, share=True) -> list[Pack]:
     """Conversations about one picture as packs of at most max_length tokens, in the order of the first; a longer one, and
-    any if not `share`, is a pack of its own. In a pack none sees another: their logits are those of single ones."""
+    any if not `share`, is a pack of its own. In a pack none sees another: their logits are those of single ones.
+
+    DIFFERS: a picture's token is judged once, with the sum of what all conversations of its pack want of it; the paper
+    judges it in each conversation anew.
+    """
     packs, opened = [], {}
     for row, (instruction, one) in enumerate(zip(data.instructions, encoded, strict=True)):
         ids = one.input_ids
@@ -188,6 +192,19 @@ class Collate:
         if len(shown):
             batch["pixel_values"] = self.pixels.values(self.data.images_N3SS[shown])
         return batch
+
+
+class Unpacked:
+    """Batches of the same conversations as a Collate of packs, one by one: for routers that choose by sample."""
+
+    def __init__(self, packs: Collate, singles: Collate):
+        self.packs, self.singles = packs, singles  # singles: of all conversations, in their order
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __call__(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        return self.singles([row for index in chosen for row in self.packs.packs[index].rows])
 
 
 class Shuffled(Sampler):

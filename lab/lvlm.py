@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPConfig,
@@ -139,6 +140,11 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
         if not encoded[-1]:
             raise UserError(f"--max-length {args.max_length}: no conversation is as short as that; raise it")
         sets[number] = select(own.images_N3SS, [one for one, good in zip(own.instructions, fits) if good])
+        if not any(one.image is not None for one in sets[number].instructions):
+            flag = "--eval-data" if args.eval_data and number else "--data"
+            raise UserError(
+                f"{flag}: no {('training', 'test')[number]} conversation has a picture; this model is made for some"
+            )
     captions = tuple(map(captions_of, sets))
     return Data(name, *sets, captions, tokenizer, pixels, image_tokens, encoded[0])
 
@@ -179,12 +185,18 @@ def special_ids(tokenizer) -> dict:
     return {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
+def caption_end(tokenizer) -> int:
+    """The token at whose place CLIP reads a caption. transformers takes 2 for old checkpoints' and then reads elsewhere."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id != 2 else len(tokenizer)
+
+
 def make_clip(tokenizer) -> CLIPModel:
     """A tiny CLIP, untrained: four layers for pictures, two for texts, width 128."""
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
-    text = shape | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 77}
+    end, layers = caption_end(tokenizer), {"num_hidden_layers": 2, "max_position_embeddings": 77}
+    text = shape | layers | {"vocab_size": max(len(tokenizer), end + 1)} | special_ids(tokenizer) | {"eos_token_id": end}
     vision = shape | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
-    clip = CLIPModel(CLIPConfig(text_config=text | special_ids(tokenizer), vision_config=vision, projection_dim=128))
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
     # as large as what a patch gives: from 0.02, the usual start, a frozen CLIP hardly says where in the picture a thing is
     nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
     return clip
@@ -192,7 +204,14 @@ def make_clip(tokenizer) -> CLIPModel:
 
 def load_clip(name: str) -> CLIPModel:
     ways = "give a folder (--clip DIR), or leave --clip out: a tiny one is trained"
-    return from_hub("the CLIP", "--clip", name, lambda: CLIPModel.from_pretrained(name, dtype=torch.float32), ways)
+
+    def load() -> CLIPModel:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "clip":
+            raise ValueError(f"it is a {kind}, not a CLIP")
+        return CLIPModel.from_pretrained(name, dtype=torch.float32)
+
+    return from_hub("the CLIP", "--clip", name, load, ways)
 
 
 def clip_pixels(name: str, clip: CLIPModel) -> Pixels:
@@ -205,7 +224,7 @@ class CollateClip:
 
     def __init__(self, images_N3SS: Tensor, captions: Sequence[str], tokenizer, pixels: Pixels):
         self.images_N3SS, self.pixels, self.pad_id = images_N3SS, pixels, tokenizer.pad_token_id
-        self.ids = [[*ids[:76], tokenizer.eos_token_id] for ids in tokenizer(list(captions))["input_ids"]]
+        self.ids = [[*ids[:76], caption_end(tokenizer)] for ids in tokenizer(list(captions))["input_ids"]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -261,6 +280,7 @@ def load_lm(name: str) -> tuple[PreTrainedModel, object]:
         tokenizer.add_special_tokens({"pad_token": PAD})
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     if len(tokenizer) > lm.config.vocab_size:
+        torch.manual_seed(0)  # the new rows are drawn
         lm.resize_token_embeddings(len(tokenizer))
     return lm, tokenizer
 
@@ -304,6 +324,11 @@ def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moef
     try:
         if lm is not None:
             moefication.decoder_ffn(lm.base_model.layers[0])
+            scaled = [name for name in ("final_logit_softcapping", "logits_scaling") if getattr(text, name, None)]
+            if lm.get_output_embeddings().bias is not None or scaled:
+                raise ValueError(
+                    f"its head has {scaled[0] if scaled else 'a bias'}, which LLaVA's has not; take another model"
+                )
     except (ValueError, AttributeError) as error:
         raise UserError(f"--lm: {error}") from None
     size = {"layers": args.moe_layers, "num_experts": args.num_experts, "top_k": args.top_k}

@@ -34,7 +34,12 @@ def add_compare(parser: Parser, more: str = "") -> None:
 
 def add_moe(parser: Parser, num_experts: int, layers: str, router: str, routers: dict[str, str]) -> None:
     parser.add_argument("--num-experts", type=number(int, 1), default=num_experts, help="experts per MoE layer")
-    parser.add_argument("--top-k", type=number(int, 1), default=2, help="experts per token")
+    parser.add_argument(
+        "--top-k",
+        type=number(int, 1),
+        default=2,
+        help="experts per token; with 1 its weight is 1, so the main loss trains no router",
+    )
     parser.add_argument("--moe-layers", default=layers, help="from 0: indices as 1,3,5, or every-second, or all")
     parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="copies of the FFN, or parts of it")
     text = "; ".join(f"{name}: {what}" for name, what in routers.items())

@@ -38,8 +38,9 @@ def merge(records: list[dict]) -> list[dict]:
     merged: dict[str, dict] = {}
     for record in records:
         config = {key: value for key, value in record["config"].items() if key not in ("seeds", "output_dir", "overwrite")}
-        one = merged.setdefault(json.dumps([record["name"], config]), record | {"runs": [], "command": []})
+        one = merged.setdefault(json.dumps([record["name"], config]), record | {"runs": [], "stages": [], "command": []})
         one["runs"] = one["runs"] + record["runs"]
+        one["stages"] = one["stages"] + record.get("stages", [])
         one["command"] = [*one["command"], record["command"]]
     return list(merged.values())
 
@@ -91,7 +92,7 @@ def lvlm_table(records: list[dict]) -> str:
     """Markdown: exact match in % of the toy LVLM over seeds, stage II and its blind baselines above stage III's variants."""
     names = {"score": "all", **{kind: kind for kind in KINDS}, "vqa, clean": "clean vqa"}
     lines = [f"| run | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
-    for record in records:
+    for record in merge(records):
         stages = [stage for stage in record["stages"] if stage["stage"] == "stage2"]
         rows = {"stage II": [stage["scores"] for stage in stages]}
         rows |= {f"blind: {how}": [stage["blind"][how] for stage in stages] for how in stages[0]["blind"]}
@@ -100,7 +101,7 @@ def lvlm_table(records: list[dict]) -> str:
         for label, scores in rows.items():
             cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
             lines.append(f"| {record['name']} | {label} | {len(scores)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", folded([record["command"] for record in records])])
+    return "\n".join([*lines, "", folded([command for record in merge(records) for command in record["command"]])])
 
 
 def sections() -> dict[str, str]:

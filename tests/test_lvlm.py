@@ -14,18 +14,19 @@ from PIL import Image
 from test_launch import curve, launch
 from test_llava import write_digits
 from test_resume import Killed, kill_at
-from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 import toy_lvlm
 from lab import lvlm, moefication
 from lab.cli import UserError
-from lab.instructions import make_tokenizer
+from lab.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
 from stgc import MoELayer, STGCConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--scenes 64 --test-scenes 6 --batch-size 4 --log-steps 2 --device cpu".split()
 STEPS = "--clip-steps 3 --text-steps 2 --stage1-steps 2 --stage2-steps 3 --stage3-steps 4".split()
 WORDS = [*SMALL, *STEPS]
+PIXELS = Pixels(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def run(command) -> None:
@@ -96,10 +97,10 @@ def test_the_record_of_a_run(whole):
 
 @torch.no_grad()
 def test_the_moe_equals_the_dense_model_before_stage_iii(whole):
-    model, tokenizer, _ = lvlm.load(whole / "stages" / "stage2-s0", "--run")
+    model, tokenizer, card = lvlm.load(whole / "stages" / "stage2-s0", "--run")
     torch.manual_seed(0)
     image_id, ids = model.config.image_token_id, torch.randint(5, len(tokenizer), (2, 30))
-    ids[:, 3:19] = image_id
+    ids[:, 3 : 3 + card.image_tokens] = image_id
     batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 64, 64), "attention_mask": torch.ones(2, 30).long()}
     batch["attention_mask"][1, 25:] = 0
     dense = model(**batch).logits
@@ -213,17 +214,60 @@ def test_pretrained_parts(tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) - 1, **text)).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     clip = lvlm.make_clip(make_tokenizer(["red"]))
-    clip.config.vision_config.image_size = 32
+    clip.config.vision_config.image_size = 96
     CLIPModel(clip.config).save_pretrained(tmp_path / "clip")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    size = {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}
     CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "clip")
-    command = [*WORDS, "--conflict-loss", "none", "--clip", tmp_path / "clip", "--lm", tmp_path / "lm"]
+    command = [*SMALL, *STEPS[4:], "--conflict-loss", "none", "--clip", tmp_path / "clip", "--lm", tmp_path / "lm"]
     run([*command, "--output-dir", tmp_path / "out"])
     assert [one["stage"] for one in read(tmp_path / "out")["stages"]] == ["stage1", "stage2"]
     model, _, card = lvlm.load(tmp_path / "out" / "model-none-s0", "--run")
-    assert card.size == 32 and card.image_tokens == 4 and model.config.text_config.hidden_size == 32
+    assert card.size == 96 and card.image_tokens == 9 and model.config.text_config.hidden_size == 32
     fails([*command, "--lm", tmp_path / "clip", "--output-dir", tmp_path / "x"], "--lm: the .* cannot be loaded")
-    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip: the .* cannot be loaded")
+    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip: the .*it is a llama, not a CLIP")
+    config = PhiConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **text)
+    PhiForCausalLM(config).save_pretrained(tmp_path / "lm")
+    fails([*command, "--output-dir", tmp_path / "x"], "--lm: its head has a bias")
+    fails([*command, "--text-steps", "3"], "")
+
+
+def test_the_end_of_a_caption_is_where_clip_reads_it():
+    """Whatever number the tokenizer's end has: another text before it is another feature."""
+    tokenizer = make_tokenizer(["red blue green"])
+    for end in (tokenizer.eos_token, tokenizer.convert_ids_to_tokens(2)):
+        tokenizer.eos_token = end
+        clip = lvlm.make_clip(tokenizer)
+        captions = lvlm.CollateClip(
+            torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ["red", "blue green red"], tokenizer, PIXELS
+        )
+        ids_BL = captions([0, 1])["input_ids"]
+        texts = clip.text_model(ids_BL)
+        ends_B = (ids_BL == lvlm.caption_end(tokenizer)).int().argmax(1)
+        torch.testing.assert_close(texts.pooler_output, texts.last_hidden_state[[0, 1], ends_B])
+
+
+def test_sample_level_variants_train_on_the_same_conversations():
+    seen = {}
+    data = lvlm.load_data(toy_lvlm.parse(WORDS), None, None, None)
+    for share in (True, False):
+        packs = make_packs(data.train, data.encoded, data.image_id, 256, share)
+        seen[share] = Collate(data.train, packs, data.pixels, data.pad_id)
+    both = seen[True], Unpacked(seen[True], seen[False])
+    assert len(both[0]) == len(both[1]) == 64
+    one, other = (collate([5, 2]) for collate in both)
+    assert (one["labels"] != -100).sum() == (other["labels"] != -100).sum() > 40
+    assert len(other["rows"]) > 10 and len(other["pixel_values"]) == len(other["rows"])
+
+
+def test_data_without_pictures(tmp_path):
+    file, pictures = write_digits(tmp_path, 12)
+    entries = json.loads(Path(file).read_text())
+    for entry in entries:
+        entry.pop("image")
+        entry["conversations"][0]["value"] = entry["conversations"][0]["value"].replace("<image>", "").strip()
+    Path(file).write_text(json.dumps(entries))
+    command = [*STEPS, *"--batch-size 4 --device cpu --data".split(), file, "--image-dir", pictures]
+    fails([*command, "--output-dir", tmp_path / "out"], "--data: no training conversation has a picture")
 
 
 def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
@@ -253,6 +297,10 @@ def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
         ("--data nowhere.json", "--data nowhere.json: no such file"),
         ("--bpr", "--bpr orders what a capacity cuts off"),
         ("--routing task --variants none,ce", "--routing task is a variant's name here"),
+        ("--routing task --beta 7", "--routing task has neither loss"),
+        ("--variants none,feature --router cosine", "--router cosine: feature is a router of its own"),
+        ("--routing embedding --top-k 1", "--top-k 1: nothing trains the router of embedding"),
+        ("--capacity 0.5 0.5", "--capacity 0.5 0.5: one repeated"),
         ("--variants none,everything", "--variants everything: unknown"),
         ("--seeds 1 1", "--seeds 1 1: a seed repeated"),
         ("--top-k 5", "--top-k 5 is above --num-experts 4"),
