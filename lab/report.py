@@ -37,7 +37,8 @@ def merge(records: list[dict]) -> list[dict]:
     """Records that differ in seeds and folder only become one, with the runs of all."""
     merged: dict[str, dict] = {}
     for record in records:
-        config = {key: value for key, value in record["config"].items() if key not in ("seeds", "output_dir", "overwrite")}
+        apart = ("seeds", "output_dir", "overwrite", "resume")
+        config = {key: value for key, value in record["config"].items() if key not in apart}
         one = merged.setdefault(json.dumps([record["name"], config]), record | {"runs": [], "stages": [], "command": []})
         one["runs"] = one["runs"] + record["runs"]
         one["stages"] = one["stages"] + record.get("stages", [])

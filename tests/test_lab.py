@@ -71,12 +71,29 @@ def test_tables_show_mean_and_spread_and_collapses():
     assert report.spread(none["best"]) == "62.0 ± 2.8" and report.spread([50.0]) == "50.0"
     assert (ce["collapsed"], ce["seeds"]) == (1, 2) and none["conflict_ratio"] == "0.250 → 0.500"
     record |= {"name": "toy-rte", "command": "python x.py --y", "config": {"router": "linear", "beta": 1.0, "epochs": 3}}
-    again = record | {"runs": [entry("ce", 2, 0.8)], "config": record["config"] | {"seeds": [2]}}
+    again = record | {"runs": [entry("ce", 2, 0.8)], "config": record["config"] | {"seeds": [2], "resume": True}}
     assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 60.0 ± 17.3 |" in report.results_table([record, again])
     table = report.results_table([record])
     assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
     dense = report.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
     assert "| toy-rte, 3 epochs | dense | 70.0 |" in dense
+
+
+def test_the_table_of_the_toy_lvlm():
+    """Seeds of two records in one row; stage II and its blind baselines above stage III."""
+
+    def record(seed, score):
+        scores = {"score": score, "vqa": score, "vqa, clean": score + 0.1}
+        stage = {"stage": "stage2", "seed": seed, "scores": scores, "blind": {"majority": {"score": 0.25, "vqa": 0.3}}}
+        run = {"variant": "ce", "seed": seed, "last": {"score": score, "vqa": score}, "where": {"vqa, clean": score + 0.1}}
+        config = {"seeds": [seed], "resume": bool(seed)}
+        return {"name": "lvlm-scenes", "command": f"x --seeds {seed}", "config": config, "stages": [stage], "runs": [run]}
+
+    table = report.lvlm_table([record(0, 0.7), record(1, 0.8)]).splitlines()
+    assert "| lvlm-scenes | stage II | 2 | 75.0 ± 7.1 |" in table[2] and table[2].endswith("| 85.0 ± 7.1 |")
+    assert "| lvlm-scenes | blind: majority | 2 | 25.0 ± 0.0 |" in table[3] and table[3].endswith("| - |")
+    assert "| lvlm-scenes | stage III, ce | 2 | 75.0 ± 7.1 |" in table[4]
+    assert "    x --seeds 0" in table and "    x --seeds 1" in table
 
 
 def test_readme_shows_what_the_records_say():
