@@ -233,7 +233,8 @@ class MoELayer(nn.Module):
     """Router, dispatch, experts, combine: y = sum over the Top-K experts of w_e * E_e(x). PAPER eq. 6.
 
     x is (..., D) in any float dtype, mask (...) is True for real tokens: padding is not routed and comes out as zeros. A
-    library's layer that calls us with x alone can set `layer.mask` before; the next forward uses it up.
+    library's layer that calls us with x alone can set `layer.mask` before; the next forward uses it up. ValueError for a
+    top_k that the experts do not allow, and a mask of another size.
     """
 
     def __init__(self, experts: Experts, router: nn.Module | None = None, top_k: int = 2, normalize=True, scale=1.0):
@@ -507,7 +508,9 @@ class STGC:
 
     Under torch.distributed create it after init_process_group (or Accelerator()): means, flags and losses are then those of
     the global batch, summed through a process group of its own, so that its collectives never mix with DDP's. `verdicts`
-    has each layer's latest Verdict. The newest STGC object on a model is the one that counts; `detach()` ends the watch.
+    has each layer's latest Verdict. Each step has to run the same layers on all processes. The newest STGC object on a model is the one that counts; `detach()` ends
+    the watch. ValueError for a model without MoE layers, and `layers` that it has not or that cannot reroute; what only a
+    forward shows, a frozen router or frozen experts, raises RuntimeError there.
     """
 
     def __init__(self, model: nn.Module, config: STGCConfig = STGCConfig()):
@@ -579,7 +582,7 @@ class STGC:
 
         Call it once after each forward, then backward on what it returns. With two passes the extra backward happens here;
         under fp16 give it the loss scale, since unscaled token gradients underflow. With one pass L_CEL is 0 here and its
-        gradient comes with the ordinary backward; `stats` has the value after that.
+        gradient comes with the ordinary backward; `stats` has the value after that. RuntimeError without a forward before.
         """
         steps, self.steps = [step for step in self.steps if step is not None], [None] * len(self.layers)
         unseen, self.blind = sorted(self.blind - {step.index for step in steps}), set()
