@@ -507,10 +507,10 @@ class STGC:
     """Watches the MoE layers of a model, and adds their losses to the main loss: the five lines at the top of this file.
 
     Under torch.distributed create it after init_process_group (or Accelerator()): means, flags and losses are then those of
-    the global batch, summed through a process group of its own, so that its collectives never mix with DDP's. `verdicts`
-    has each layer's latest Verdict. Each step has to run the same layers on all processes. The newest STGC object on a model is the one that counts; `detach()` ends
-    the watch. ValueError for a model without MoE layers, and `layers` that it has not or that cannot reroute; what only a
-    forward shows, a frozen router or frozen experts, raises RuntimeError there.
+    the global batch, summed through a process group of its own, so that its collectives never mix with DDP's; each step has
+    to run the same layers on all processes. `verdicts` has each layer's latest Verdict. The newest STGC object on a model is
+    the one that counts; `detach()` ends the watch. ValueError for a model without MoE layers, and for `layers` that it has
+    not or that cannot reroute; what only a forward shows, a frozen router or frozen experts, raises RuntimeError there.
     """
 
     def __init__(self, model: nn.Module, config: STGCConfig = STGCConfig()):
