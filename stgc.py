@@ -542,10 +542,13 @@ class STGC:
             raise ValueError("the model has no stgc.MoELayer: build or convert it first, then create STGC")
         return layers
 
+    def is_watching(self, layer: nn.Module) -> bool:
+        return getattr(getattr(layer.watch, "func", None), "__self__", None) is self
+
     def detach(self) -> None:
         """End the watch: the layers run as if there had been none."""
         for layer in self.layers:
-            if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:  # not another object's
+            if self.is_watching(layer):
                 layer.watch = None
         if self.group is not None:
             dist.destroy_process_group(self.group)
@@ -592,7 +595,9 @@ class STGC:
                 "evaluation; under gradient checkpointing pass use_reentrant=False (gradient_checkpointing_kwargs)"
             )
         if not steps:
-            raise RuntimeError("no forward of a watched layer since the last loss: call the model first, with gradients on")
+            watched = any(map(self.is_watching, self.layers))
+            why = "call the model first, with gradients on" if watched else "detach() or another STGC object ended the watch"
+            raise RuntimeError(f"no forward of a watched layer since the last loss: {why}")
         judged = [step for step in steps if step.judged]
         if judged and self.config.passes == "two":
             self.first_backward(main_loss * grad_scale, judged)

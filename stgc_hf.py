@@ -377,7 +377,7 @@ class ModelSTGC(STGC):
             layer.remove()
 
 
-def attach(model: nn.Module, config: STGCConfig) -> ModelSTGC:
+def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  # noqa: B008  (frozen)
     """STGC on a model of transformers, or on any module around one. Its parameters and outputs stay as they are.
 
     Returns an object with `loss`, `stats`, `verdicts` and `detach`, those of stgc.STGC; a later one on the same model takes

@@ -507,7 +507,7 @@ def ask(args) -> None:
             raise UserError(f"--image: {error}") from None
     print(f"{folder}, {args.image or 'no picture'}", file=sys.stderr)
     for question in questions(args):
-        print(lvlm.ask(model, tokenizer, card, pictures, question), flush=True)
+        print(lvlm.ask(model, tokenizer, card, pictures, question) or "(no answer)", flush=True)
 
 
 def questions(args):

@@ -381,6 +381,8 @@ if __name__ == "__main__":
         draw_push(folder / "tutorial-push.png")
         draw_taps(folder / "tutorial-taps.png")
     else:
+        if missing := [path for path in args.folder if not (path / "results.json").is_file()]:
+            parser.error(f"{missing[0]}: no results.json; give a run's output folder")
         records = [json.loads((path / "results.json").read_text()) for path in args.folder]
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:

@@ -46,29 +46,34 @@ def merge(records: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
+def fold(title: str, lines: list[str]) -> list[str]:
+    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]
+
+
 def folded(commands: list[str]) -> str:
     """The commands that made a table, folded away."""
-    return "\n".join(["<details><summary>the commands</summary>", "", *(f"    {one}" for one in commands), "", "</details>"])
+    return "\n".join(fold("the commands", [f"    {one}" for one in commands])[:-1])
 
 
 def results_table(records: list[dict]) -> str:
-    """Markdown: dev scores of recorded runs, and the commands that made them."""
-    lines = [
-        "| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    commands = []
+    """Markdown: dev scores of recorded runs, and the commands that made them. What compares variants on real data comes
+    first; single variants and toys are folded away."""
+    head = ["| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |", "| --- " * 7 + "|"]
+    shown, hidden, commands = [], [], []
     for record in merge(records):
-        for row in score_rows(record):
-            config = record["config"]
-            setting = "" if row["variant"] == "dense" else f", {config['router']} router, beta {config['beta']:g}"
-            lines.append(
-                f"| {record['name']}, {config['epochs']} epochs | {row['variant']}{setting} "
+        rows, config = score_rows(record), record["config"]
+        for row in rows:
+            setting = {"dense": "", "none": f", {config['router']} router"}.get(
+                row["variant"], f", {config['router']} router, beta {config['beta']:g}"
+            )
+            (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(
+                f"| {record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)} | {row['variant']}{setting} "
                 f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
                 f"| {row['collapsed']} of {row['seeds']} |"
             )
         commands += record["command"]
-    return "\n".join([*lines, "", folded(commands)])
+    more = [*fold("single variants, and the generated toy", [*head, *hidden])] if hidden else []
+    return "\n".join([*(head + shown if shown else []), "", *more, folded(commands)])
 
 
 def bench_table(record: dict) -> str:

@@ -747,6 +747,17 @@ def test_only_judged_layers_have_to_be_reroutable():
     STGC(net, STGCConfig("reroute", layers=(1,))).detach()
 
 
+def test_a_replaced_object_says_so():
+    net, batch = make_net(), make_batch()
+    old, new = STGC(net, STGCConfig()), STGC(net, STGCConfig())
+    loss = main_loss(net, batch)
+    with pytest.raises(RuntimeError, match="another STGC object"):
+        old.loss(loss)
+    new.loss(loss)
+    with pytest.raises(RuntimeError, match="call the model first"):
+        new.loss(loss)
+
+
 def test_detach_leaves_another_watch_alone():
     net = make_net()
     stgc, other = STGC(net, STGCConfig()), object()
