@@ -571,8 +571,10 @@ class STGC:
             self.forward_step = self.step
         judged = i in self.chosen and self.config.every > 0 and self.forward_step % self.config.every == 0
         logits_TE = widen(self.layers[i].router(x_TD.detach())) if self.config.router_only else routing.logits_TE
-        if judged and self.config.router_only and not logits_TE.requires_grad:
-            raise RuntimeError(f"the router of {self.names[i]} is frozen: unfreeze it, or leave it out of STGCConfig.layers")
+        trains = judged and self.config.conflict_loss != "none"
+        if trains and self.config.router_only and not logits_TE.requires_grad:
+            why = f"the router of {self.names[i]} is frozen"
+            raise RuntimeError(f"{why}: unfreeze it (peft: modules_to_save), or leave it out of STGCConfig.layers")
         step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
         if not replay:
             if self.steps[i] is not None:
