@@ -172,15 +172,13 @@ def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pair
         out = [F.linear(x_NI, w_IO.T, b_O) for x_NI, w_IO, b_O in zip(rows, w_EIO.unbind(0), biases, strict=True)]
         return torch.cat([*out, x_SI.new_zeros(len(padding_NI), w_EIO.shape[2])])
     onehot_SE = pairs.onehot_SE.to(x_SI.dtype)
-    if (
-        kernel == "grouped_mm"
-    ):  # rows behind `end` would stay unwritten. On a GPU, which must not wait, padding joins an expert
+    if kernel == "dense":
+        out_SO = torch.einsum("si,eio,se->so", x_SI, w_EIO, onehot_SE)
+    else:  # rows behind `end` would stay unwritten. On a GPU, which must not wait, padding joins the last expert
         end = len(x_SI) if x_SI.is_cuda else int(pairs.ends_E[-1])
         ends_E = torch.cat([pairs.ends_E[:-1], pairs.ends_E.new_full((1,), end)]).to(torch.int32)
         out_SO = F.grouped_mm(x_SI[:end], w_EIO, offs=ends_E)
         out_SO = out_SO if end == len(x_SI) else F.pad(out_SO, (0, 0, 0, len(x_SI) - end))
-    else:
-        out_SO = torch.einsum("si,eio,se->so", x_SI, w_EIO, onehot_SE)
     return out_SO if b_EO is None else out_SO + onehot_SE @ b_EO
 
 
@@ -194,7 +192,7 @@ class Experts(nn.Module):
         self, num_experts: int, d_model: int, d_ff: int, *, gated=False, bias=True, activation: Callable = F.gelu, **factory
     ):
         super().__init__()
-        self.num_experts, self.d_model, self.d_ff = num_experts, d_model, d_ff
+        self.num_experts, self.d_model = num_experts, d_model
         self.gated, self.activation = gated, activation
 
         def stacked(wanted, fan_in, *shape):
@@ -450,25 +448,26 @@ class LayerStep:
                 terms += [weight_cosine(grad_SO, a_SI, sum_EIO, self.pairs) for grad_SO, sum_EIO in parts]
             cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
         judged_S = (norm_LS > 0).any(0) & onehot_SE.any(1)  # not padding, whatever the loss does with it
-        gain_SE = [widen(self.grads[max(self.grads)][-1]) @ directions[-1].T] if self.rerouted else []  # of g2
-        similarity_TK, judged_TK, *gain_TKE = (
-            rows_S.index_select(0, self.pairs.inverse_S).unflatten(0, ids_TK.shape)
-            for rows_S in (cos_LS.mean(0), judged_S, *gain_SE)
-        )
-        target_TK = best_other_expert(*gain_TKE, ids_TK) if self.rerouted else ids_TK
+
+        def by_token(rows_S: Tensor) -> Tensor:
+            return rows_S.index_select(0, self.pairs.inverse_S).unflatten(0, ids_TK.shape)
+
+        similarity_TK, judged_TK, target_TK = by_token(cos_LS.mean(0)), by_token(judged_S), ids_TK
+        if self.rerouted:  # g2 against every expert's mean
+            target_TK = best_other_expert(by_token(widen(self.grads[max(self.grads)][-1]) @ directions[-1].T), ids_TK)
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
             seed = hash((self.config.seed, self.number, self.index, self.stgc.rank))
             picked_TK = draw_placebo(conflict_TK, judged_TK, seed)
-        judged_SE = onehot_SE * judged_S.unsqueeze(1)
-        counts = [picked_TK.sum(), conflict_TK.sum(), judged_SE.sum(), onehot_SE.sum()]
-        sums = all_reduce(torch.cat([torch.stack(counts).to(onehot_SE.dtype), judged_SE.sum(0)]))
-        (num_picked, num_conflicts, num_judged, num_pairs), used_E = sums[:4], (sums[4:] > 0).to(sums.dtype)
+        counts = torch.stack([picked_TK.sum(), conflict_TK.sum(), onehot_SE.sum()]).to(onehot_SE.dtype)
+        sums = all_reduce(torch.cat([counts, judged_S.to(onehot_SE.dtype) @ onehot_SE]))
+        (num_picked, num_conflicts, num_pairs), judged_E = sums[:3], sums[3:]
+        used_E = (judged_E > 0).to(sums.dtype)
         share_E, consistency_E = used_E / used_E.sum().clamp_min(1), consistency_LE.mean(0)
         consistency = (share_E * consistency_E).sum()
         self.stgc.numbers[self.index] |= {
             "conflict_ratio": num_conflicts / num_pairs.clamp_min(1),
-            "judged_ratio": num_judged / num_pairs.clamp_min(1),
+            "judged_ratio": judged_E.sum() / num_pairs.clamp_min(1),
             "consistency": consistency,
             "consistency_std": (share_E * (consistency_E - consistency).square()).sum().sqrt(),
         }
@@ -641,11 +640,11 @@ class STGC:
         """
         rows = []
         for name, layer, numbers in zip(self.names, self.layers, self.numbers, strict=True):
-            size = layer.experts.num_experts
+            size, row = layer.experts.num_experts, {key: value.tolist() for key, value in numbers.items()}
             uniform = size**-2 if self.config.conflict_loss == "mse" else math.log(size)
-            neutral = {"balance_loss_if_even": 1.0, "conflict_loss_if_uniform": uniform}
-            neutral = {key: value for key, value in neutral.items() if key.partition("_if_")[0] in numbers}
-            rows.append({"layer": name} | {key: value.tolist() for key, value in numbers.items()} | neutral)
+            row |= {"balance_loss_if_even": 1.0} if "balance_loss" in row else {}
+            row |= {"conflict_loss_if_uniform": uniform} if "conflict_loss" in row else {}
+            rows.append({"layer": name} | row)
         return rows
 
 
