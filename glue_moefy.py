@@ -31,14 +31,17 @@ from lab.cli import (
 )
 from lab.tasks import PAPER, TASKS, Task
 
-TOY_DEFAULTS = {"moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
+TOY_DEFAULTS = {"task": "rte", "moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="glue_moefy.py", description=__doc__)
     # what
     parser.add_argument("--task", choices=[*TASKS, "all"], help="GLUE task; all: the paper's five and its table")
-    parser.add_argument("--toy", action="store_true", help="tiny BERT and generated sentence pairs, nothing downloaded")
+    shown = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in TOY_DEFAULTS.items()}
+    toys = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
+    text = f"tiny BERT and generated sentence pairs, nothing downloaded; other defaults then: {toys}"
+    parser.add_argument("--toy", action="store_true", help=text)
     parser.add_argument("--model", default="google-bert/bert-large-cased", help="hub name or folder of a BERT-like encoder")
     parser.add_argument("--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue there")
     options.add_compare(parser)
@@ -268,7 +271,7 @@ def summarize(record: dict) -> str:
     for row in score_rows(record):
         ratio = f"conflict ratio {row['conflict_ratio']} (first and last tenth of training), "
         lines.append(f"{row['variant']}: {ratio}{row['samples_per_second']:.1f} samples/s")
-    return "\n".join(lines)
+    return "\n".join(lines + compare.seeds_note(record))
 
 
 def prepare(args, name: str, folder: Path, accelerator) -> Job:

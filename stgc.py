@@ -571,15 +571,22 @@ class STGC:
         judged = i in self.chosen and self.config.every > 0 and self.forward_step % self.config.every == 0
         logits_TE = widen(self.layers[i].router(x_TD.detach())) if self.config.router_only else routing.logits_TE
         trains = judged and self.config.conflict_loss != "none"
-        if trains and self.config.router_only and not logits_TE.requires_grad:
-            why = f"the router of {self.names[i]} is frozen"
-            raise RuntimeError(f"{why}: unfreeze it (peft: modules_to_save), or leave it out of STGCConfig.layers")
+        if trains and not self.router_trains(i, logits_TE):
+            raise RuntimeError(
+                f"the router of {self.names[i]} is frozen, the conflict loss would teach it nothing: unfreeze it (peft: "
+                "modules_to_save=['gate'], or its name here), leave the layer out of STGCConfig.layers, or only measure "
+                "(conflict_loss='none')"
+            )
         step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
         if not replay:
             if self.steps[i] is not None:
                 self.steps[i].judged = False
             self.steps[i] = step
         return step
+
+    def router_trains(self, i: int, logits_TE: Tensor) -> bool:
+        parameters = list(self.layers[i].router.parameters())
+        return not parameters or (logits_TE.requires_grad and any(p.requires_grad for p in parameters))
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
         """L = L_main + alpha * L_bal + beta * L_CEL, PAPER eq. 10; each of the two averaged over the layers it acts on.
@@ -679,7 +686,10 @@ def demo(seed: int = 0) -> None:
     for title, kind, select in (("ce", "ce", "conflict"), ("reroute", "reroute", "conflict"), ("placebo", "ce", "random")):
         moved, config = copy.deepcopy(moe), STGCConfig(kind, alpha=0.0, select=select)
         train(f"then its router on {title} alone", moved, config, moved.router.parameters(), 150, 1e-2)
-    print("The placebo gives the same loss to as many random pairs; what it reaches as well is not due to the selection.")
+    print(
+        "The main loss is left out of the last three, so it rises. What the placebo, the same loss on as many random pairs,"
+    )
+    print("reaches as well is not due to the selection.")
 
 
 if __name__ == "__main__":

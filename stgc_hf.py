@@ -346,18 +346,15 @@ class ModelSTGC(STGC):
         return layers
 
     def begin(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
-        """As in STGC. Raises RuntimeError for a frozen router, ValueError where reroute has no expert to send to."""
+        """As in STGC. Raises ValueError where reroute has no expert to send to."""
         step, layer = super().begin(i, x_TD, routing, pairs, keep_T), self.layers[i]
-        if step is not None and step.judged and self.config.conflict_loss != "none":
-            if not layer.router_trains:
-                raise RuntimeError(
-                    f"the router beside {self.names[i]} is frozen, so its logits carry no gradient to it: unfreeze it "
-                    "(peft: modules_to_save=['gate'], or its name here), leave the layer out of STGCConfig.layers, or only "
-                    "measure, with conflict_loss='none'"
-                )
-            if self.config.conflict_loss == "reroute" and routing.weights_TK.shape[1] == layer.experts.num_experts:
+        if step is not None and step.judged and self.config.conflict_loss == "reroute":
+            if routing.weights_TK.shape[1] == layer.experts.num_experts:
                 raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
         return step
+
+    def router_trains(self, i: int, logits_TE: Tensor) -> bool:
+        return self.layers[i].router_trains  # of the copy that ran, where peft keeps several
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
         """As in STGC. Raises RuntimeError where all judged experts are frozen."""

@@ -556,7 +556,7 @@ def summarize(record: dict) -> str:
                 f"{run['variant']}, seed {run['seed']}, {how}: {100 * own['scores']['score']:.1f} % right, "
                 f"{100 * own['dropped']:.1f} % of the pairs dropped"
             )
-    return "\n".join(lines)
+    return "\n".join(lines + compare.seeds_note(record))
 
 
 def main(args) -> None:

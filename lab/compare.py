@@ -173,6 +173,13 @@ def comparison_table(record: dict, select: str = "best", markdown: bool = False)
     return "\n".join([title, *[""] * markdown, layout(lines, markdown)])
 
 
+def seeds_note(record: dict) -> list[str]:
+    """What to print below a comparison whose differences have no spread; nothing below others."""
+    seeds, variants = ({run[key] for run in record["runs"]} for key in ("seed", "variant"))
+    few = len(seeds) == 1 < len(variants)
+    return ["one seed: any difference above may be chance; --seeds 0 1 2 gives it an interval"] if few else []
+
+
 def paper_table(records: dict[str, dict], select: str = "best", markdown: bool = False) -> str:
     """The paper's GLUE table, published rows first, ours below; scores in % (Matthews, mean of accuracy and F1, accuracy).
 

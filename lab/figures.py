@@ -258,7 +258,8 @@ def draw_idea(path: Path) -> None:
     left.annotate("", xy=mean_grad * 1.9, xytext=(0, 0), arrowprops=thick)
     border = np.array([-mean_grad[1], mean_grad[0]]) / np.linalg.norm(mean_grad)
     left.plot(*np.stack([-1.15 * border, 1.15 * border], axis=1), color="#777777", linewidth=1, linestyle=":")
-    left.text(*(mean_grad * 2.0), "mean", fontsize=11, weight="bold")
+    beyond = 1.02 * mean_grad / np.linalg.norm(mean_grad)  # no gradient is longer than 1
+    left.text(*beyond, "mean", fontsize=11, weight="bold")
     left.text(-1.7, 1.05, "dashed: cosine with the\nmean below 0: conflict", color="#d1495b", fontsize=10, va="top")
     left.set(xlim=(-1.7, 1.35), ylim=(-1.1, 1.1), title="token gradients on one expert, one arrow per token", aspect="equal")
     left.axis("off")

@@ -159,6 +159,8 @@ def read_picture(file: Path, size: int) -> Tensor:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         square = ImageOps.pad(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC, CLIP_MEAN)
+    except FileNotFoundError:
+        raise BadEntry(f"picture not found: {str(file)!r}") from None
     except Exception as error:  # decoders raise about anything on damaged files
         raise BadEntry(f"picture cannot be read as {', '.join(FORMATS)}: {str(file)!r}, {error!r:.120}") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)

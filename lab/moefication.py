@@ -180,7 +180,8 @@ class MoESpec:
         kinds = {"layers": str, "num_experts": int, "top_k": int, "num_clusters": int, "normalize": bool, "seed": int}
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind.__name__}")
+                like = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind.__name__}, as {like!r}")
         choices = {"experts": ("copy", "split"), "split": SPLITS, "router": (*baselines.ROUTERS,)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -1,8 +1,9 @@
-"""The tables of README.md, generated from the records in results/: `python -m lab.report` writes them anew.
+"""The tables of README.md, from the records in results/: `python -m lab.report` writes them anew between their marks.
 
 A gap within the spread is no difference: no cell is emphasised, and what collapsed or failed stays in the table.
 """
 
+import argparse
 import json
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -134,5 +135,8 @@ def render(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m lab.report", description=__doc__).parse_args()
     path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    before = path.read_text()
+    path.write_text(render(before))
+    print(f"{'as it was' if path.read_text() == before else 'written'}: {path}")

@@ -11,6 +11,7 @@ reads and answers. Nothing in it is unpickled or run as code.
 
 import json
 import os
+import re
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 from lab import moefication
+from lab.baselines import CosineRouter
 from lab.cli import UserError
 from lab.runs import write_json
 from lab.tables import load_rows, write_rows
@@ -121,12 +123,11 @@ def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, obje
 
 
 @torch.no_grad()
-def compute_logits(model, tokenizer, card: TaskCard, sentences: list[list[str]], batch_size: int, device) -> Tensor:
-    """logits_NC in the order of the sentences. Batches hold inputs of similar length, the longest first."""
-    encoded = tokenizer(*sentences, truncation=True, max_length=card.max_length)
-    inputs = [{key: values[i] for key, values in encoded.items()} for i in range(len(sentences[0]))]
+def compute_logits(model, tokenizer, encoded, batch_size: int, device) -> Tensor:
+    """logits_NC in the order of the encoded inputs. Batches hold inputs of similar length, the longest first."""
+    inputs = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
-    collate, logits_NC = DataCollatorWithPadding(tokenizer), torch.empty(len(inputs), card.num_labels)
+    collate, logits_NC = DataCollatorWithPadding(tokenizer), torch.empty(len(inputs), model.config.num_labels)
     model.to(device)
     for start in tqdm(range(0, len(order), batch_size), desc="predict", unit="batch", disable=None):
         picked = order[start : start + batch_size]
@@ -138,7 +139,8 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
     """Writes the rows of `file` with `prediction` and the classes' probabilities, in the same format, and says where.
 
     The default output is NAME.predictions.SUFFIX beside the file; no file is ever replaced. UserError for whatever is wrong
-    with run, file or output, and then nothing is written. Empty sentences are predicted like others, and counted.
+    with run, file or output, and then nothing is written. Empty sentences and words that the vocabulary lacks are predicted
+    like others, and counted.
     """
     folder, file = find_model(run), Path(file).expanduser()
     card = read_task_card(folder)
@@ -154,7 +156,8 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
     try:
         temporary.touch()  # before all the work
         model, tokenizer, card = load_saved(folder)
-        logits_NC = compute_logits(model, tokenizer, card, sentences, batch_size, device)
+        encoded = tokenizer(*sentences, truncation=True, max_length=card.max_length)
+        logits_NC = compute_logits(model, tokenizer, encoded, batch_size, device)
         if not logits_NC.isfinite().all():
             raise UserError(f"--run {folder}: this model's answers are not finite; train another")
         if card.num_labels == 1:
@@ -170,7 +173,11 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
         if target.parent.is_dir():
             temporary.unlink(missing_ok=True)
     blank = sum(not all(text.strip() for text in texts) for texts in zip(*sentences))
-    return f"written: {target}, {len(rows)} rows" + (f", {blank} of them with an empty sentence" if blank else "")
+    ids = [one for row in encoded["input_ids"] for one in row]
+    lost = ids.count(tokenizer.unk_token_id)
+    said = f"written: {target}, {len(rows)} rows" + (f", {blank} of them with an empty sentence" if blank else "")
+    unknown = f"{lost} of {len(ids)} tokens are unknown to the model, which reads each as {tokenizer.unk_token}"
+    return said + (f"\nwarning: {unknown}" if lost else "")
 
 
 # ---- 4. Inspect ----
@@ -179,7 +186,7 @@ WIDTH, TOKEN, BAR = 100, 20, 28  # columns of the terminal, of a token at most, 
 
 
 def inspect(run: str | Path) -> str:
-    """Routing and conflicts of the card's examples, for a terminal: answers first, then layer by layer, token by token.
+    """Routing and conflicts of the card's examples, for a terminal: answers, then token by token, then each layer's sums.
 
     All examples are one batch, as a conflict is relative to a mean gradient. UserError for a model without MoE layer.
     """
@@ -201,17 +208,33 @@ def inspect(run: str | Path) -> str:
 
     keep_BL = batch["attention_mask"].bool()
     tokens = [tokenizer.convert_ids_to_tokens(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], keep_BL)]
-    intro = (
-        f"{card.task}: {len(tokens)} dev examples, {sum(map(len, tokens))} tokens, MoE layers: {len(stgc.layers)}\n"
-        "  All are one batch: conflicts are relative to its mean gradients, and differ in another batch.\n"
-        "  5 0.62          the token is on expert 5 with weight 0.62\n"
-        "  5 0.62 ! -0.12  and conflicts: its gradient has cosine -0.12 with the mean of that expert's tokens\n"
-        "  5 0.62 -        or no gradient reaches it"
-    )
-    blocks = [intro, *(describe_example(card, i, out.logits[i].detach()) for i in range(len(tokens)))]
+    sums, blocks = [], [describe_example(card, i, out.logits[i].detach()) for i in range(len(tokens))]
     for layer, name, verdict in zip(stgc.layers, stgc.names, stgc.verdicts):
-        blocks += describe_layer(layer, name, inputs[layer], keep_BL, verdict, tokens)
-    return "\n\n".join(blocks)
+        found = describe_layer(layer, name, inputs[layer], keep_BL, verdict, tokens)
+        sums, blocks = [*sums, found[0]], [*blocks, *found[1:]]
+    intro = [
+        f"{card.task}: {len(tokens)} dev examples, {sum(map(len, tokens))} tokens, MoE layers: {len(stgc.layers)}",
+        "  All are one batch: conflicts are relative to its mean gradients, and differ in another batch.",
+        *explain_marks("\n".join(blocks[len(tokens) :])),
+    ]
+    if any(isinstance(layer.router, CosineRouter) for layer in stgc.layers):
+        intro.append("  A cosine router's logits are bounded, so the weights stay near 1 / K until its scale has grown.")
+    return "\n\n".join(["\n".join(intro), *blocks, *sums])
+
+
+def explain_marks(text: str) -> list[str]:
+    """What the cells of a token mean, by the first of each kind in the text."""
+    lines = []
+    for pattern in (r"   (\d+ \d\.\d\d)(?! [!-])", r"   (\d+ \d\.\d\d ! -\d\.\d\d)", r"   (\d+ \d\.\d\d -)(?!\S)"):
+        if found := re.search(pattern, text):
+            expert, weight, *rest = found[1].split()
+            lines.append(
+                f"  {found[1]:<17}on expert {expert} with weight {weight}{', no gradient reaches it' * (rest == ['-'])}"
+            )
+            if len(rest) == 2:
+                more = f"in conflict: its gradient has cosine {rest[1]} with the mean of that expert's tokens"
+                lines += [f"{lines.pop()},", f"{'':19}{more}"]
+    return lines
 
 
 def printable(text: str) -> str:
@@ -235,7 +258,7 @@ def describe_example(card: TaskCard, number: int, logits_C: Tensor) -> str:
 
 
 def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, verdict: Verdict, tokens) -> list[str]:
-    """A block with the layer's experts, then one per example with a line per token."""
+    """A block with the layer's experts, and behind it one per example with a line per token."""
     with torch.no_grad():
         routing = route(layer.router, x_BLD.flatten(0, -2), layer.top_k, layer.normalize, layer.scale)
     keep_T, size = keep_BL.flatten(), layer.experts.num_experts

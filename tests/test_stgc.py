@@ -728,15 +728,18 @@ def test_a_placebo_is_drawn_by_its_own_forward():
     torch.testing.assert_close(router_grads(True), router_grads(False), rtol=1e-9, atol=1e-9)
 
 
-def test_a_frozen_router_is_named():
+@pytest.mark.parametrize("config", [{"passes": "one"}, {"passes": "two"}, {"passes": "two", "router_only": True}])
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_frozen_router_is_named(config, i):
+    """With two passes the loss would still reach the features that the second layer reads, and teach its router nothing."""
     net, batch = make_net(), make_batch()
-    net.layers[0].router.requires_grad_(False)
-    for config in ({"passes": "one"}, {"passes": "two", "router_only": True}):
-        stgc = STGC(net, STGCConfig(**config))
-        with pytest.raises(RuntimeError, match="router of layers.0 is frozen"):
-            main_loss(net, batch)
-        stgc.detach()
-    run(net, batch, passes="one", layers=(1,))
+    net.layers[i].router.requires_grad_(False)
+    stgc = STGC(net, STGCConfig(**config))
+    with pytest.raises(RuntimeError, match=f"router of layers.{i} is frozen"):
+        main_loss(net, batch)
+    stgc.detach()
+    run(net, batch, **config, layers=(1 - i,))
+    run(net, batch, **config, conflict_loss="none")
 
 
 def test_only_judged_layers_have_to_be_reroutable():

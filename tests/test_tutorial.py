@@ -78,14 +78,19 @@ def test_shell_parses(line, script):
         assert (ROOT / word).exists(), (line, word)
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", FENCE.sub("", TEXT))
-    assert links
+@pytest.mark.parametrize("name", ["tutorial.md", "README.md", "results/README.md"])
+def test_links_lead_somewhere(name):
+    page = FENCE.sub("", (ROOT / name).read_text())
+    links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page)
+    titles = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^##? (.+)$", page, re.M)}
+    assert links or name.startswith("results")
     for text, target in links:
         path, _, anchor = target.partition("#")
         if not target.startswith("https://"):
-            assert (ROOT / path).exists(), target
-        if anchor:
+            assert ((ROOT / name).parent / path).exists(), target
+        if anchor and not path:
+            assert anchor in titles, target
+        elif anchor:
             row = (ROOT / path).read_text().splitlines()[int(re.fullmatch(r"L(\d+)", anchor)[1]) - 1]
             assert re.search(rf"\b{text.strip('`')}\b", row), (text, target, row)
 

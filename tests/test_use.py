@@ -119,7 +119,9 @@ def test_every_format_keeps_its_rows_and_gets_the_models_probabilities(run, tmp_
     file.with_suffix(suffix.lower()).rename(file)
     said = use.predict(run, file, batch_size=4)
     blank = sum(not row["sentence1"].strip() for row in rows)
+    said, warning = said.split("\n")
     assert said == f"written: {out}, {len(rows)} rows, {blank} of them with an empty sentence" and blank == 2
+    assert re.fullmatch(r"warning: \d+ of \d+ tokens are unknown to the model, which reads each as \[UNK\]", warning)
     assert sorted(tmp_path.iterdir()) == sorted([file, out])
     out.rename(out.with_suffix(suffix.lower()))
     found = read_table(out.with_suffix(suffix.lower()))
@@ -134,6 +136,15 @@ def test_every_format_keeps_its_rows_and_gets_the_models_probabilities(run, tmp_
     assert [row["prediction"] for row in found] == [LABELS[i] for i in probs.argmax(-1)]
     assert len({row["prediction"] for row in found}) == 2
     assert suffix == ".parquet" or "猫" in out.with_suffix(suffix.lower()).read_text(), "unreadable"
+
+
+def test_unknown_words_are_counted(run, tmp_path):
+    write_table(tmp_path / "a.csv", [{"sentence1": "the cat", "sentence2": "a dog"}])
+    assert "warning" not in use.predict(run, tmp_path / "a.csv")
+    write_table(tmp_path / "b.csv", [{"sentence1": "the stoat", "sentence2": "a cat"}] * 2)
+    assert use.predict(run, tmp_path / "b.csv").endswith(
+        "warning: 2 of 14 tokens are unknown to the model, which reads each as [UNK]"
+    )
 
 
 def test_parquet_keeps_its_types(run, tmp_path):
@@ -157,7 +168,8 @@ def test_batches_hold_inputs_of_similar_length(run):
         lambda model, args, batch: shapes.append(tuple(batch["input_ids"].shape)), with_kwargs=True
     )
     texts = ["the cat " * n for n in (1, 5, 2, 4, 1, 5)]
-    assert use.compute_logits(model, tokenizer, card, [texts, ["a"] * 6], 2, "cpu").shape == (6, 2)
+    encoded = tokenizer(texts, ["a"] * 6, truncation=True, max_length=12)
+    assert use.compute_logits(model, tokenizer, encoded, 2, "cpu").shape == (6, 2)
     assert shapes == [(2, 12), (2, 12), (2, 6)]  # [CLS] 2n [SEP] a [SEP], cut to 12
 
 
@@ -408,6 +420,12 @@ def test_inspect_shows_what_stgc_finds(tmp_path, spec):
         worst = max(range(len(counts)), key=lambda e: counts[e][0] / max(1, counts[e][1]))
         assert f"highest on expert {worst} ({counts[worst][0] / counts[worst][1]:.2f})" in head
     assert conflicts > 10 and re.search(r"\d\.\d\d -", text)
+    legend, body = text.split("\n\n")[0], text.split("\n\n", 1)[1]
+    for cell, meaning in (("! -", "in conflict: its gradient has cosine -"), ("-  ", "no gradient reaches it")):
+        (start,) = re.finditer(rf"^  (\d+ \d\.\d\d {cell}\S*)", legend, re.M)
+        assert meaning in legend[start.start() :] and f"   {start[1].rstrip()}" in body, "a cell that is there"
+    assert ("cosine router" in legend) == (spec.get("router") == "cosine")
+    assert text.rsplit("\n\n", len(stgc.names))[1].startswith(f"MoE layer {stgc.names[0]}: "), "sums stand last"
     for b, probs in enumerate(out.logits.softmax(-1)):
         best = probs.argmax().item()
         wrong = "" if best == EXAMPLES[b]["label"] else " (wrong)"
