@@ -19,16 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab import options
-from lab.cli import (
-    Parser,
-    RunFailed,
-    UserError,
-    hub_is_reachable,
-    model_is_cached,
-    number,
-    offline_message,
-    run_main,
-)
+from lab.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, run_main
 from lab.tasks import PAPER, TASKS, Task
 
 TOY_DEFAULTS = {"task": "rte", "moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
@@ -40,7 +31,7 @@ def make_parser() -> Parser:
     parser.add_argument("--task", choices=[*TASKS, "all"], help="GLUE task; all: the paper's five and its table")
     shown = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in TOY_DEFAULTS.items()}
     toys = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
-    text = f"tiny BERT and generated sentence pairs, nothing downloaded; other defaults then: {toys}"
+    text = f"tiny BERT and generated sentence pairs, nothing downloaded; trains none, too; other defaults: {toys}"
     parser.add_argument("--toy", action="store_true", help=text)
     parser.add_argument("--model", default="google-bert/bert-large-cased", help="hub name or folder of a BERT-like encoder")
     parser.add_argument("--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue there")
@@ -80,9 +71,12 @@ def parse(argv: list[str]):
     if "--toy" in argv:
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
+    options.expand(args, ("model", "data_dir", "predict", "run", "output", "inspect"))
     if args.predict or args.inspect:
-        if args.predict and (args.inspect or not args.run):
-            parser.error("--predict FILE needs --run RUN (a run with --save-model), and no --inspect")
+        if args.predict and not args.run:
+            parser.error("--predict FILE needs --run RUN (a run with --save-model)")
+        use = ("predict", "run", "output") if args.predict else ("inspect",)
+        options.refuse_unread(parser, args, f"--{use[0]}", (*use, "device"))
         return args
     if args.task is None:
         parser.error(f"--task is needed: one of {', '.join(TASKS)}, or all")
@@ -96,15 +90,12 @@ def parse(argv: list[str]):
         parser.error(f"--toy makes pairs in the format of rte: use --task rte, or {args.task} without --toy")
     if args.toy and (args.data_dir or args.model != parser.get_default("model")):
         parser.error("--toy makes its own model and data: leave out --model and --data-dir, or leave out --toy")
-    for flag, folder in (("--data-dir", args.data_dir), ("--model", args.model if "/" in args.model else None)):
-        looks_local = folder and (flag == "--data-dir" or folder.startswith((".", "/", "~")) or folder.count("/") > 1)
-        if looks_local and not Path(folder).expanduser().is_dir():
-            parser.error(f"{flag} {folder}: no such folder; give an existing one, or leave it out to use the hub")
-    local_model = args.toy or Path(args.model).is_dir()
-    if not (local_model and (args.toy or args.data_dir)):
-        reachable = hub_is_reachable()
-        if not (reachable or local_model or model_is_cached(args.model)):
-            parser.error(offline_message("the model", args.model))
+    if args.data_dir and not Path(args.data_dir).is_dir():
+        parser.error(f"--data-dir {args.data_dir}: no such folder; give an existing one, or leave it out to use the hub")
+    if not args.toy:
+        options.check_model(parser, "--model", args.model, GLUE_WAYS)
+        if Path(args.model).is_dir() and not args.data_dir:
+            hub_is_reachable()  # for the data: else the library is told to look into its cache
     return args
 
 
@@ -146,8 +137,7 @@ class Job:
 
 def make_spec(args, config) -> moefication.MoESpec:
     """What becomes of which layers, checked against the dense model's config."""
-    size = {"layers": args.moe_layers, "num_experts": args.num_experts, "top_k": args.top_k}
-    spec = moefication.spec_of(config, "--model", **size, experts=args.experts, router=args.router)
+    spec = moefication.spec_of(config, "--model", **options.spec_options(args))
     if args.max_length > config.max_position_embeddings:
         raise UserError(
             f"--max-length {args.max_length}: the model has {config.max_position_embeddings} positions; lower it"
@@ -199,14 +189,8 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     stgc = None if config is None else STGC(model, config)
     if accelerator.process_index:  # else all processes would drop out the same units
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
 
-    board = job.folder / "tensorboard" / name if args.report_to == "tensorboard" else None
-    often = {"steps": steps, "log_steps": args.log_steps, "save_steps": args.save_steps}
-    run = Training(
-        job.folder, name, accelerator, model, optimizer, schedule, **often, stgc=stgc, resume=args.resume, board=board
-    )
+    run = Training(args, job.folder, name, accelerator, model, optimizer, schedule, steps, stgc)
     kept = run.at.kept = {"best": None, "last": None, "waited": 0, "answer": None} | run.at.kept
     with run:
         while run.at.epoch <= args.epochs and kept["waited"] <= args.patience:
@@ -270,7 +254,7 @@ def summarize(record: dict) -> str:
     lines = [compare.comparison_table(record, "best"), "", compare.comparison_table(record, "last"), ""]
     for row in score_rows(record):
         ratio = f"conflict ratio {row['conflict_ratio']} (first and last tenth of training), "
-        lines.append(f"{row['variant']}: {ratio}{row['samples_per_second']:.1f} samples/s")
+        lines.append(f"{row['label']}: {ratio}{row['samples_per_second']:.1f} samples/s")
     return "\n".join(lines + compare.seeds_note(record))
 
 
@@ -279,8 +263,6 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
     runs.check_folder(folder, vars(args), options.FREE, args.overwrite, args.resume)  # first: all else takes its time
-    if args.report_to == "tensorboard":
-        runs.summary_writer_class()
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
     spec = make_spec(args, source.config)
@@ -301,19 +283,14 @@ def run_task(job: Job) -> dict:
     model = moefication.moefy(source.load_model(), replace(job.spec, split="contiguous"))  # loads, or says why not
     parameters = moefication.count_parameters(model)
     del model
-    accelerator.wait_for_everyone()
-    if main:
-        runs.claim_folder(folder, args.overwrite)
-    accelerator.wait_for_everyone()
+    runs.claim_folder(folder, args.overwrite, accelerator)
     data = {"train": len(job.encoded["train"]), "dev": len(job.encoded[job.task.dev[0]]), "source": source.kind}
     record = runs.RunFolder(folder, source.name, vars(args), data, accelerator)
     if main:
         print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
         million = (parameters.total / 1e6, parameters.active / 1e6)
         print("{}\nparameters: {:.1f} M in all, {:.1f} M active per token".format(job.spec, *million))
-        for variant in args.variants:
-            print(f"{variant}: {make_config(args, variant) or 'the dense model, no MoE'}")
-        print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+        runs.announce(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         for variant in args.variants:
             for lr in args.lrs or [args.lr]:
@@ -366,20 +343,20 @@ def main(args) -> None:
         logging.disable_progress_bar()
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
-        device = runs.make_accelerator(args.device, args.precision).device
-        print(use.predict(args.run, args.predict, args.output, device=device) if args.predict else use.inspect(args.inspect))
+        device = runs.make_accelerator(args.device, "fp32").device
+        predict = args.predict and use.predict(args.run, args.predict, args.output, device=device)
+        print(predict or use.inspect(args.inspect, device))
         return
-    accelerator = runs.make_accelerator(args.device, args.precision)
-    if args.batch_size % accelerator.num_processes:
-        raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
+    accelerator = runs.start(args)
     names = PAPER if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
     folder = Path(args.output_dir or f"runs/{default}-{'compare' if args.compare else args.variants[-1]}")
     jobs = [prepare(args, name, folder / name if args.task == "all" else folder, accelerator) for name in names]
-    records = {job.name: run_task(job) for job in jobs}
+    records = [run_task(job) for job in jobs]
     if args.task == "all" and accelerator.is_main_process:
-        figures.plot_comparison(folder, list(records.values()))
-        print(f"\n{compare.paper_table(records, 'best')}")
+        figures.plot_comparison(folder, records)
+        for select in ("best", "last"):
+            print(f"\n{compare.paper_table(records, select)}")
 
 
 if __name__ == "__main__":

@@ -274,11 +274,18 @@ class MoELayer(nn.Module):
 # speak of. At the last linear it is the gradient before the routing weight, so it contains the factor w_e.
 
 
-def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambda t: t) -> tuple[Tensor, ...]:
-    """cos_S(g_n, gbar_e) with the pair's own expert e, norm_S, consistency_E (sec. 4.3), and each gbar_e's direction_EO.
+class Compared(NamedTuple):
+    """One linear's gradients g_n against the means gbar_e of its experts."""
 
-    PAPER eq. 7 and 11; the cosine is one term of eq. 12. A zero gradient has no direction, cosine 0, and adds nothing to
-    the sums; the scale of the loss cancels. Consistency, in [0, 1], is the mean of the cosine matrix of an expert's pairs,
+    cos_S: Tensor  # with the mean of the pair's own expert
+    norm_S: Tensor  # |g_n|
+    consistency_E: Tensor  # sec. 4.3, in [0, 1]
+    direction_EO: Tensor  # gbar_e / |gbar_e|
+
+
+def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambda t: t) -> Compared:
+    """PAPER eq. 7 and 11; the cosine is one term of eq. 12. A zero gradient has no direction, cosine 0, and adds nothing to
+    the sums; the scale of the loss cancels. Consistency is the mean of the cosine matrix of an expert's pairs,
     diagonal included: the squared norm of their mean unit vector. `all_reduce` sums over processes: global means.
     """
     grad_SO = widen(grad_SO.detach())
@@ -296,7 +303,7 @@ def compare_to_means(grad_SO: Tensor, pairs: Pairs, all_reduce: Callable = lambd
     count_E = all_reduce(alive_S @ onehot_SE).clamp_min(1)
     direction_EO = F.normalize(sum_EO, dim=-1, eps=tiny)
     cos_S = grouped_linear(grad_SO, direction_EO.unsqueeze(2), None, pairs).squeeze(1) * per_norm_S
-    return cos_S, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1), direction_EO
+    return Compared(cos_S, norm_S, (unit_sum_EO / count_E.unsqueeze(1)).square().sum(-1), direction_EO)
 
 
 def weight_cosine(grad_SO: Tensor, a_SI: Tensor, weight_grad_EIO: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -348,19 +355,19 @@ def best_other_expert(gain_TKE: Tensor, expert_ids_TK: Tensor) -> Tensor:
 # ---- 7. Losses ----
 
 
-def conflict_loss(kind: str, logits_TE: Tensor, expert_ids_TK: Tensor, picked_TK: Tensor, target_TK: Tensor) -> Tensor:
-    """Sum of the picked pairs' losses; no picked pair, no loss and no gradient.
+def conflict_loss(kind: str, logits_TE: Tensor, target_TK: Tensor, picked_TK: Tensor) -> Tensor:
+    """Sum of the picked pairs' losses; no picked pair, no loss and no gradient. target_TK: the pair's expert e_n, or where
+    reroute sends it. KeyError for another kind.
 
     ce: CE(-z_n, e_n), PAPER eq. 8 and 14; its gradient on z is onehot(e_n) - softmax(-z_n): the token leaves e_n.
     mse: p_{n, e_n}^2, PAPER eq. 13. reroute: CE(z_n, target), ours: the token also learns where to go.
     """
-    if kind == "ce":
-        loss_TK = -(-logits_TE).log_softmax(-1).gather(1, expert_ids_TK)
-    elif kind == "mse":
-        loss_TK = logits_TE.softmax(-1).gather(1, expert_ids_TK).square()
-    else:
-        loss_TK = -logits_TE.log_softmax(-1).gather(1, target_TK)
-    return (loss_TK * picked_TK).sum()
+    loss_TE = {
+        "ce": -(-logits_TE).log_softmax(-1),
+        "mse": logits_TE.softmax(-1).square(),
+        "reroute": -logits_TE.log_softmax(-1),
+    }[kind]
+    return (loss_TE.gather(1, target_TK) * picked_TK).sum()
 
 
 def balance_loss(logits_TE: Tensor, keep_T: Tensor, load_E: Tensor, num_tokens: Tensor) -> Tensor:
@@ -379,10 +386,9 @@ def balance_loss(logits_TE: Tensor, keep_T: Tensor, load_E: Tensor, num_tokens: 
 class LayerStep:
     """One forward of a watched layer: taps its linears in their order, takes in the token gradients, judges the pairs."""
 
-    def __init__(self, stgc: "STGC", index: int, judged: bool, replay: bool, routing: Routing, logits_TE, pairs, keep_T):
-        self.stgc, self.index, self.judged, self.replay, self.config = stgc, index, judged, replay, stgc.config
-        self.number = stgc.forward_step
-        self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = routing.expert_ids_TK, logits_TE, pairs, keep_T
+    def __init__(self, stgc: "STGC", index: int, judged: bool, expert_ids_TK, logits_TE, pairs, keep_T):
+        self.stgc, self.index, self.judged, self.config, self.number = stgc, index, judged, stgc.config, stgc.forward_step
+        self.expert_ids_TK, self.logits_TE, self.pairs, self.keep_T = expert_ids_TK, logits_TE, pairs, keep_T
         self.whole, self.rerouted = self.config.gradients == "weight", self.config.conflict_loss == "reroute"
         self.inputs, self.splits = [], []  # of each linear
         self.edges = []  # where its outputs (and weights) hang in the graph
@@ -392,8 +398,10 @@ class LayerStep:
         """Before the first linear."""
         if not self.judged or self.config.passes == "two":  # a view's gradient is that of this forward alone
             return x_SD, [w.view_as(w) for w in weights] if self.whole else weights
-        conflict, x_SD, *tapped = ConflictTap.apply(self, self.logits_TE, x_SD, *(weights if self.whole else []))
-        if not self.replay:
+        # autograd asks only for what something trains: a frozen router's logits may be no such thing, and are measured
+        logits_TE = self.logits_TE if self.logits_TE.requires_grad else self.logits_TE.detach().requires_grad_()
+        conflict, x_SD, *tapped = ConflictTap.apply(self, logits_TE, x_SD, *(weights if self.whole else []))
+        if self.stgc.steps[self.index] is self:  # not where gradient checkpointing computes an earlier forward again
             self.stgc.conflicts[self.index] = conflict
         return x_SD, tapped or weights
 
@@ -431,7 +439,7 @@ class LayerStep:
         self.compared, self.grads = {}, {}  # whoever holds the loss holds this object
         if self.config.conflict_loss == "none":
             return logits_TE.sum() * 0.0
-        loss = conflict_loss(self.config.conflict_loss, logits_TE, self.expert_ids_TK, verdict.picked_TK, verdict.target_TK)
+        loss = conflict_loss(self.config.conflict_loss, logits_TE, verdict.target_TK, verdict.picked_TK)
         loss = loss * self.stgc.num_processes / num_picked.clamp_min(1)  # times: data parallelism averages over processes
         self.stgc.numbers[self.index]["conflict_loss"] = self.stgc.all_reduce(loss.detach()) / self.stgc.num_processes
         return loss
@@ -439,14 +447,14 @@ class LayerStep:
     def judge(self, weight_grads: Sequence[Tensor]) -> tuple[Verdict, Tensor]:
         """Flags, statistics, and the number of picked pairs over all processes. PAPER eq. 12 and definition 1."""
         ids_TK, onehot_SE, all_reduce = self.expert_ids_TK, self.pairs.onehot_SE, self.stgc.all_reduce
-        *found, directions = zip(*(one for i in sorted(self.compared) for one in self.compared[i]), strict=True)
-        cos_LS, norm_LS, consistency_LE = map(torch.stack, found)
+        found = [one for linear in sorted(self.compared) for one in self.compared[linear]]
+        terms = [(one.cos_S, one.norm_S) for one in found]
         if self.whole:
             terms = []
             for i, a_SI in enumerate(self.inputs):
                 parts = zip(self.grads[i], self.splits[i](all_reduce(widen(weight_grads[i]))), strict=True)
                 terms += [weight_cosine(grad_SO, a_SI, sum_EIO, self.pairs) for grad_SO, sum_EIO in parts]
-            cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
+        cos_LS, norm_LS = (torch.stack(term) for term in zip(*terms, strict=True))
         judged_S = (norm_LS > 0).any(0) & onehot_SE.any(1)  # not padding, whatever the loss does with it
 
         def by_token(rows_S: Tensor) -> Tensor:
@@ -454,7 +462,9 @@ class LayerStep:
 
         similarity_TK, judged_TK, target_TK = by_token(cos_LS.mean(0)), by_token(judged_S), ids_TK
         if self.rerouted:  # g2 against every expert's mean
-            target_TK = best_other_expert(by_token(widen(self.grads[max(self.grads)][-1]) @ directions[-1].T), ids_TK)
+            target_TK = best_other_expert(
+                by_token(widen(self.grads[max(self.grads)][-1]) @ found[-1].direction_EO.T), ids_TK
+            )
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
             seed = hash((self.config.seed, self.number, self.index, self.stgc.rank))
@@ -462,8 +472,9 @@ class LayerStep:
         counts = torch.stack([picked_TK.sum(), conflict_TK.sum(), onehot_SE.sum()]).to(onehot_SE.dtype)
         sums = all_reduce(torch.cat([counts, judged_S.to(onehot_SE.dtype) @ onehot_SE]))
         (num_picked, num_conflicts, num_pairs), judged_E = sums[:3], sums[3:]
-        used_E = (judged_E > 0).to(sums.dtype)
-        share_E, consistency_E = used_E / used_E.sum().clamp_min(1), consistency_LE.mean(0)
+        # CHOICE: consistency is that of bias gradients, averaged over the linears and over the experts in use
+        used_E, consistency_E = (judged_E > 0).to(sums.dtype), torch.stack([one.consistency_E for one in found]).mean(0)
+        share_E = used_E / used_E.sum().clamp_min(1)
         consistency = (share_E * consistency_E).sum()
         self.stgc.numbers[self.index] |= {
             "conflict_ratio": num_conflicts / num_pairs.clamp_min(1),
@@ -509,7 +520,8 @@ class STGC:
     the global batch, summed through a process group of its own, so that its collectives never mix with DDP's; each step has
     to run the same layers on all processes. `verdicts` has each layer's latest Verdict. The newest STGC object on a model is
     the one that counts; `detach()` ends the watch. ValueError for a model without MoE layers, and for `layers` that it has
-    not or that cannot reroute; what only a forward shows, a frozen router or frozen experts, raises RuntimeError there.
+    not or that cannot reroute; what only a forward shows, a frozen router or experts that no gradient reaches (with whole
+    weights: frozen ones), raises RuntimeError there.
     """
 
     def __init__(self, model: nn.Module, config: STGCConfig = STGCConfig()):
@@ -577,7 +589,7 @@ class STGC:
                 "modules_to_save=['gate'], or its name here), leave the layer out of STGCConfig.layers, or only measure "
                 "(conflict_loss='none')"
             )
-        step = LayerStep(self, i, judged, replay, routing, logits_TE, pairs, keep_T)
+        step = LayerStep(self, i, judged, routing.expert_ids_TK, logits_TE, pairs, keep_T)
         if not replay:
             if self.steps[i] is not None:
                 self.steps[i].judged = False
@@ -663,7 +675,7 @@ def demo(seed: int = 0) -> None:
     All is trained first, then the router on the conflict loss alone, as in the paper's statistical verification."""
     torch.manual_seed(seed)
     tasks, size = 4, 16
-    answers_DC, head = torch.randn(size - tasks, tasks), nn.Linear(size, tasks)
+    answers_IC, head = torch.randn(size - tasks, tasks), nn.Linear(size, tasks)
 
     def train(title, moe, config, parameters, steps, lr):
         torch.manual_seed(seed)
@@ -671,7 +683,7 @@ def demo(seed: int = 0) -> None:
         for _ in range(steps):
             task_T = torch.randint(tasks, (256,))
             x_TD = torch.cat([F.one_hot(task_T, tasks), torch.randn(256, size - tasks)], dim=1)
-            label_T = ((x_TD[:, tasks:] @ answers_DC).argmax(-1) + task_T) % tasks
+            label_T = ((x_TD[:, tasks:] @ answers_IC).argmax(-1) + task_T) % tasks
             main_loss = F.cross_entropy(head(x_TD + moe(x_TD)), label_T)
             loss = stgc.loss(main_loss)
             (loss if config.conflict_loss == "none" else loss - main_loss).backward()

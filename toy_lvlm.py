@@ -1,6 +1,6 @@
 """Builds a vision-language Mixture-of-Experts from nothing and shows what STGC does in it, in MoE-LLaVA's shape.
 
-  python toy_lvlm.py                                  generated pictures, nothing downloaded, minutes on a laptop CPU
+  python toy_lvlm.py                                  the baseline and STGC on generated pictures, minutes on a CPU
   python toy_lvlm.py --compare --seeds 0 1 2          the baseline, STGC and the placebo, seed by seed
   python toy_lvlm.py --variants none,ce,embedding,feature,task    beside the paper's sample-level routings
   python toy_lvlm.py --capacity 0.5 1.0 --bpr         evaluation with experts that take so many tokens only
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab import options
-from lab.cli import Parser, UserError, hub_is_reachable, model_is_cached, number, offline_message, run_main
+from lab.cli import Parser, UserError, number, run_main
 
 ROUTINGS = ("embedding", "feature", "task")
 STAGES = {  # flag: (default steps, learning rate, that with a pretrained language model: MoE-LLaVA's, what is trained)
@@ -99,9 +99,11 @@ def parse(argv: list[str]):
     """The options, checked as far as they can be without loading anything. `args.variants` is the list of what to train."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    options.expand(args, ("clip", "lm", "data", "image_dir", "eval_data", "image", "run"))
     if args.ask is not None or args.chat:
         if not args.run:
             parser.error("--ask and --chat need --run RUN, the output folder of a finished run")
+        options.refuse_unread(parser, args, "--ask and --chat", ("ask", "chat", "image", "run", "device"))
         return args
     for flag in ("run", "image"):
         if getattr(args, flag):
@@ -126,25 +128,22 @@ def parse(argv: list[str]):
     routed = [name for name in args.variants if name in ROUTINGS]
     if routed and args.router != parser.get_default("router"):
         parser.error(f"--router {args.router}: {routed[0]} is a router of its own; leave one of them out")
-    if routed and args.top_k == 1 and set(routed) & {"embedding", "feature"}:
-        parser.error(f"--top-k 1: nothing trains the router of {routed[0]}, since the only weight is 1; take 2 or more")
+    if routed and args.top_k == 1 and args.normalize and set(routed) & {"embedding", "feature"}:
+        parser.error(f"--top-k 1: nothing trains the router of {routed[0]}, as the only weight is 1; add --no-normalize")
+    if "embedding" not in routed and args.clusters != parser.get_default("clusters"):
+        parser.error(f"--clusters {args.clusters}: only `embedding` has clusters; leave it out, or add that routing")
     if len(set(args.capacity)) < len(args.capacity):
         parser.error(f"--capacity {' '.join(map(str, args.capacity))}: one repeated is the same test again; name each once")
     if args.bpr and not args.capacity:
         parser.error("--bpr orders what a capacity cuts off: add --capacity 0.5, or leave it out")
-    if (args.image_dir or args.eval_data) and not args.data:
-        parser.error("--image-dir and --eval-data go with --data: add --data FILE.json, or leave them out")
+    if (args.image_dir or args.eval_data or args.max_bad) and not args.data:
+        parser.error("--image-dir, --eval-data and --max-bad go with --data: add --data FILE.json, or leave them out")
     for flag, value in (("--data", args.data), ("--eval-data", args.eval_data)):
         if value and not Path(value).expanduser().is_file():
             parser.error(f"{flag} {value}: no such file; give a JSON file in LLaVA's format")
     for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
-        if name and not Path(name).is_dir():
-            if name.startswith((".", "/", "~")) or name.count("/") > 1:
-                parser.error(f"{flag} {name}: no such folder; give an existing one, or a hub name")
-            if not (hub_is_reachable() or model_is_cached(name)):
-                parser.error(
-                    offline_message("the model", name, f"give a folder ({flag} DIR), or leave {flag} out: one is trained")
-                )
+        if name:
+            options.check_model(parser, flag, name, f"give a folder ({flag} DIR), or leave {flag} out: one is trained")
     return args
 
 
@@ -220,8 +219,6 @@ def train(
     `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
     """
     args, accelerator, (steps, lr) = job.args, job.accelerator, job.plan(stage)
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -237,12 +234,7 @@ def train(
     stgc = None if config is None else STGC(prepared, config)
     samples = baselines.samples_of(model)
     labelled = any(isinstance(module, baselines.TaskRouter) for module in model.modules())
-    board = folder / "tensorboard" / name if args.report_to == "tensorboard" else None
-    often = {"steps": steps, "log_steps": args.log_steps, "save_steps": args.save_steps}
-    run = Training(
-        folder, name, accelerator, prepared, optimizer, schedule, **often, stgc=stgc, resume=args.resume, board=board
-    )
-    with run:
+    with Training(args, folder, name, accelerator, prepared, optimizer, schedule, steps, stgc) as run:
         for batch in run.batches(loader) if run.at.epoch == 1 else ():  # a stage is one epoch of so many steps
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             keep, asked, rows = (batch.pop(name, None) for name in ("keep", "asked", "rows"))
@@ -497,8 +489,7 @@ def ask(args) -> None:
     """Answers --ask, then, with --chat, line after line from the terminal. Each question stands alone."""
     folder = newest_model(Path(args.run).expanduser())
     model, tokenizer, card = lvlm.load(folder, "--run")
-    device = runs.make_accelerator(args.device, args.precision).device
-    model.to(device)
+    model.to(runs.make_accelerator(args.device, "fp32").device)
     pictures = torch.empty(0, 3, card.size, card.size, dtype=torch.uint8)
     if args.image:
         try:
@@ -547,7 +538,7 @@ def summarize(record: dict) -> str:
             names = [name for name in ("score", *KINDS) if name in entry["scores"]]
             table = [[f"seed {entry['seed']}", *names]]
             table += [[label, *(f"{100 * own.get(name, 0):.1f}" for name in names)] for label, own in rows.items()]
-            lines += [compare.layout(table, markdown=False), ""]
+            lines += [compare.layout(table), ""]
     lines.append(compare.comparison_table(record, "last"))
     for run in record["runs"]:
         for own in run["limited"]:
@@ -565,9 +556,7 @@ def main(args) -> None:
         logging.disable_progress_bar()
     if args.ask is not None or args.chat:
         return ask(args)
-    accelerator = runs.make_accelerator(args.device, args.precision)
-    if args.batch_size % accelerator.num_processes:
-        raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
+    accelerator = runs.start(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
             f"accelerate is set to {accelerator.distributed_type.value}, but each process of this toy holds all of it: use "
@@ -576,22 +565,16 @@ def main(args) -> None:
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
     runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)
-    if args.report_to == "tensorboard":
-        runs.summary_writer_class()
     clip = lvlm.load_clip(args.clip) if args.clip else None
     lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
     spec = lvlm.check_spec(args, clip, lm)
     problems = llava.Problems(args.max_bad)
     data = lvlm.load_data(args, clip, tokenizer, problems)
-    accelerator.wait_for_everyone()
+    runs.claim_folder(folder, args.overwrite, accelerator)
     main_process = accelerator.is_main_process
-    if main_process:
-        runs.claim_folder(folder, args.overwrite)
-        if problems.total:
-            told = {"left out": problems.left_out, "changed": problems.changed}
-            runs.write_json(folder / runs.ENTRIES, told)
-            print(problems.summary() or f"all {problems.total} entries are used as they are")
-    accelerator.wait_for_everyone()
+    if main_process and problems.total:
+        runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})
+        print(problems.summary() or f"all {problems.total} entries are used as they are")
     sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
     pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
     record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator)
@@ -601,9 +584,7 @@ def main(args) -> None:
             f"{sizes['test']} on {pictures['test_pictures']} to test"
         )
         print(spec)
-        for variant in args.variants:
-            print(f"{variant}: {make_config(args, variant) or 'the dense model, no MoE'}")
-        print(f"device={accelerator.device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+        runs.announce(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)
         for variant in args.variants:

@@ -186,7 +186,7 @@ def main() -> None:
     variants, bases = (VARIANTS, ("moe",)) if args.model == "bert" else (ATTACHED, LIBRARY)
     if unknown := [name for name in args.variants or [] if name not in variants]:
         parser.error(f"--variants {unknown[0]!r} is none of --model {args.model}: {', '.join(variants)}")
-    names = [*bases, *(name for name in args.variants or variants if name not in bases)]
+    names = list(dict.fromkeys([*bases, *(args.variants or variants)]))
     shared = (args.size, layers, args.batch_size, args.length, device)
 
     print("stored token gradients, the paper's settings (sec. 6.4)")
@@ -231,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main("lab.bench", main)
+    run_main("lab.bench", main, resumes=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+GO_ON = "the same command with --resume goes on"
 
 
 class UserError(Exception):
@@ -39,7 +41,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Defaults shown where there is one to show, and the description's line breaks kept."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False or action.default == []
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def number(convert: type, low: float, high: float | None = None) -> Callable[[str], float]:
@@ -50,7 +53,7 @@ def number(convert: type, low: float, high: float | None = None) -> Callable[[st
             value = convert(text)
         except ValueError:
             value = None
-        if value is None or not low <= value or (high is not None and value > high):  # NaN fails the comparison
+        if value is None or not low <= value < math.inf or (high is not None and value > high):  # NaN fails the comparison
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text!r} must be a{'n integer' if convert is int else ' number'} {bounds}")
         return value
@@ -58,8 +61,9 @@ def number(convert: type, low: float, high: float | None = None) -> Callable[[st
     return parse
 
 
-def run_main(prog: str, main: Callable[[], None]) -> None:
-    """Runs a script's main; bad input, failures and Ctrl-C become one line on stderr (of one process) and an exit code."""
+def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
+    """Runs a script's main; bad input, failures and Ctrl-C become one line on stderr (of one process) and an exit code.
+    `resumes`: it trains, and the same command with --resume goes on."""
     try:
         main()
         return
@@ -72,18 +76,23 @@ def run_main(prog: str, main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
-        line, code = f"stopped: {error}; free the disk, then the same command with --resume goes on", FAILED
+        line, code = f"stopped: {error}; free the disk{', then ' + GO_ON if resumes else ''}", FAILED
     except KeyboardInterrupt:
-        line, code = "interrupted; finished runs are kept, the same command with --resume goes on", INTERRUPTED
+        line, code = f"interrupted{'; finished runs are kept, ' + GO_ON if resumes else ''}", INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
         print(f"{prog}: {line}", file=sys.stderr)
     sys.exit(code)
 
 
+def is_offline() -> bool:
+    """Whether the Hugging Face libraries were told to stay offline."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
 def hub_is_reachable(seconds: float = 6.0) -> bool:
     """Whether the model and data hub answers at all. Where it does not, the Hugging Face libraries are told to use their
     cache only, which they otherwise find out after minutes of retries. Call it before they are imported."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if is_offline():
         return False
     answers = []
 
@@ -108,7 +117,7 @@ def hub_is_reachable(seconds: float = 6.0) -> bool:
 GLUE_WAYS = "give local folders (--model DIR --data-dir DIR), or try the whole path without any download (--toy)"
 
 
-def offline_message(what: str, name: str, ways: str = GLUE_WAYS) -> str:
+def offline_message(what: str, name: str, ways: str) -> str:
     """What to do where the hub cannot be reached and `name` was never fetched."""
     return f"{what} {name} is not in the local cache and the Hugging Face hub cannot be reached: {ways}"
 

@@ -134,18 +134,15 @@ def metric_names(record: dict) -> list[str]:
     return names + ["score"] * (not any(all(entry[name] == entry["score"] for entry in entries) for name in names))
 
 
-def layout(lines: list[list[str]], markdown: bool) -> str:
-    """Cells as aligned columns, or as a Markdown table; the first line is the header. Empty columns are left out."""
+def layout(lines: list[list[str]]) -> str:
+    """Cells as aligned columns; the first line is the header. Empty columns are left out."""
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     lines = [list(line) for line in zip(*columns, strict=True)]
-    if markdown:
-        lines.insert(1, ["---"] * len(columns))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(map(len, column)) for column in columns]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def comparison_table(record: dict, select: str = "best", markdown: bool = False) -> str:
+def comparison_table(record: dict, select: str = "best") -> str:
     """Per metric and variant, in %: mean ± sample standard deviation, difference from `none`, seeds won, verdict.
 
     The line above the table says which selection it prints. Differences are left out where there is nothing to compare
@@ -170,7 +167,7 @@ def comparison_table(record: dict, select: str = "best", markdown: bool = False)
     if select == "best" and len(rates) > 1:
         how += f", best learning rate on dev of {' '.join(f'{lr:g}' for lr in rates)}"
     title = f"{record['name']}, in %, {how}; seeds: {' '.join(map(str, seeds))}"
-    return "\n".join([title, *[""] * markdown, layout(lines, markdown)])
+    return f"{title}\n{layout(lines)}"
 
 
 def seeds_note(record: dict) -> list[str]:
@@ -180,16 +177,15 @@ def seeds_note(record: dict) -> list[str]:
     return ["one seed: any difference above may be chance; --seeds 0 1 2 gives it an interval"] if few else []
 
 
-def paper_table(records: dict[str, dict], select: str = "best", markdown: bool = False) -> str:
+def paper_table(records: list[dict], select: str = "best") -> str:
     """The paper's GLUE table, published rows first, ours below; scores in % (Matthews, mean of accuracy and F1, accuracy).
 
     A task without a record of all its data is "-", and so is Avg then. Records of other or partial data (qnli-12k, toy-rte;
-    `--max-train-samples`) are listed below it with their scores. The keys of `records` do not matter, the names in the
-    records do: ValueError where two would fill the same column.
+    `--max-train-samples`) are listed below it with their scores. ValueError where two records would fill the same column.
     """
     ours: dict[str, dict[str, list[float]]] = {}  # row -> task -> scores
     notes: dict[bool, list[str]] = {True: [], False: []}
-    for record in records.values():
+    for record in records:
         config, name = record.get("config", {}), record["name"]
         whole = name in COLUMNS and not (config.get("max_train_samples") or config.get("max_eval_samples"))
         if whole and any(name in row for row in ours.values()):
@@ -209,7 +205,7 @@ def paper_table(records: dict[str, dict], select: str = "best", markdown: bool =
         average = "-" if "-" in cells else f"{mean(mean(scores) for scores in ours[name].values()):.1f}"
         lines.append([f"ours: {name}", *cells, average])
     how = "best epoch and best tried learning rate" if select == "best" else "last epoch, nothing selected, so lower by that"
-    text = [layout(lines, markdown), ""]
+    text = [layout(lines), ""]
     text += ["Published: BERT-large, best epoch and learning rate on dev; a std published there is the population one."]
     text += [f"Ours: {how}; ± is the sample std.", "", *notes[True]]
     if notes[False]:

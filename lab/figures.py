@@ -33,7 +33,7 @@ PANELS = [
     ("conflict_ratio", "conflict ratio\n(flagged / all pairs)"),
     ("consistency", "gradient consistency\n(mean over experts)"),
     ("load", "share of pairs\non the busiest expert"),
-    ("eval_score", "{what} score"),
+    ("eval_score", "dev score"),
 ]
 SHADES = ["#ffffff", "#9ecae1", "#fdd49e", "#6a8caf", "#d9d9d9", "#c994c7", "#a1d99b", "#8c8c8c"]  # of experts: black on all
 HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
@@ -70,10 +70,9 @@ def smooth(values: list[float]) -> np.ndarray:
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 
 
-def plot_run(folder: Path, title: str, what: str = "dev") -> Path:
+def plot_run(folder: Path, title: str) -> Path:
     """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, a thick one for
-    the mean of each variant's seeds. What no run has logged gets no panel. `what`: the data that gave the logged scores.
-    Returns the path of the PNG, `curves.png`."""
+    the mean of each variant's seeds. What no run has logged gets no panel. Returns the path of the PNG, `curves.png`."""
     curves = read_curves(folder)
     lines = [line for runs in curves.values() for lines in runs for line in lines]
     panels = [panel for panel in PANELS if panel[0] == "loss" or any(value_of(line, panel[0]) is not None for line in lines)]
@@ -90,7 +89,7 @@ def plot_run(folder: Path, title: str, what: str = "dev") -> Path:
                 mean = np.mean([values[:shared] for _, values in drawn], axis=0)
                 points = {"marker": marker, "markersize": 4} if key == "eval_score" else {}
                 axis.plot(drawn[0][0][:shared], mean, style, color=colour, linewidth=1.8, label=variant, **points)
-        axis.set(xlabel="step", title=label.format(what=what))
+        axis.set(xlabel="step", title=label)
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -102,14 +101,12 @@ def plot_run(folder: Path, title: str, what: str = "dev") -> Path:
     return path
 
 
-def plot_comparison(
-    folder: Path, records: list[dict], select: str = "best", metric: str = "score", what: str | None = None
-) -> Path:
+def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> Path:
     """A panel per record: a point per seed over its variants, the points of a seed joined by a thin line, since variants are
     compared seed by seed; a short bar at each variant's mean; hollow where a run collapsed. `select`: see lab.compare.
-    Under `last` rows of several learning rates stand side by side, joined within a rate. `what` names the data that gave the
-    scores: None says dev where best epochs were chosen on it, else test. Writes folder/comparison.png."""
-    what = what or ("dev" if any(map(has_best, records)) else "test")
+    Under `last` rows of several learning rates stand side by side, joined within a rate. Scores are of dev where best epochs
+    were chosen on it, else of test. Writes folder/comparison.png."""
+    what = "dev" if any(map(has_best, records)) else "test"
     panels = [select_rows(record, select) for record in records]
     widths = [1 + 0.75 * len(rows) for rows in panels]
     size = (2.2 + sum(widths), 3.6)  # the legend stands to the right
@@ -118,23 +115,23 @@ def plot_comparison(
     styles = dict(zip(seeds, cycle(STYLES)))
     for axis, record, rows in zip(axes[0], records, panels, strict=True):
         for x, row in enumerate(rows):
-            for seed, value in row.of(metric).items():
+            for seed, value in row.of("score").items():
                 colour, _, marker = styles[seed]
                 face = "white" if seed in row.collapsed else colour
                 axis.plot(x, value, marker, color=colour, markerfacecolor=face, markersize=6)
-            mean = np.mean(list(row.of(metric).values()))
+            mean = np.mean(list(row.of("score").values()))
             axis.plot([x - 0.3, x + 0.3], [mean, mean], "-", color="#1b1b1b", linewidth=2.2, zorder=1.5)
         rates = [None] if select == "best" else sorted({row.lr for row in rows})
         for rate, seed in product(rates, seeds):
             joined = [x for x, row in enumerate(rows) if seed in row.scores and rate in (None, row.lr)]
-            values = [rows[x].of(metric)[seed] for x in joined]
+            values = [rows[x].of("score")[seed] for x in joined]
             axis.plot(joined, values, "-", color="#999999", linewidth=0.8, zorder=1)
         axis.set_xticks(range(len(rows)), [row.label.replace(", ", "\n") for row in rows], rotation=30, fontsize=9)
         axis.set(title=record["name"], xlim=(-0.6, len(rows) - 0.4))
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel(f"{what} {metric} in % ({select})")
+    axes[0][0].set_ylabel(f"{what} score in % ({select})")
     for seed, (colour, _, marker) in styles.items():
         axes[0][0].plot([], [], marker, color=colour, label=f"seed {seed}")
     axes[0][0].plot([], [], "-", color="#1b1b1b", linewidth=2.2, label="mean")
@@ -204,7 +201,7 @@ def cut(mark: str, text: str, lines: int) -> list[str]:
     return textwrap.wrap(whole, 34, subsequent_indent="   ", max_lines=lines, placeholder=" \u2026")
 
 
-def plot_sheet(images_N3SS, rows: list[dict], path: Path, columns: int = 4) -> Path:
+def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
     """Test pictures (uint8, or floats in [0, 1]), each with its kind, question, the model's answer, and the right one where
     that is wrong. rows: dicts of question, answer, expected, right, kind, and `image`, the picture's number or None; without
     that, they go in step. Right and wrong differ by symbol and frame as well as by colour; long texts are cut."""
@@ -214,7 +211,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path, columns: int = 4) -> P
     for row in rows:
         lines = [*cut("Q:", row["question"].replace("<image>", ""), 4), *cut("A:", row["answer"], 3)]
         texts.append(lines + ([] if row["right"] else cut("Right:", row["expected"], 3)))
-    columns = min(columns, len(rows))
+    columns = min(4, len(rows))
     wide, head, side, deep = 2.45, 0.4, 1.8, 0.25 + 0.172 * max(map(len, texts))  # inches: a cell, and its parts downwards
     tall = head + side + deep
     shape = (-(-len(rows) // columns), columns)

@@ -1,6 +1,5 @@
 """Loading from the Hugging Face hub, its cache, or a folder, with one-line errors."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from lab.cli import GLUE_WAYS, UserError, offline_message
+from lab.cli import GLUE_WAYS, UserError, is_offline, offline_message
 
 
 def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS):
@@ -16,7 +15,7 @@ def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_W
     try:
         return load()
     except (OSError, ValueError, HTTPError, DatasetGenerationError, SafetensorError) as error:  # absent, cut off, damaged
-        if os.environ.get("HF_HUB_OFFLINE"):
+        if is_offline() and not Path(name).is_dir():
             raise UserError(offline_message(what, name, ways)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         again = "a download that broke off goes on where it stopped when the command is run again"

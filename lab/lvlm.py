@@ -44,6 +44,7 @@ from lab.instructions import (
     make_tokenizer,
 )
 from lab.llava import Problems, load_llava
+from lab.options import spec_options
 from lab.runs import write_json
 from lab.scenes import make_scenes
 
@@ -216,7 +217,8 @@ def load_clip(name: str) -> CLIPModel:
 
 def clip_pixels(name: str, clip: CLIPModel) -> Pixels:
     processor = from_hub("the image processor", "--clip", name, lambda: CLIPImageProcessorPil.from_pretrained(name))
-    return Pixels(clip.config.vision_config.image_size, tuple(processor.image_mean), tuple(processor.image_std))
+    mean, std = (tuple(map(float, own)) for own in (processor.image_mean, processor.image_std))
+    return Pixels(clip.config.vision_config.image_size, mean, std)
 
 
 class CollateClip:
@@ -331,9 +333,7 @@ def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moef
                 )
     except (ValueError, AttributeError) as error:
         raise UserError(f"--lm: {error}") from None
-    size = {"layers": args.moe_layers, "num_experts": args.num_experts, "top_k": args.top_k}
-    config = LlavaConfig(text_config=text, **vision)
-    return moefication.spec_of(config, "--lm", **size, experts=args.experts, router=args.router)
+    return moefication.spec_of(LlavaConfig(text_config=text, **vision), "--lm", **spec_options(args))
 
 
 def cluster_questions(model: PreTrainedModel, data: Data, num_clusters: int, seed: int) -> Tensor:

@@ -5,9 +5,11 @@ gradients).
 """
 
 import re
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
+from pathlib import Path
 
-from lab.cli import Parser, number
+from lab.cli import Parser, hub_is_reachable, model_is_cached, number, offline_message
 
 VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
 COMPARED = ["none", "ce", "placebo"]
@@ -38,12 +40,20 @@ def add_moe(parser: Parser, num_experts: int, layers: str, router: str, routers:
         "--top-k",
         type=number(int, 1),
         default=2,
-        help="experts per token; with 1 its weight is 1, so the main loss trains no router",
+        help="experts per token; with 1 its weight is 1, so the main loss trains no router, but for --no-normalize",
     )
+    text = "the K weights sum to 1; else they are the routing scores"
+    parser.add_argument("--normalize", action=BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--moe-layers", default=layers, help="from 0: indices as 1,3,5, or every-second, or all")
     parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="copies of the FFN, or parts of it")
     text = "; ".join(f"{name}: {what}" for name, what in routers.items())
     parser.add_argument("--router", choices=[*routers], default=router, help=text)
+
+
+def spec_options(args) -> dict:
+    """What those flags say of a lab.moefication.MoESpec."""
+    names = ("num_experts", "top_k", "normalize", "experts", "router")
+    return {"layers": args.moe_layers} | {name: getattr(args, name) for name in names}
 
 
 def add_method(parser: Parser, beta: float, why_beta: str) -> None:
@@ -65,11 +75,35 @@ def add_run(parser: Parser, folder: str) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the forward and backward")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
     parser.add_argument("--log-steps", type=number(int, 1), default=10, help="write the curve at each n-th step")
-    parser.add_argument("--save-steps", type=number(int, 1), help="checkpoint at each n-th step, not only after each epoch")
+    parser.add_argument("--save-steps", type=number(int, 1), help="checkpoint at each n-th step, too")
     parser.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="a tracker beside the curves")
     parser.add_argument("--output-dir", help=f"folder of the run; default: {folder}")
     parser.add_argument("--resume", action="store_true", help="go on with what --output-dir holds; finished runs are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+
+
+def expand(args, names: Sequence[str]) -> None:
+    """`~` in these paths, which a shell leaves alone in --flag=~/path."""
+    for name in names:
+        if (getattr(args, name) or "").startswith("~"):
+            setattr(args, name, str(Path(getattr(args, name)).expanduser()))
+
+
+def check_model(parser: Parser, flag: str, name: str, ways: str) -> None:
+    """An error for a folder that is not there, and for a hub's model out of reach and not in the cache; `ways` on then."""
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        parser.error(f"{flag} {name}: no such folder; give an existing one, or a hub name")
+    if not (hub_is_reachable() or model_is_cached(name)):
+        parser.error(offline_message("the model", name, ways))
+
+
+def refuse_unread(parser: Parser, args, use: str, read: Sequence[str]) -> None:
+    """An error for the first flag that was given although `use`, a flag that trains nothing, does not read it."""
+    for name, value in vars(args).items():
+        if name not in read and value != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not read by {use}: leave it out")
 
 
 def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
@@ -79,6 +113,8 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
         parser.error(f"--top-k {args.top_k} is above --num-experts {args.num_experts}: lower one or raise the other")
     args.compare, given = bool(args.compare or args.variants), args.variants
     args.variants = sum(given or [COMPARED], []) if args.compare else [variant_name(args)]
+    if not args.variants:
+        parser.error("--variants names none: give some, as none,ce,placebo")
     for name in METHOD if args.compare else ():
         if getattr(args, name) != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
@@ -90,6 +126,8 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
             flag = "--variants" if args.compare else "--conflict-loss"
             parser.error(f"{flag} {name} needs --top-k below --num-experts: else no expert is left to go to")
     lrs = getattr(args, "lrs", None) or []
+    if lrs and args.lr != parser.get_default("lr"):
+        parser.error(f"--lr {args.lr:g} is left unread beside --lrs: name all rates in --lrs")
     for flag, values in (("--seeds", args.seeds), ("--variants", args.variants), ("--lrs", lrs)):
         if len(set(values)) < len(values):
             one = "a seed" if flag == "--seeds" else "one"

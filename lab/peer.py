@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from lab.cli import Parser, number, run_main
+from lab.cli import Parser, RunFailed, number, run_main
 from lab.tasks import TASKS
 
 
@@ -67,6 +67,14 @@ def run_trainer(args) -> float:
         return trainer.train().metrics["train_samples_per_second"]
 
 
+def run_child(words: list[str]) -> str:
+    """What a fresh process prints. RunFailed with the last line that it left on stderr."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return done.stdout
+
+
 def run_ours(args, variant: str) -> float:
     """Samples per second of one epoch of glue_moefy.py; it leaves out evaluation, as the Trainer's number does."""
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +83,7 @@ def run_ours(args, variant: str) -> float:
         words += ["--moe-layers", args.moe_layers, "--precision", args.precision, "--epochs", "1", "--seeds", "0"]
         words += ["--batch-size", str(BATCH), "--max-length", str(args.max_length), "--lr", str(RATE), "--log-steps", "10"]
         words += ["--max-train-samples", str(args.samples), "--max-eval-samples", "1", "--output-dir", folder]
-        subprocess.run(words, check=True, capture_output=True)
+        run_child(words)
         return json.loads((Path(folder) / "results.json").read_text())["runs"][0]["samples_per_second"]
 
 
@@ -87,8 +95,7 @@ def main() -> None:
     rounds = []
     for turn in range(args.rounds):
         words = [sys.executable, "-m", "lab.peer", "--trainer", *sys.argv[1:]]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
-        found = {"Trainer, dense": json.loads(done.stdout.splitlines()[-1])["samples_per_second"]}
+        found = {"Trainer, dense": json.loads(run_child(words).splitlines()[-1])["samples_per_second"]}
         rounds.append(found | {variant: run_ours(args, variant) for variant in args.variants})
         print(f"round {turn + 1}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in rounds[-1].items()), flush=True)
     ratios = {name: [row[name] / row["Trainer, dense"] for row in rounds] for name in rounds[0]}
@@ -105,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main("lab.peer", main)
+    run_main("lab.peer", main, resumes=False)

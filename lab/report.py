@@ -20,11 +20,12 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def score_rows(record: dict) -> list[dict]:
-    """One row per variant of a run's record; scores in %."""
-    rows = []
-    for variant in dict.fromkeys(run["variant"] for run in record["runs"]):
-        runs = [run for run in record["runs"] if run["variant"] == variant]
+    """One row per variant and learning rate of a run's record; scores in %."""
+    rows, rates = [], {run["lr"] for run in record["runs"]}
+    for variant, lr in dict.fromkeys((run["variant"], run["lr"]) for run in record["runs"]):
+        runs = [run for run in record["runs"] if (run["variant"], run["lr"]) == (variant, lr)]
         row = {"variant": variant, "seeds": len(runs), "collapsed": sum(run["collapsed"] for run in runs)}
+        row["label"] = f"{variant}, lr {lr:g}" if len(rates) > 1 else variant
         row |= {key: [100 * run[key]["score"] for run in runs] for key in ("best", "last")}
         for key in ("conflict_ratio", "consistency"):
             ends = [run[key] for run in runs if run[key]]
@@ -68,7 +69,7 @@ def results_table(records: list[dict]) -> str:
                 row["variant"], f", {config['router']} router, beta {config['beta']:g}"
             )
             (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(
-                f"| {record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)} | {row['variant']}{setting} "
+                f"| {record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)} | {row['label']}{setting} "
                 f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
                 f"| {row['collapsed']} of {row['seeds']} |"
             )

@@ -58,6 +58,23 @@ def make_accelerator(device: str, precision: str) -> accelerate.Accelerator:
         raise UserError(f"--precision {precision}: {error}") from None
 
 
+def start(args) -> accelerate.Accelerator:
+    """The accelerator that a script's flags ask for, once they are known to fit it. UserError."""
+    accelerator = make_accelerator(args.device, args.precision)
+    if args.batch_size % accelerator.num_processes:
+        raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
+    if args.report_to == "tensorboard":
+        summary_writer_class()
+    return accelerator
+
+
+def announce(args, device: torch.device, configs: list) -> None:
+    """Prints what is compared, and on what; `configs`: an STGCConfig of each of args.variants, None for the dense model."""
+    for variant, config in zip(args.variants, configs, strict=True):
+        print(f"{variant}: {config or 'the dense model, no MoE'}")
+    print(f"device={device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held: by tensors on a CUDA device since its last reset; else by the whole process since it began, so
     that a later run of a sweep reports what an earlier one took, too."""
@@ -120,14 +137,17 @@ def own_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.name in OWN or OWN_RUN.fullmatch(path.name)]
 
 
-def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Creates the folder. With `overwrite`, what an earlier run left there is removed."""
+def claim_folder(folder: Path, overwrite: bool, accelerator: accelerate.Accelerator) -> None:
+    """Creates the folder once all processes have seen it as it was. `overwrite` removes what an earlier run left."""
+    accelerator.wait_for_everyone()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in own_files(folder) if overwrite else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in own_files(folder) if overwrite else []:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
+    accelerator.wait_for_everyone()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,6 +1,6 @@
 """The bookkeeping around a training loop that stays visible in the script: resume, log, checkpoints, interruptions.
 
-    with Training(folder, "ce-s0", accelerator, model, optimizer, schedule, steps=steps, log_steps=10, stgc=stgc) as run:
+    with Training(args, folder, "ce-s0", accelerator, model, optimizer, schedule, steps, stgc) as run:
         while run.at.epoch <= epochs:
             for batch in run.batches(loader):
                 main_loss = model(**batch).loss
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.cli import Interrupted
+from lab.cli import GO_ON, Interrupted
 from lab.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
@@ -74,29 +74,19 @@ class Progress:
 
 
 class Training:
-    """One run; see the module. `steps`: of all epochs; a curve's line at each of `log_steps`, a checkpoint after each epoch
-    and at each of `save_steps`. `board`: a folder for TensorBoard."""
+    """One run of `steps` steps in all; see the module. `args` has the flags of lab.options.add_run: a curve's line at each
+    of log_steps, a checkpoint after each epoch and at each of save_steps, TensorBoard's files, whether to resume."""
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        accelerator,
-        model,
-        optimizer,
-        schedule,
-        *,
-        steps: int,
-        log_steps: int,
-        save_steps: int | None = None,
-        stgc=None,
-        resume: bool = False,
-        board: Path | None = None,
-    ):
+    def __init__(self, args, folder: Path, name: str, accelerator, model, optimizer, schedule, steps: int, stgc=None):
         self.name, self.accelerator, self.stgc = name, accelerator, stgc
-        self.steps, self.log_steps, self.save_steps = steps, log_steps, save_steps
+        self.steps, self.log_steps, self.save_steps = steps, args.log_steps, args.save_steps
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        if accelerator.scaler:  # one for all runs of the process: each begins as if alone
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
+        board = folder / "tensorboard" / name if args.report_to == "tensorboard" else None
         self.checkpoints = Checkpoints(folder / CHECKPOINTS / name, accelerator, model, optimizer, schedule)
-        saved = self.checkpoints.load() if resume else None
+        saved = self.checkpoints.load() if args.resume else None
         self.at, self.resumed = Progress(**(saved or {})), saved is not None
         if stgc and self.resumed:
             stgc.step = self.at.step
@@ -136,10 +126,11 @@ class Training:
         at = self.at
         self.losses.append(main_loss.detach())
         at.step, at.batch, at.samples = at.step + 1, at.batch + 1, at.samples + samples
-        if at.step % self.log_steps == 1 % self.log_steps or at.step == self.steps:
+        due = at.step % self.log_steps == 1 % self.log_steps
+        if due or at.step == self.steps:
             values, self.losses = check_losses(self.losses, at.step, self.accelerator), []
             line = {"step": at.step, "epoch": at.epoch, "loss": sum(values) / len(values)}
-            line |= stats_line(self.stgc.stats()) if self.stgc else {}
+            line |= stats_line(self.stgc.stats()) if self.stgc and due else {}  # else the baseline's latest counted twice
             shown = {"conflict": line["conflict_ratio"]} if "conflict_ratio" in line else {}
             self.log.step(line, loss=line["loss"], **shown)
         else:
@@ -150,7 +141,7 @@ class Training:
             self.save()
             self.start = time.perf_counter()
         if stopped:
-            raise Interrupted(f"{self.name} is saved at step {at.step}; {GO_ON}")
+            raise Interrupted(f"{self.name} is saved at step {at.step}; {GO_ON} there")
 
     def epoch_done(self, scores: dict | None = None, **shown) -> None:
         """Writes the epoch's scores to the curve and, with `shown`, to the terminal; the next epoch begins."""
@@ -164,7 +155,7 @@ class Training:
         at.epoch, at.batch = at.epoch + 1, 0
         self.save()
         if self.stop.agreed(0):  # it came while evaluating
-            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {GO_ON}")
+            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {GO_ON} there")
 
     def save(self) -> None:
         self.at.losses = check_losses(self.losses, self.at.step, self.accelerator)
@@ -181,6 +172,3 @@ class Training:
             "seconds": round(self.at.seconds, 2),
             "samples_per_second": round(self.at.samples / self.at.seconds, 2),
         }
-
-
-GO_ON = "the same command with --resume goes on there"

@@ -26,7 +26,7 @@ from lab.baselines import CosineRouter
 from lab.cli import UserError
 from lab.runs import write_json
 from lab.tables import load_rows, write_rows
-from stgc import STGC, MoELayer, STGCConfig, Verdict, route
+from stgc import STGC, MoELayer, STGCConfig, Verdict
 
 # ---- 1. Card ----
 
@@ -185,7 +185,7 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
 WIDTH, TOKEN, BAR = 100, 20, 28  # columns of the terminal, of a token at most, of the longest bar
 
 
-def inspect(run: str | Path) -> str:
+def inspect(run: str | Path, device="cpu") -> str:
     """Routing and conflicts of the card's examples, for a terminal: answers, then token by token, then each layer's sums.
 
     All examples are one batch, as a conflict is relative to a mean gradient. UserError for a model without MoE layer.
@@ -197,8 +197,9 @@ def inspect(run: str | Path) -> str:
     if not card.examples:
         raise UserError(f"--inspect {folder}: {CARD} has no examples; train again with --save-model")
     texts = [[row[name] for row in card.examples] for name in card.columns]
-    batch = tokenizer(*texts, truncation=True, max_length=card.max_length, padding=True, return_tensors="pt")
-    labels = torch.tensor([row["label"] for row in card.examples])
+    batch = tokenizer(*texts, truncation=True, max_length=card.max_length, padding=True, return_tensors="pt").to(device)
+    labels = torch.tensor([row["label"] for row in card.examples], device=device)
+    model.to(device)
 
     stgc, inputs = STGC(model, STGCConfig(conflict_loss="none")), {}
     for layer in stgc.layers:
@@ -260,7 +261,7 @@ def describe_example(card: TaskCard, number: int, logits_C: Tensor) -> str:
 def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, verdict: Verdict, tokens) -> list[str]:
     """A block with the layer's experts, and behind it one per example with a line per token."""
     with torch.no_grad():
-        routing = route(layer.router, x_BLD.flatten(0, -2), layer.top_k, layer.normalize, layer.scale)
+        routing = layer.routing(x_BLD.flatten(0, -2))
     keep_T, size = keep_BL.flatten(), layer.experts.num_experts
     ids_TK, conflict_TK, judged_TK = routing.expert_ids_TK[keep_T], verdict.conflict_TK[keep_T], verdict.judged_TK[keep_T]
     pairs_E, conflicts_E = ids_TK.flatten().bincount(minlength=size), ids_TK[conflict_TK].bincount(minlength=size)

@@ -131,9 +131,6 @@ def test_rows_difference_wins_and_collapses():
     assert ce == ["3", "68.7 ± 4.9", "+0.0 [-6.6, +6.6]", "2 of 3", "no difference", "1 collapsed"]
     tied = record("rte", [run("none", 0, 0.5), run("none", 1, 0.5), run("ce", 0, 0.5), run("ce", 1, 0.6)])
     assert row_of(comparison_table(tied), "accuracy", "ce")[3] == "1 of 2, 1 tied"
-    markdown = comparison_table(record("rte", three_variants()), markdown=True).splitlines()
-    assert markdown[1] == "" and markdown[3] == "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    assert markdown[5] == "| accuracy | none | 3 | 68.7 ± 7.1 |  |  |  |  |"
 
 
 def test_nothing_to_compare_with():
@@ -183,10 +180,14 @@ def test_runs_without_a_best_epoch():
 
 def full_records(lr=LR):
     scores = {"cola": 0.6, "mrpc": 0.9, "qnli": 0.91, "mnli": 0.85, "rte": 0.7}
-    return {
-        task: record(task, [run(v, s, score + 0.01 * s, 0.5, lr) for v in ("ce", "none") for s in (0, 2)])
+    return [
+        record(task, [run(v, s, score + 0.01 * s, 0.5, lr) for v in ("ce", "none") for s in (0, 2)])
         for task, score in scores.items()
-    }
+    ]
+
+
+def record_of(records, name):
+    return next(one for one in records if one["name"] == name)
 
 
 def test_published_averages_fit_their_columns():
@@ -207,8 +208,8 @@ def test_papers_table_has_ours_below():
     assert none == ["61.0 ± 1.4", "91.0 ± 1.4", "92.0 ± 1.4", "86.0 ± 1.4", "71.0 ± 1.4", "80.2"]
     assert "- rte, bert: none (seeds: 2); ce (seeds: 2)" in lines
     assert "best epoch and best tried learning rate; ± is the sample std" in lines[9]
-    last = paper_table(full_records(), "last", markdown=True)
-    assert "| ours: ce | 50.0 ± 0.0 | 50.0 ± 0.0 |" in last and "last epoch, nothing selected" in last
+    last = paper_table(full_records(), "last")
+    assert row_of(last, "ours: ce")[:2] == ["50.0 ± 0.0"] * 2 and "last epoch, nothing selected" in last
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_papers_table_has_ours_below():
 )
 def test_partial_data_stands_in_no_published_column(partial):
     records = full_records()
-    records["qnli"] |= partial
+    record_of(records, "qnli").update(partial)
     table = paper_table(records)
     assert row_of(table, "ours: ce") == ["61.0 ± 1.4", "91.0 ± 1.4", "-", "86.0 ± 1.4", "71.0 ± 1.4", "-"]
     inside, below = table.split("Other or partial data, not to be held against these columns:")
@@ -226,15 +227,15 @@ def test_partial_data_stands_in_no_published_column(partial):
 
 def test_papers_table_of_uneven_records():
     records = full_records()
-    del records["mrpc"]
-    records["rte"]["runs"] += [run("mse", 0, 0.8, lr=3e-5, collapsed=True), run("none", 0, 0.1, lr=3e-5)]
+    records.remove(record_of(records, "mrpc"))
+    record_of(records, "rte")["runs"] += [run("mse", 0, 0.8, lr=3e-5, collapsed=True), run("none", 0, 0.1, lr=3e-5)]
     best = paper_table(records)
     assert row_of(best, "ours: mse") == ["-", "-", "-", "-", "80.0", "-"]
     assert row_of(best, "ours: none")[1:] == ["-", "92.0 ± 1.4", "86.0 ± 1.4", "71.0 ± 1.4", "-"]
     assert "mse, lr 3e-05 (seeds: 1, collapsed: 1)" in best
     assert row_of(paper_table(records, "last"), "ours: none, lr 3e-05") == ["-", "-", "-", "-", "50.0", "-"]
     with pytest.raises(ValueError, match="several records are named rte: merge them"):
-        paper_table(records | {"again": records["rte"]})
+        paper_table([*records, record_of(records, "rte")])
 
 
 def drawn(monkeypatch, *args):
@@ -271,7 +272,6 @@ def test_figure_has_a_point_per_seed_and_joins_the_pairs(tmp_path, monkeypatch):
 def test_figure_names_the_data_of_its_scores(tmp_path, monkeypatch):
     for args, label in (
         ((measured_once(), "last"), "test score in % (last)"),
-        ((measured_once(), "last", "vqa", "held-out"), "held-out vqa in % (last)"),
         ((several_rates(), "last"), "dev score in % (last)"),
     ):
         (axis,), _ = drawn(monkeypatch, tmp_path, [args[0]], *args[1:])

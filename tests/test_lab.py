@@ -52,12 +52,13 @@ def test_peer_measures_the_trainer_and_ours(data, model, tmp_path):  # noqa: F81
     assert min(speeds.values()) > 0 and record["command"].startswith("python -m lab.peer")
 
 
-def entry(variant, seed, score, collapsed=False):
+def entry(variant, seed, score, collapsed=False, lr=1e-4):
     scores = {"accuracy": score, "score": score}
     ends = {"conflict_ratio": [0.25, 0.5], "consistency": [0.01, 0.02]}
     return {
         "variant": variant,
         "seed": seed,
+        "lr": lr,
         "best": scores,
         "last": scores,
         "collapsed": collapsed,
@@ -77,6 +78,13 @@ def test_tables_show_mean_and_spread_and_collapses():
     assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
     dense = report.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
     assert "| toy-rte, 3 epochs | dense | 70.0 |" in dense
+
+
+def test_learning_rates_are_rows_of_their_own():
+    runs = [entry("ce", seed, 0.5 + lr, lr=lr) for lr in (0.1, 0.4) for seed in (0, 1)]
+    low, high = report.score_rows({"runs": runs})
+    assert (low["label"], low["seeds"], high["label"]) == ("ce, lr 0.1", 2, "ce, lr 0.4")
+    assert report.spread(low["best"]) == "60.0 ± 0.0" and report.spread(high["best"]) == "90.0 ± 0.0"
 
 
 def test_the_table_of_the_toy_lvlm():
@@ -172,7 +180,7 @@ def test_writing_json_is_all_or_nothing(tmp_path, monkeypatch):
 def test_folder_must_be_writable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        runs.claim_folder(tmp_path / "file", overwrite=False)
+        runs.claim_folder(tmp_path / "file", False, accelerate.Accelerator(cpu=True))
 
 
 def test_numbers_on_the_command_line(capsys):

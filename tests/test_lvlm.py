@@ -295,7 +295,10 @@ def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--image-dir .", "--image-dir and --eval-data go with --data"),
+        ("--image-dir .", "--image-dir, --eval-data and --max-bad go with --data"),
+        ("--max-bad 3", "--image-dir, --eval-data and --max-bad go with --data"),
+        ("--clusters 9", "--clusters 9: only `embedding` has clusters"),
+        ("--ask what? --run x --precision bf16", "--precision is not read by --ask and --chat"),
         ("--data nowhere.json", "--data nowhere.json: no such file"),
         ("--bpr", "--bpr orders what a capacity cuts off"),
         ("--routing task --variants none,ce", "--routing task is a variant's name here"),
@@ -337,7 +340,7 @@ def test_help_is_quick_and_every_flag_is_read():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "heavy: []" in done.stdout and "--stage3-lr" in done.stdout
-    source = "".join((ROOT / name).read_text() for name in ("toy_lvlm.py", "lab/options.py", "lab/lvlm.py"))
+    source = "".join((ROOT / name).read_text() for name in ("toy_lvlm.py", "lab/options.py", "lab/lvlm.py", "lab/runs.py"))
     flags = {action.dest for action in toy_lvlm.make_parser()._actions} - {"help"}
     flags -= {f"{stage}_{what}" for stage in toy_lvlm.STAGES for what in ("steps", "lr")}  # read by Job.plan
     dead = [flag for flag in flags if not re.search(rf'\bargs\.{flag}\b|getattr\(.*"{flag}"|[(,] ?"{flag}"', source)]

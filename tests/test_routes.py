@@ -303,5 +303,3 @@ def test_curves_have_a_panel_for_what_was_logged(tmp_path, monkeypatch):
         log.write_text("\n".join(map(json.dumps, lines + more)))
         titles = [axis.get_title().partition("\n")[0] for axis in drawn(monkeypatch, figures.plot_run, tmp_path, "toy").axes]
         assert titles == ["training loss", "conflict ratio", "share of pairs", *labels]
-    named = drawn(monkeypatch, figures.plot_run, tmp_path, "toy", "held-out")
-    assert named.axes[-1].get_title() == "held-out score"

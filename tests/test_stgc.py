@@ -544,17 +544,19 @@ def test_who_gets_gradient(passes, router_only, term):
 def test_conflict_loss_gradient(kind):
     """gradcheck with the mask fixed, and the closed forms. ce: onehot(e) - softmax(-z), so that a step lowers z_e."""
     logits_TE = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    ids_TK, target_TK, picked_TK = logits_TE.topk(2).indices, torch.randint(5, (6, 2)), torch.rand(6, 2) < 0.5
-    assert torch.autograd.gradcheck(lambda z_TE: conflict_loss(kind, z_TE, ids_TK, picked_TK, target_TK), logits_TE)
-    (grad_TE,) = torch.autograd.grad(conflict_loss(kind, logits_TE, ids_TK, picked_TK, target_TK), logits_TE)
+    target_TK, picked_TK = torch.randint(5, (6, 2)), torch.rand(6, 2) < 0.5
+    assert torch.autograd.gradcheck(lambda z_TE: conflict_loss(kind, z_TE, target_TK, picked_TK), logits_TE)
+    (grad_TE,) = torch.autograd.grad(conflict_loss(kind, logits_TE, target_TK, picked_TK), logits_TE)
     expected_TE = torch.zeros(6, 5, dtype=torch.float64)
     for t, k in picked_TK.nonzero().tolist():
-        z_E, e, target, eye_EE = logits_TE[t].detach(), ids_TK[t, k], target_TK[t, k], torch.eye(5, dtype=torch.float64)
+        z_E, e, eye_EE = logits_TE[t].detach(), target_TK[t, k], torch.eye(5, dtype=torch.float64)
         p_E, q_E = z_E.softmax(0), (-z_E).softmax(0)
-        closed = {"ce": eye_EE[e] - q_E, "mse": 2 * p_E[e] ** 2 * (eye_EE[e] - p_E), "reroute": p_E - eye_EE[target]}
+        closed = {"ce": eye_EE[e] - q_E, "mse": 2 * p_E[e] ** 2 * (eye_EE[e] - p_E), "reroute": p_E - eye_EE[e]}
         expected_TE[t] += closed[kind]
     close(grad_TE, expected_TE, atol=1e-15)
-    assert not conflict_loss(kind, logits_TE, ids_TK, torch.zeros_like(picked_TK), target_TK).any()
+    assert not conflict_loss(kind, logits_TE, target_TK, torch.zeros_like(picked_TK)).any()
+    with pytest.raises(KeyError):
+        conflict_loss(kind.upper(), logits_TE, target_TK, picked_TK)
 
 
 def test_balance_loss_gradient():
@@ -739,7 +741,18 @@ def test_a_frozen_router_is_named(config, i):
         main_loss(net, batch)
     stgc.detach()
     run(net, batch, **config, layers=(1 - i,))
-    run(net, batch, **config, conflict_loss="none")
+
+
+@pytest.mark.parametrize("gradients", ["bias", "weight"])
+def test_a_frozen_router_is_measured(gradients):
+    """Also where nothing before the experts' weights trains, so that autograd asks for nothing there."""
+    net, batch, found = make_net(), make_batch(), []
+    net.layers[0].router.requires_grad_(False)
+    for passes in ("two", "one"):
+        stgc = STGC(net, STGCConfig("none", passes=passes, gradients=gradients))
+        stgc.loss(main_loss(net, batch)).backward()
+        found.append(stgc.stats()[0]["conflict_ratio"])
+    assert not batch.x_TD.requires_grad and found[0] == found[1] > 0
 
 
 def test_only_judged_layers_have_to_be_reroutable():

@@ -1,12 +1,15 @@
-"""lab/training.py: the optimizer of its own. The loop's bookkeeping is tested where it is used, in test_resume.py and
-test_lvlm.py."""
+"""lab/training.py: the optimizer of its own, what a curve repeats, the loss scale. The rest of the bookkeeping is tested
+where it is used, in test_resume.py and test_lvlm.py."""
 
 import copy
+from types import SimpleNamespace
 
+import accelerate
+import pytest
 import torch
 from torch import nn
 
-from lab.training import MuonAdamW
+from lab.training import MuonAdamW, Training
 
 BETAS = (0.9, 0.98)
 
@@ -63,3 +66,41 @@ def test_muon_adamw_follows_a_schedule():
     train(model, [optimizer], 2)
     schedule.step()
     same(model, before)
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A run of 14 steps that logs at each 4th, with what STGC would say of them; its accelerator's loss scale has moved."""
+
+    class Said:
+        numbers, step = [], 0
+
+        def stats(self):
+            return [{"layer": "moe", "conflict_ratio": float(run.at.step), "load": [1.0]}]
+
+        def detach(self):
+            pass
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    args = SimpleNamespace(log_steps=4, save_steps=None, resume=False, report_to="none")
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    run = Training(args, tmp_path, "ce-s0", accelerator, model, optimizer, schedule, 14, Said())
+    yield run
+    accelerator.scaler = None
+
+
+def test_the_last_line_repeats_no_statistics(training):
+    """The last step is logged always, but who judges at logged steps only has nothing new to say there."""
+    with training as run:
+        for _ in range(14):
+            run.step_done(torch.tensor(1.0), 1)
+    lines = run.log.lines
+    assert [line["step"] for line in lines] == [1, 5, 9, 13, 14]
+    assert [line.get("conflict_ratio") for line in lines] == [1.0, 5.0, 9.0, 13.0, None]
+
+
+def test_each_run_begins_with_a_fresh_loss_scale(training):
+    assert training.grad_scale() == 65536.0
