@@ -28,7 +28,7 @@ STAGES = {  # flag: (default steps, learning rate, that with a pretrained langua
     "clip": (300, 4e-4, 4e-4, "the tiny CLIP"),
     "text": (80, 2e-3, 2e-3, "the small language model, on texts alone"),
     "stage1": (40, 1e-3, 1e-3, "the projector, on captions"),
-    "stage2": (1000, 4e-3, 2e-5, "projector and language model, on all instructions"),
+    "stage2": (1300, 4e-3, 2e-5, "projector and language model, on all instructions"),
     "stage3": (200, 5e-4, 2e-5, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
@@ -200,7 +200,8 @@ class Job:
 
     def loader(self, collate, stage: str, size: int) -> DataLoader:
         """Batches of `size` in the order that the seed and the stage say."""
-        sampler = Shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
+        seed = 100 * self.seed + list(STAGES).index(stage)
+        sampler = Shuffled(collate.lengths, size * self.plan(stage)[0], size, seed)
         return DataLoader(range(len(collate)), size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
     def say(self, text: str) -> None:

@@ -142,10 +142,23 @@ def test_a_batch_fits_together(tokenizer):
 
 
 def test_shuffled_is_whole_shufflings():
-    drawn = list(Shuffled(5, 13, seed=3))
-    assert len(drawn) == len(Shuffled(5, 13, 3)) == 13
+    five = [0] * 5
+    drawn = list(Shuffled(five, 13, 2, seed=3))
+    assert len(drawn) == len(Shuffled(five, 13, 2, 3)) == 13
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and drawn[:5] != drawn[5:10]
-    assert drawn == list(Shuffled(5, 13, 3)) != list(Shuffled(5, 13, 4))
+    assert drawn == list(Shuffled(five, 13, 2, 3)) != list(Shuffled(five, 13, 2, 4))
+
+
+def test_batches_hold_similar_lengths():
+    lengths = [7 * i % 50 for i in range(100)]
+    rows = list(Shuffled(lengths, 100, 5, seed=0))
+    assert sorted(rows) == list(range(100)), "each once"
+    spans = [
+        max(batch) - min(batch) for batch in (sorted(lengths[row] for row in rows[i : i + 5]) for i in range(0, 100, 5))
+    ]
+    assert sum(spans) / 20 < 15, "a quarter of the spread"
+    means = [sum(lengths[row] for row in rows[i : i + 5]) for i in range(0, 100, 5)]
+    assert means[:4] != sorted(means[:4]) or means[4:8] != sorted(means[4:8]), "and the batches stand in no order"
 
 
 def test_right_and_wrong():
