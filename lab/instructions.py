@@ -12,6 +12,7 @@ from itertools import chain, islice, repeat
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -66,11 +67,22 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
 
 
 class Encoded(NamedTuple):
-    """One conversation in tokens, all lists of one length."""
+    """One conversation in tokens, all lists of one length.
+
+    CHOICE: its answers' tokens weigh 1 together, so that every conversation counts the same. By tokens, half of the loss
+    would be captions, and the model would learn what is in a picture long before it learns where.
+    """
 
     input_ids: list[int]
     labels: list[int]  # the token itself in answers and behind them, IGNORED elsewhere
     asked: list[bool]  # the question's tokens, without the picture's
+    weights: list[float]  # in the loss, 0 where there is no label
+
+
+def weigh(labels: Sequence[int]) -> list[float]:
+    """The same weight for each label, 1 in all."""
+    count = sum(label != IGNORED for label in labels)
+    return [0.0 if label == IGNORED else 1 / count for label in labels]
 
 
 def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list[Encoded]:
@@ -94,8 +106,14 @@ def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list
             ids += reply
             labels += reply
             asked += [False] * len(reply)
-        encoded.append(Encoded(ids, labels, asked))
+        encoded.append(Encoded(ids, labels, asked, weigh(labels)))
     return encoded
+
+
+def answer_loss(logits_BLV: Tensor, labels_BL: Tensor, weights_BL: Tensor, total: Tensor) -> Tensor:
+    """Cross entropy of the tokens from those before them, weighted; `total`: of the weights."""
+    loss_BL = F.cross_entropy(logits_BLV[:, :-1].mT.float(), labels_BL[:, 1:], ignore_index=IGNORED, reduction="none")
+    return (loss_BL * weights_BL[:, 1:]).sum() / total
 
 
 # ---- 3. Batches ----
@@ -184,6 +202,7 @@ class Collate:
             batch["attention_mask"] = batch["keep"].long()
         else:
             batch["labels"] = padded([[part.labels for part in row] for row in parts], IGNORED)
+            batch["weights"] = padded([[part.weights for part in row] for row in parts], 0.0)
             starts = [[0, *[len(row[0].input_ids)] * (len(row) - 1)] for row in parts]
             positions = [[range(s, s + len(part.input_ids)) for s, part in zip(own, row)] for own, row in zip(starts, parts)]
             batch["position_ids"] = padded(positions, 0)

@@ -12,6 +12,7 @@ from lab.instructions import (
     InstructionSet,
     Pixels,
     Shuffled,
+    answer_loss,
     encode,
     is_right,
     majority,
@@ -103,7 +104,7 @@ def test_packs_hold_each_conversation_once(tokenizer):
 
 
 def run(model, batch: dict):
-    batch = {key: value for key, value in batch.items() if key not in ("keep", "asked", "rows", "labels")}
+    batch = {key: value for key, value in batch.items() if key not in ("keep", "asked", "rows", "labels", "weights")}
     return model(**batch | {"pixel_values": batch["pixel_values"].double()}).logits
 
 
@@ -123,6 +124,23 @@ def test_a_pack_computes_what_single_conversations_compute(model, tokenizer):
     left_BLV = run(model, prompts([0, 3]))
     for i, row in enumerate([0, 3]):
         torch.testing.assert_close(left_BLV[i, -1], run(model, prompts([row]))[0, -1], rtol=1e-9, atol=1e-11)
+
+
+def test_every_conversation_counts_the_same(model, tokenizer):
+    """The loss of packs is the mean over the conversations of their answer tokens' means."""
+    data = make_set()
+    packed, single = collate_all(data, tokenizer), collate_all(data, tokenizer, share=False)
+    means = []
+    for row in [row for pack in packed.packs[:3] for row in pack.rows]:
+        batch = single([row])
+        labels_L, logits_LV = batch["labels"][0, 1:], run(model, batch)[0, :-1]
+        asked_L = labels_L != IGNORED
+        means.append(torch.nn.functional.cross_entropy(logits_LV[asked_L], labels_L[asked_L]))
+    batch = packed(range(3))
+    total = batch["weights"].sum()
+    assert total.item() == pytest.approx(len(means), abs=1e-5)
+    loss = answer_loss(run(model, batch), batch["labels"], batch["weights"], total)
+    torch.testing.assert_close(loss.double(), torch.stack(means).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_fits_together(tokenizer):

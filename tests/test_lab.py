@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -13,8 +14,9 @@ import torch
 from sklearn.metrics import f1_score
 from test_glue import data, model  # noqa: F401  (fixtures)
 
-from lab import bench, figures, report, runs
-from lab.cli import Parser, RunFailed, UserError, model_is_cached, number
+from lab import bench, figures, options, report, runs
+from lab.cli import Parser, RunFailed, UserError, model_is_cached, number, run_main
+from lab.hub import from_hub
 from lab.metrics import GlueMetric
 
 ROOT = Path(__file__).parent.parent
@@ -211,3 +213,33 @@ def test_the_demo_shows_the_method_and_its_control():
     placebo = rows["then its router on placebo alone"]
     assert ce[0] < before[0] - 0.05 and ce[1] > before[1] and ce[1] > placebo[1]
     assert ce[2] > before[2]  # the conflict loss alone serves no task: the demo does not hide it
+
+
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_a_damaged_folder_says_why_also_offline(tmp_path, monkeypatch, offline):
+    def load():
+        raise ValueError("it is a siglip, not a CLIP")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError, match="^--clip: the CLIP .* cannot be loaded .it is a siglip"):
+        from_hub("the CLIP", "--clip", str(tmp_path), load, "a way")
+    message = "is not in the local cache .*: a way$" if offline == "1" else "cannot be loaded .it is a siglip"
+    with pytest.raises(UserError, match=message):
+        from_hub("the CLIP", "--clip", "openai/clip", load, "a way")
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = SimpleNamespace(model="~/bert", data_dir=None, run="a~b")
+    options.expand(args, ("model", "data_dir", "run"))
+    assert vars(args) == {"model": "/home/me/bert", "data_dir": None, "run": "a~b"}
+
+
+def test_who_cannot_resume_is_not_told_to(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for resumes in (True, False):
+        with pytest.raises(SystemExit) as stop:
+            run_main("p", interrupted, resumes)
+        assert stop.value.code == 130 and ("--resume" in capsys.readouterr().err) == resumes
