@@ -28,7 +28,7 @@ STAGES = {  # flag: (default steps, learning rate, that with a pretrained langua
     "clip": (300, 4e-4, 4e-4, "the tiny CLIP"),
     "text": (80, 2e-3, 2e-3, "the small language model, on texts alone"),
     "stage1": (40, 1e-3, 1e-3, "the projector, on captions"),
-    "stage2": (950, 4e-3, 2e-5, "projector and language model, on all instructions"),
+    "stage2": (1000, 4e-3, 2e-5, "projector and language model, on all instructions"),
     "stage3": (200, 5e-4, 2e-5, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
@@ -163,7 +163,7 @@ from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_w
 from transformers.utils import logging
 
 from lab import baselines, compare, figures, instructions, llava, lvlm, moefication, routes, runs
-from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs, weigh
+from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
 from lab.training import MuonAdamW, Training
 from stgc import STGC, MoELayer, STGCConfig
 
@@ -200,8 +200,7 @@ class Job:
 
     def loader(self, collate, stage: str, size: int) -> DataLoader:
         """Batches of `size` in the order that the seed and the stage say."""
-        seed = 100 * self.seed + list(STAGES).index(stage)
-        sampler = Shuffled(collate.lengths, size * self.plan(stage)[0], size, seed)
+        sampler = Shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
         return DataLoader(range(len(collate)), size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
     def say(self, text: str) -> None:
@@ -241,12 +240,10 @@ def train(
             keep, asked, rows = (batch.pop(name, None) for name in ("keep", "asked", "rows"))
             if samples:
                 samples.set(keep, **lvlm.sample_values(job.data, model, rows, batch["input_ids"], asked))
-            if alike:
-                main_loss = prepared(**batch, return_loss=True).loss
-            else:  # the mean over the conversations of all processes, as one process would have it
-                labels, weights = batch.pop("labels"), batch.pop("weights")
-                total = accelerator.reduce(weights[:, 1:].sum(), "mean")
-                main_loss = instructions.answer_loss(prepared(**batch).logits, labels, weights, total)
+            if "labels" in batch:  # the mean over the answer tokens of all processes, as one process would have it
+                count = (batch["labels"][:, 1:] != instructions.IGNORED).sum().float()
+                batch["num_items_in_batch"] = accelerator.reduce(count, "mean")
+            main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # a CLIP is asked for it
             loss = stgc.loss(main_loss, grad_scale=run.grad_scale()) if stgc else main_loss
             if labelled:  # it stands in for the balance loss; its mean, too, is over the tokens of all processes
                 tokens = keep.sum().float()
@@ -316,7 +313,7 @@ def text_stage(job: Job) -> LlamaForCausalLM:
         lm = lvlm.make_lm(data.tokenizer, job.args.max_length)
         blind = InstructionSet(data.train.images_N3SS[:0], [replace(one, image=None) for one in data.train.instructions])
         encoded = encode([one.turns for one in blind.instructions], data.tokenizer, image_tokens=0)
-        encoded = [one._replace(labels=one.input_ids, weights=weigh(one.input_ids)) for one in encoded]
+        encoded = [one._replace(labels=one.input_ids) for one in encoded]
         packs = make_packs(blind, encoded, data.image_id, job.args.max_length)
         loader = job.loader(Collate(blind, packs, data.pixels, data.pad_id), "text", PAIRS * job.args.batch_size)
         return lm, train(job, folder, name, lm, [*lm.parameters()], loader, "text"), LlamaForCausalLM.save_pretrained
@@ -461,7 +458,7 @@ def walk(job: Job, model) -> routes.Routes:
     samples, model, device = baselines.samples_of(model), model.eval(), job.accelerator.device
     with routes.record_routes(model) as found:
         for batch in batches(job, prompts=False):
-            batch = {key: value.to(device) for key, value in batch.items() if key not in ("rows", "labels", "weights")}
+            batch = {key: value.to(device) for key, value in batch.items() if key not in ("rows", "labels")}
             keep, asked = batch.pop("keep"), batch.pop("asked")
             if samples:
                 samples.set(keep, **lvlm.question_values(model, batch["input_ids"], asked))

@@ -12,7 +12,6 @@ from itertools import chain, islice, repeat
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -67,22 +66,11 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
 
 
 class Encoded(NamedTuple):
-    """One conversation in tokens, all lists of one length.
-
-    CHOICE: its answers' tokens weigh 1 together, so that every conversation counts the same. By tokens, half of the loss
-    would be captions, and the model would learn what is in a picture long before it learns where.
-    """
+    """One conversation in tokens, all lists of one length."""
 
     input_ids: list[int]
     labels: list[int]  # the token itself in answers and behind them, IGNORED elsewhere
     asked: list[bool]  # the question's tokens, without the picture's
-    weights: list[float]  # in the loss, 0 where there is no label
-
-
-def weigh(labels: Sequence[int]) -> list[float]:
-    """The same weight for each label, 1 in all."""
-    count = sum(label != IGNORED for label in labels)
-    return [0.0 if label == IGNORED else 1 / count for label in labels]
 
 
 def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list[Encoded]:
@@ -106,14 +94,8 @@ def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list
             ids += reply
             labels += reply
             asked += [False] * len(reply)
-        encoded.append(Encoded(ids, labels, asked, weigh(labels)))
+        encoded.append(Encoded(ids, labels, asked))
     return encoded
-
-
-def answer_loss(logits_BLV: Tensor, labels_BL: Tensor, weights_BL: Tensor, total: Tensor) -> Tensor:
-    """Cross entropy of the tokens from those before them, weighted; `total`: of the weights."""
-    loss_BL = F.cross_entropy(logits_BLV[:, :-1].mT.float(), labels_BL[:, 1:], ignore_index=IGNORED, reduction="none")
-    return (loss_BL * weights_BL[:, 1:]).sum() / total
 
 
 # ---- 3. Batches ----
@@ -175,11 +157,6 @@ class Collate:
     def __len__(self) -> int:
         return len(self.packs)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Of the packs, in tokens."""
-        return [sum(len(part.input_ids) for part in (pack.prefix, *pack.rests)) for pack in self.packs]
-
     def __call__(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         packs = [self.packs[index] for index in chosen]
         parts = [[pack.prefix, *pack.rests] for pack in packs]
@@ -202,7 +179,6 @@ class Collate:
             batch["attention_mask"] = batch["keep"].long()
         else:
             batch["labels"] = padded([[part.labels for part in row] for row in parts], IGNORED)
-            batch["weights"] = padded([[part.weights for part in row] for row in parts], 0.0)
             starts = [[0, *[len(row[0].input_ids)] * (len(row) - 1)] for row in parts]
             positions = [[range(s, s + len(part.input_ids)) for s, part in zip(own, row)] for own, row in zip(starts, parts)]
             batch["position_ids"] = padded(positions, 0)
@@ -223,7 +199,6 @@ class Unpacked:
 
     def __init__(self, packs: Collate, singles: Collate):
         self.packs, self.singles = packs, singles  # singles: of all conversations, in their order
-        self.lengths = packs.lengths  # so that they come in the order of the packs
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -233,25 +208,18 @@ class Unpacked:
 
 
 class Shuffled(Sampler):
-    """`count` rows: whole shufflings one after another, the same ones for the same seed. Within each four batches, rows of
-    similar length come together, which saves padding; `lengths`, in tokens, are all equal where there is none to save."""
+    """`count` rows of `size`: whole shufflings one after another, the same ones for the same seed."""
 
-    def __init__(self, lengths: Sequence[int], count: int, batch_size: int, seed: int):
-        self.lengths, self.count, self.batch_size, self.seed = lengths, count, batch_size, seed
+    def __init__(self, size: int, count: int, seed: int):
+        self.size, self.count, self.seed = size, count, seed
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
         order = torch.Generator().manual_seed(self.seed)
-        return islice(chain.from_iterable(self.shuffling(order) for _ in repeat(None)), self.count)
-
-    def shuffling(self, order: torch.Generator) -> Iterator[int]:
-        for part in torch.randperm(len(self.lengths), generator=order).split(4 * self.batch_size):
-            batches = torch.tensor(sorted(part.tolist(), key=self.lengths.__getitem__)).split(self.batch_size)
-            for i in torch.randperm(len(part) // self.batch_size, generator=order).tolist():
-                yield from batches[i].tolist()
-            yield from batches[-1].tolist() if len(part) % self.batch_size else ()
+        shufflings = (torch.randperm(self.size, generator=order).tolist() for _ in repeat(None))
+        return islice(chain.from_iterable(shufflings), self.count)
 
 
 # ---- 4. Right and wrong ----

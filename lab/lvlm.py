@@ -231,11 +231,6 @@ class CollateClip:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def lengths(self) -> list[int]:
-        """All equal: the pairs of a contrastive batch are drawn at random."""
-        return [0] * len(self.ids)
-
     def __call__(self, rows: Sequence[int]) -> dict:
         length = max(len(self.ids[row]) for row in rows)
         ids_BL = torch.tensor([self.ids[row] + [self.pad_id] * (length - len(self.ids[row])) for row in rows])

@@ -295,10 +295,7 @@ class Scenes(NamedTuple):
 
 def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Counter) -> Iterator[Instruction]:
     """NUM_ASKED of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come
-    about equally often; but questions about a held-out pair go first. `used` counts by condition, and is updated.
-
-    Training also asks for the cell of each shape by all its attributes, which is learnt first.
-    """
+    about equally often; but questions about a held-out pair go first. `used` counts by condition, and is updated."""
     for kind, parts in ASKED.items():
         asks = [((scene.where, kind, part), ask) for part, (find, _) in parts.items() for ask in find(scene)]
         for _ in range(min(NUM_ASKED.get(kind, 1), len(asks))):
@@ -308,10 +305,6 @@ def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Cou
             bare = split == "train" and kind == "vqa" and rng.random() < BARE
             turn = (f"{IMAGE}\n{ask.question}" + f" {parts[key[2]][1]}" * (not bare), ask.answer)
             yield Instruction((turn,), image, kind, key[2], scene.where, ask.accept)
-    whole = set(named(scene, ("size colour shape",))) - set(named(scene)) if split == "train" else ()
-    for thing, it in sorted(whole, key=lambda pair: pair[0].cell):
-        question = f"{IMAGE}\nwhere is {it}? {ASKED['region']['cell'][1]}"
-        yield Instruction(((question, CELLS[thing.cell]),), image, "region", "cell", scene.where)
 
 
 def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) -> dict[str, Scenes]:

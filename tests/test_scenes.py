@@ -82,8 +82,7 @@ def test_form(splits):
                 "vqa": 6 if shapes else found.count("vqa"),
                 "choice": bool(text) or alone(shapes, "size", "shape") > 0 or alone(shapes, "size", "colour") > 0,
                 "ocr": bool(text),
-                "region": min(3, 2 * alone(shapes, "size", "colour", "shape") + bool(text))
-                + (split == "train") * longer(shapes),
+                "region": min(3, 2 * alone(shapes, "size", "colour", "shape") + bool(text)),
             }
             assert found == [kind for kind in KINDS for _ in range(times[kind])]
             assert len(questions[image]) == len(found)  # all different
@@ -92,15 +91,6 @@ def test_form(splits):
         assert 0.2 < of_texts.count(2) / len(of_texts) < 0.7  # few in test
     assert 0.35 < len(instructions(splits, "ocr")) / (NUM_TRAIN + NUM_TEST) < 0.45
     assert len(instructions(splits)) > 8.8 * (NUM_TRAIN + NUM_TEST)
-
-
-def longer(shapes: list[dict]) -> int:
-    """How many of the shapes have a shorter name than that of all their attributes."""
-    short = [("shape",), ("colour", "shape")]
-    return sum(
-        any([tuple(s[n] for n in way) for s in shapes].count(tuple(one[n] for n in way)) == 1 for way in short)
-        for one in shapes
-    )
 
 
 def alone(shapes: list[dict], *attributes: str) -> int:
@@ -196,7 +186,7 @@ def test_held_out_pairs_are_in_test_only(splits):
 
 
 def the(name: str, shapes: list[dict]) -> dict:
-    """The one shape that this names, by no more words than it takes, or by all its attributes."""
+    """The one shape that this names, by no more words than it takes."""
     first, *words = name.split()
 
     def fit(words: list[str]) -> list[dict]:
@@ -204,8 +194,7 @@ def the(name: str, shapes: list[dict]) -> dict:
 
     (found,) = fit(words)
     assert first == "the" and words == [w for w in (found["size"], found["colour"], found["shape"], "object") if w in words]
-    whole = words == [found["size"], found["colour"], found["shape"]]  # in questions for a cell, of the training
-    assert whole or words[1:] in ([], ["object"]) or len(fit(words[1:])) > 1, (name, shapes)
+    assert words[1:] in ([], ["object"]) or len(fit(words[1:])) > 1, (name, shapes)
     return found
 
 
@@ -387,8 +376,6 @@ def test_parts_take_turns(splits):
     for split in splits.values():
         for where in scenes.WHERE["test"]:
             for kind in ("vqa", "choice", "region"):
-                if split is splits["train"] and kind == "region":
-                    continue  # cells are asked for by whole names, too
                 found = [some.part for some in split.data.instructions if (some.where, some.kind) == (where, kind)]
                 counts = Counter(found).values()
                 share = 0.1 if where == "new pairs" else 0.03  # the parts that can ask most about a held-out pair do
