@@ -1042,7 +1042,7 @@ def test_lists_of_families():
     folder = Path(sys.modules["transformers"].__path__[0]) / "models"
     served = {p.parent.name for p in folder.glob("*/modeling_*.py") if "\n@use_experts_implementation" in p.read_text()}
     assert served <= FAMILIES.keys() or Version(sys.modules["transformers"].__version__) >= Version("5.24")
-    readme = Path("README.md").read_text().partition("In a model of transformers")[2].partition("\n## ")[0]
+    readme = Path("README.md").read_text().partition("\n## In a model of transformers\n")[2].partition("\n## ")[0]
     paragraph = re.search(r"<!-- families -->(.*?)<!-- /families -->", readme, re.S)[1]
     assert re.findall(r"`(\w+)`", paragraph) == sorted(FAMILIES)
     listed = re.search(r"Families tested[^:]*:(.*?)\.\n", stgc_hf.__doc__, re.S)[1]
