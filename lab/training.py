@@ -148,9 +148,9 @@ class Training:
         at = self.at
         if scores is not None:
             self.log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in scores.items()})
-            logged = next((line for line in reversed(self.log.lines) if "loss" in line), {})
             shown |= {"epoch": at.epoch, "step": at.step}
-            shown |= {key: logged[key] for key in ("loss", "conflict_ratio") if key in logged}
+            for key in ("loss", "conflict_ratio"):  # the latest of each
+                shown |= next(({key: line[key]} for line in reversed(self.log.lines) if key in line), {})
             self.log.say(**shown, **scores)
         at.epoch, at.batch = at.epoch + 1, 0
         self.save()

@@ -92,12 +92,15 @@ def training(tmp_path):
     accelerator.scaler = None
 
 
-def test_the_last_line_repeats_no_statistics(training):
+def test_the_last_line_repeats_no_statistics(training, capsys):
     """The last step is logged always, but who judges at logged steps only has nothing new to say there."""
     with training as run:
         for _ in range(14):
             run.step_done(torch.tensor(1.0), 1)
-    lines = run.log.lines
+        run.checkpoints = SimpleNamespace(save=lambda *_: None)
+        run.epoch_done({"score": 0.5}, task="rte")
+    assert "step=14 loss=1 conflict_ratio=13 " in capsys.readouterr().out, "the terminal has the latest of each"
+    lines = [line for line in run.log.lines if "loss" in line]
     assert [line["step"] for line in lines] == [1, 5, 9, 13, 14]
     assert [line.get("conflict_ratio") for line in lines] == [1.0, 5.0, 9.0, 13.0, None]
 
