@@ -344,8 +344,10 @@ def main(args) -> None:
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
         device = runs.make_accelerator(args.device, "fp32").device
-        predict = args.predict and use.predict(args.run, args.predict, args.output, device=device)
-        print(predict or use.inspect(args.inspect, device))
+        if args.predict:
+            print(use.predict(args.run, args.predict, args.output, device=device))
+        else:
+            print(use.inspect(args.inspect, device))
         return
     accelerator = runs.start(args)
     names = PAPER if args.task == "all" else [args.task]

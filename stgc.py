@@ -462,9 +462,8 @@ class LayerStep:
 
         similarity_TK, judged_TK, target_TK = by_token(cos_LS.mean(0)), by_token(judged_S), ids_TK
         if self.rerouted:  # g2 against every expert's mean
-            target_TK = best_other_expert(
-                by_token(widen(self.grads[max(self.grads)][-1]) @ found[-1].direction_EO.T), ids_TK
-            )
+            gain_SE = widen(self.grads[max(self.grads)][-1]) @ found[-1].direction_EO.T
+            target_TK = best_other_expert(by_token(gain_SE), ids_TK)
         picked_TK = conflict_TK = judged_TK & (similarity_TK < self.config.tau)
         if self.config.select == "random":
             seed = hash((self.config.seed, self.number, self.index, self.stgc.rank))
@@ -597,6 +596,7 @@ class STGC:
         return step
 
     def router_trains(self, i: int, logits_TE: Tensor) -> bool:
+        """Whether a loss on these logits teaches layer i's router; one without parameters has nothing to freeze."""
         parameters = list(self.layers[i].router.parameters())
         return not parameters or (logits_TE.requires_grad and any(p.requires_grad for p in parameters))
 
@@ -699,9 +699,9 @@ def demo(seed: int = 0) -> None:
         moved, config = copy.deepcopy(moe), STGCConfig(kind, alpha=0.0, select=select)
         train(f"then its router on {title} alone", moved, config, moved.router.parameters(), 150, 1e-2)
     print(
-        "The main loss is left out of the last three, so it rises. What the placebo, the same loss on as many random pairs,"
+        "The main loss is left out of the last three, so it rises. What the placebo, the same loss on as many random "
+        "pairs,\nreaches as well is not due to the selection."
     )
-    print("reaches as well is not due to the selection.")
 
 
 if __name__ == "__main__":

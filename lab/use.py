@@ -225,16 +225,14 @@ def inspect(run: str | Path, device="cpu") -> str:
 
 def explain_marks(text: str) -> list[str]:
     """What the cells of a token mean, by the first of each kind in the text."""
-    lines = []
-    for pattern in (r"   (\d+ \d\.\d\d)(?! [!-])", r"   (\d+ \d\.\d\d ! -\d\.\d\d)", r"   (\d+ \d\.\d\d -)(?!\S)"):
-        if found := re.search(pattern, text):
-            expert, weight, *rest = found[1].split()
-            lines.append(
-                f"  {found[1]:<17}on expert {expert} with weight {weight}{', no gradient reaches it' * (rest == ['-'])}"
-            )
-            if len(rest) == 2:
-                more = f"in conflict: its gradient has cosine {rest[1]} with the mean of that expert's tokens"
-                lines += [f"{lines.pop()},", f"{'':19}{more}"]
+    lines, conflict = [], "in conflict: its gradient has cosine {2} with the mean of that expert's tokens"
+    for pattern, ending in (
+        (r"(\d+) (\d\.\d\d)(?! [!-])", ""),
+        (r"(\d+) (\d\.\d\d) ! (-\d\.\d\d)", f",\n{'':19}{conflict}"),
+        (r"(\d+) (\d\.\d\d) -(?!\S)", ", no gradient reaches it"),
+    ):
+        if cell := re.search(f"   {pattern}", text):
+            lines.append(f"  {cell[0].strip():<17}on expert {cell[1]} with weight {cell[2]}{ending.format(*cell.groups())}")
     return lines
 
 
