@@ -82,7 +82,7 @@ def test_form(splits):
                 "vqa": 6 if shapes else found.count("vqa"),
                 "choice": bool(text) or alone(shapes, "size", "shape") > 0 or alone(shapes, "size", "colour") > 0,
                 "ocr": bool(text),
-                "region": min(3, 2 * alone(shapes, "size", "colour", "shape") + bool(text)),
+                "region": min(4, 2 * alone(shapes, "size", "colour", "shape") + bool(text)),
             }
             assert found == [kind for kind in KINDS for _ in range(times[kind])]
             assert len(questions[image]) == len(found)  # all different
@@ -185,8 +185,8 @@ def test_held_out_pairs_are_in_test_only(splits):
 # ---- What is asked ----
 
 
-def the(name: str, shapes: list[dict]) -> dict:
-    """The one shape that this names, by no more words than it takes."""
+def the(name: str, shapes: list[dict], whole: bool = False) -> dict:
+    """The one shape that this names: by no more words than it takes, or by all if `whole`."""
     first, *words = name.split()
 
     def fit(words: list[str]) -> list[dict]:
@@ -194,7 +194,7 @@ def the(name: str, shapes: list[dict]) -> dict:
 
     (found,) = fit(words)
     assert first == "the" and words == [w for w in (found["size"], found["colour"], found["shape"], "object") if w in words]
-    assert words[1:] in ([], ["object"]) or len(fit(words[1:])) > 1, (name, shapes)
+    assert len(words) == 3 if whole else words[1:] in ([], ["object"]) or len(fit(words[1:])) > 1, (name, shapes)
     return found
 
 
@@ -217,7 +217,9 @@ def true_answers(question: str, caption: str) -> set[str]:
         fit = [colour in (None, s["colour"]) and shape in ("shape", s["shape"]) for s in shapes]
         return {"yes" if any(fit) else "no"}
     if found := re.fullmatch(r"where is (the [\w ]+) from (the [\w ]+)", question):
-        (row, column), (other_row, other_column) = (divmod(the(name, shapes)["cell"], 2) for name in found.groups())
+        (row, column), (other_row, other_column) = (
+            divmod(the(name, shapes, whole=True)["cell"], 2) for name in found.groups()
+        )
         ways = {
             "left": other_column - column,
             "right": column - other_column,
@@ -228,7 +230,7 @@ def true_answers(question: str, caption: str) -> set[str]:
     if question == "what is written":
         return {text["word"]}
     if question.startswith("where is the "):
-        return {CELLS[the(question.removeprefix("where is "), shapes)["cell"]]}
+        return {CELLS[the(question.removeprefix("where is "), shapes, whole=True)["cell"]]}
     raise AssertionError(question)
 
 
@@ -256,15 +258,15 @@ def test_every_answer_is_right(splits):
 def test_the_way_named_first_is_the_longer_one():
     long_across = Scene((shape("large red circle", 0, y=0.06), shape("large blue square", 3)))
     asks = {ask.question: ask[1::2] for ask in scenes.ask_relation(long_across)}
-    assert asks["where is the circle from the square?"] == ("left", ("above",))
-    assert asks["where is the square from the circle?"] == ("right", ("below",))
+    assert asks["where is the large red circle from the large blue square?"] == ("left", ("above",))
+    assert asks["where is the large blue square from the large red circle?"] == ("right", ("below",))
     long_down = Scene((shape("large red circle", 1), shape("small blue square", 2, y=0.7)))
     asks = {ask.question: ask[1::2] for ask in scenes.ask_relation(long_down)}
-    assert asks["where is the circle from the square?"] == ("above", ("right",))
-    assert asks["where is the square from the circle?"] == ("below", ("left",))
+    assert asks["where is the large red circle from the small blue square?"] == ("above", ("right",))
+    assert asks["where is the small blue square from the large red circle?"] == ("below", ("left",))
     straight = Scene((shape("small red circle", 0, y=0.02), shape("large blue square", 1)))
     asks = {ask.question: ask[1::2] for ask in scenes.ask_relation(straight)}
-    assert asks["where is the circle from the square?"] == ("left", ())
+    assert asks["where is the small red circle from the large blue square?"] == ("left", ())
 
 
 def asked_after(question: str) -> tuple[str | None, str | None]:
@@ -352,7 +354,7 @@ def test_no_constant_answer_does_well(splits, kind, part):
     assert max(right.values()) / len(found) < BOUNDS[kind, part], right.most_common(3)
 
 
-@pytest.mark.parametrize("part, bound", [("yes/no", 0.58), ("size", 0.58), ("count", 0.42)])
+@pytest.mark.parametrize("part, bound", [("yes/no", 0.62), ("size", 0.58), ("count", 0.42)])
 def test_no_question_answers_itself(splits, part, bound):
     """Nor does the best constant answer to each question, as "is there a red circle?", do well over all of them."""
     answers = defaultdict(Counter)
@@ -377,9 +379,12 @@ def test_parts_take_turns(splits):
         for where in scenes.WHERE["test"]:
             for kind in ("vqa", "choice", "region"):
                 found = [some.part for some in split.data.instructions if (some.where, some.kind) == (where, kind)]
-                counts = Counter(found).values()
+                counts = Counter(found)
+                if split is splits["train"] and kind == "region" and found:  # OFTEN, where there is a choice
+                    assert counts["cell"] > 1.25 * counts["box"]
+                    continue
                 share = 0.1 if where == "new pairs" else 0.03  # the parts that can ask most about a held-out pair do
-                assert not found or max(counts) - min(counts) <= share * len(found) + 2
+                assert not found or max(counts.values()) - min(counts.values()) <= share * len(found) + 2
 
 
 # ---- Scenes by hand ----
@@ -414,20 +419,20 @@ BY_HAND = [
     ("vqa", "count", PAIR, "how many crosses are there? one number.", "0"),
     ("vqa", "yes/no", PAIR, "is there a red circle? one word.", "yes"),
     ("vqa", "yes/no", PAIR, "is there a red square? one word.", "no"),
-    ("vqa", "relation", PAIR, "where is the square from the circle? one word.", "right"),
+    ("vqa", "relation", PAIR, "where is the small blue square from the large red circle? one word.", "right"),
     ("ocr", "", PAIR, "what is written? the text.", "cat"),
-    ("region", "cell", PAIR, "where is the square? the cell.", "top right"),
-    ("region", "box", PAIR, "where is the circle? the box.", "1 1 15 15"),
+    ("region", "cell", PAIR, "where is the small blue square? the cell.", "top right"),
+    ("region", "box", PAIR, "where is the large red circle? the box.", "1 1 15 15"),
     ("region", "box", PAIR, "where is the word? the box.", "5 19 27 29"),
     ("vqa", "colour", CROWD, "what colour is the small circle? one word.", "red"),
     ("vqa", "shape", CROWD, "what shape is the small red object? one word.", "circle"),
     ("vqa", "count", CROWD, "how many red shapes are there? one number.", "3"),
     ("vqa", "count", CROWD, "how many circles are there? one number.", "2"),
-    ("vqa", "relation", CROWD, "where is the square from the large red circle? one word.", "above"),
+    ("vqa", "relation", CROWD, "where is the large red square from the large red circle? one word.", "above"),
     ("vqa", "relation", CROWD, "where is the small red circle from the large red circle? one word.", {"right", "above"}),
     ("region", "cell", CROWD, "where is the small red circle? the cell.", "top right"),
-    ("region", "cell", SAME, "where is the red circle? the cell.", "top left"),
-    ("vqa", "relation", SAME, "where is the blue circle from the cross? one word.", {"right", "above"}),
+    ("region", "cell", SAME, "where is the large red circle? the cell.", "top left"),
+    ("vqa", "relation", SAME, "where is the large blue circle from the large red cross? one word.", {"right", "above"}),
     ("vqa", "count", Scene((), (WORD,), seed=1), "how many shapes are there? one number.", "0"),
     ("vqa", "count", TWINS, "how many crosses are there? one number.", "3"),
     ("vqa", "yes/no", TWINS, "is there a pink cross? one word.", "yes"),
@@ -466,7 +471,7 @@ def test_the_ambiguous_is_not_asked():
         f"what colour is the {name}? one word." for name in ("square", "small circle", "large circle")
     }
     assert set(all_asked("region", "cell", SAME)) == {
-        f"where is the {name}? the cell." for name in ("red circle", "blue circle", "cross")
+        f"where is the large {name}? the cell." for name in ("red circle", "blue circle", "red cross")
     }
     assert not all_asked("vqa", "count", Scene((), (WORD,), seed=2))  # of half the pictures with no shape
     assert set(all_asked("vqa", "size", CROWD)) == {"what size is the square? one word."}
@@ -546,7 +551,7 @@ def test_the_box_asked_for_holds_the_thing(splits):
                 if text and name == f"the {text['noun']}":
                     colour, rows, columns = text["colour"], slice(None), slice(None)
                 else:
-                    thing = the(name, shapes)
+                    thing = the(name, shapes, whole=True)
                     row, column = divmod(thing["cell"], 2)
                     colour, rows, columns = (
                         thing["colour"],
