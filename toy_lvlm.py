@@ -243,7 +243,8 @@ def train(
             if "labels" in batch:  # the mean over the answer tokens of all processes, as one process would have it
                 count = (batch["labels"][:, 1:] != instructions.IGNORED).sum().float()
                 batch["num_items_in_batch"] = accelerator.reduce(count, "mean")
-            main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # a CLIP is asked for it
+            with accelerator.autocast():  # a prepared model does so by itself, one of `alike` not
+                main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # a CLIP is asked for it
             loss = stgc.loss(main_loss, grad_scale=run.grad_scale()) if stgc else main_loss
             if labelled:  # it stands in for the balance loss; its mean, too, is over the tokens of all processes
                 tokens = keep.sum().float()
@@ -283,7 +284,14 @@ def stage(job: Job, name: str, load, make):
     accelerator.wait_for_everyone()
     if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right behind the saving
         job.record.add(json.loads((folder / STAGE_FILE).read_text()), to="stages")
-    return load(folder)
+    try:
+        return load(folder)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise anything
+        raise UserError(
+            f"--output-dir: {folder} cannot be loaded ({error!r:.200}): remove it, and it is trained again"
+        ) from error
 
 
 def clip_stage(job: Job) -> CLIPModel:

@@ -47,6 +47,7 @@ class Problems:
         self.left_out: list[tuple[str, str]] = []  # all of them, in the order found
         self.changed: list[tuple[str, str]] = []  # used, but not as given: not bad
         self.places: dict[str, list[str]] = {}  # flag -> where each instruction of that set stood, for later steps
+        self.shared = 0  # pictures of --eval-data that --data has too, under whatever name
 
     def add(self, where: str, what: str) -> None:
         """Leaves an entry out. UserError when there are more than `max_bad`."""
@@ -57,7 +58,10 @@ class Problems:
     def summary(self) -> str:
         """One line, or "" where every entry is used as it is."""
         told = ((self.left_out, "left out"), (self.changed, "changed"))
-        return ". ".join(f"{len(own)} of {self.total} entries {how}: {by_kind(own)}" for own, how in told if own)
+        lines = [f"{len(own)} of {self.total} entries {how}: {by_kind(own)}" for own, how in told if own]
+        if self.shared:
+            lines.append(f"{self.shared} pictures of --eval-data are in --data too: their answers may be known by heart")
+        return ". ".join(lines)
 
 
 def by_kind(problems: list[tuple[str, str]]) -> str:

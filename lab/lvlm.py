@@ -118,12 +118,14 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
         if args.eval_data:
             sets = [train, load(args.eval_data, flag="--eval-data")]
             places = [problems.places["--data"], problems.places["--eval-data"]]
+            trained_on, tested_on = ({image.numpy().tobytes() for image in own.images_N3SS} for own in sets)
+            problems.shared = len(trained_on & tested_on)
         else:
             sets, places = hold_out(train, problems.places["--data"], seed=0)
         name = Path(args.data).stem
     else:
         scenes = make_scenes(args.scenes, args.test_scenes, size=pixels.size)
-        sets, name = [scenes["train"].data, scenes["test"].data], "scenes"
+        sets, name = [scenes["train"], scenes["test"]], "scenes"
     if tokenizer is None:
         texts = (text for one in sets[0].instructions for question, answer in one.turns for text in (question, f" {answer}"))
         tokenizer = make_tokenizer(texts)

@@ -34,7 +34,6 @@ class Routes:
         self.parts = [(torch.empty(0, len(layers), self.top_k, dtype=torch.int16), torch.empty(0, dtype=torch.int8))]
 
     all_NMK = property(lambda self: torch.cat([ids for ids, _ in self.parts]), doc="Ids, largest weight first; int16.")
-    first_NM = property(lambda self: self.all_NMK[:, :, 0], doc="Each token's first choice in each layer.")
     modality_N = property(lambda self: torch.cat([kinds for _, kinds in self.parts]), doc="Index in MODALITIES; int8.")
 
     def note(self, i: int, watch, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor):

@@ -315,7 +315,8 @@ def check_losses(losses: list[torch.Tensor], last_step: int, accelerator: accele
     for step, value in enumerate(values, start=last_step - len(values) + 1):
         if value != value or abs(value) == float("inf"):
             raise RunFailed(
-                f"the loss is {value} at step {step}; lower --lr or --beta, or use --precision fp32 (bf16 rather than fp16)"
+                f"the loss is {value} at step {step}; lower the learning rate or --beta, or use --precision fp32 "
+                "(bf16 rather than fp16)"
             )
     return values
 

@@ -294,11 +294,6 @@ OFTEN = {
 BARE = 0.3  # of the one-word questions of the training do not say how to answer, for people do not either
 
 
-class Scenes(NamedTuple):
-    data: InstructionSet
-    captions: list[str]  # one per picture
-
-
 def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Counter) -> Iterator[Instruction]:
     """NUM_ASKED of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come
     about equally often, but for OFTEN; and questions about a held-out pair go first. `used` counts by condition, and is
@@ -318,7 +313,7 @@ def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Cou
             yield Instruction((turn,), image, kind, key[2], scene.where, ask.accept)
 
 
-def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) -> dict[str, Scenes]:
+def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) -> dict[str, InstructionSet]:
     """The splits train and test, of that many pictures, with no scene in common. Test does not depend on num_train."""
     splits, test = {}, random_scenes(num_test, "test", seed)
     train = random_scenes(num_train, "train", seed, frozenset(scene.key for scene in test))
@@ -328,5 +323,5 @@ def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) ->
         for i, scene in enumerate(scenes):
             images_N3SS[i] = draw_scene(scene, size)
             instructions += instruct(scene, i, split, rng, used)
-        splits[split] = Scenes(InstructionSet(images_N3SS, instructions), [caption(scene) for scene in scenes])
+        splits[split] = InstructionSet(images_N3SS, instructions)
     return splits

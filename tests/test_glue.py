@@ -173,7 +173,7 @@ def test_limits_patience_and_collapse(words, data, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(words, tmp_path):
-    with pytest.raises(RunFailed, match=r"the loss is nan at step \d+; lower --lr"):
+    with pytest.raises(RunFailed, match=r"the loss is nan at step \d+; lower the learning rate"):
         run([*words, "--lr", "1e30", "--log-steps", "3"])
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == []
 

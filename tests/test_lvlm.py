@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,10 +203,33 @@ def test_own_data(tmp_path, capsys):
     record, told = read(tmp_path / "out"), json.loads((tmp_path / "out" / "entries.json").read_text())
     assert len(told["left out"]) == 2 and record["name"].startswith("lvlm-")
     assert record["data"]["train"] + record["data"]["test"] == 38 and record["data"]["test"] == 3
-    test, more = write_digits(tmp_path, 5, start=100)
+    test, more = write_digits(tmp_path, 5, start=36)  # the training's last ones are among them
     assert Path(more) == Path(pictures)
     run([*command, "--max-bad", "2", "--eval-data", test, "--output-dir", tmp_path / "eval"])
     assert read(tmp_path / "eval")["data"]["test"] == 5
+    assert re.search(r"\. \d pictures of --eval-data are in --data too", capsys.readouterr().out)
+
+
+def test_a_damaged_stage_is_named(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "stages" / "clip-s0" / "config.json").write_text("{")
+    shutil.rmtree(tmp_path / "run" / "stages" / "stage1-s0")
+    shutil.rmtree(tmp_path / "run" / "stages" / "stage2-s0")
+    command = read(tmp_path / "run")["command"].split()[1:]
+    command[command.index("--output-dir") + 1] = tmp_path / "run"
+    fails([*command, "--seeds", "0", "--resume"], "clip-s0 cannot be loaded .*remove it")
+
+
+def test_all_stages_have_the_precision(tmp_path, monkeypatch):
+    found, forward = [], CLIPModel.forward
+
+    def watched(*args, **kwargs):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(CLIPModel, "forward", watched)
+    run([*WORDS, "--precision", "bf16", "--variants", "dense", "--output-dir", tmp_path / "out"])
+    assert found[:3] == [True] * 3  # its training; what it has learnt is tested as it is
 
 
 def test_pretrained_parts(tmp_path):
