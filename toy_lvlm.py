@@ -29,7 +29,7 @@ STAGES = {  # flag: (default steps, learning rate, that with a pretrained langua
     "text": (80, 2e-3, 2e-3, "the small language model, on texts alone"),
     "stage1": (40, 1e-3, 1e-3, "the projector, on captions"),
     "stage2": (1000, 4e-3, 2e-5, "projector and language model, on all instructions"),
-    "stage3": (200, 5e-4, 2e-5, "the MoE layers"),
+    "stage3": (100, 5e-4, 2e-5, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
 METHOD_FLAGS = [*options.METHOD, "alpha", "beta", "tau", "every"]

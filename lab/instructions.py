@@ -80,17 +80,19 @@ def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("")["input_ids"] else []
     turns = [turn for conversation in conversations for turn in conversation]
     texts = [(f"{USER} {question} {ASSISTANT}", f" {answer}" if answer is not None else "") for question, answer in turns]
-    tokens = iter(tokenizer([text for pair in texts for text in pair], add_special_tokens=False)["input_ids"])
-    encoded = []
+    different = list(dict.fromkeys(text for pair in texts for text in pair))  # of generated ones a small part
+    tokens_of = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
+    encoded, pairs = [], iter(texts)
     for conversation in conversations:
         ids, labels, asked = list(start), [IGNORED] * len(start), [False] * len(start)
         for _, answer in conversation:
-            for token in next(tokens):
+            question, reply = (tokens_of[text] for text in next(pairs))
+            for token in question:
                 times = image_tokens if token == image_id else 1
                 ids += [token] * times
                 labels += [IGNORED] * times
                 asked += [token != image_id] * times
-            reply = next(tokens) + (end if answer is not None else [])
+            reply = reply + (end if answer is not None else [])
             ids += reply
             labels += reply
             asked += [False] * len(reply)

@@ -300,13 +300,16 @@ def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Cou
     updated."""
     often = OFTEN if split == "train" else {}
     for kind, parts in ASKED.items():
-        asks = [((scene.where, kind, part), ask) for part, (find, _) in parts.items() for ask in find(scene)]
+        asks = [
+            ((scene.where, kind, part), not is_new(*ask.about), ask)
+            for part, (find, _) in parts.items()
+            for ask in find(scene)
+        ]
         for _ in range(min(NUM_ASKED.get(kind, 1), len(asks))):
             order = [
-                (not is_new(*ask.about), used[key] / often.get(key[2], 1), used[key, ask.answer], rng.random())
-                for key, ask in asks
+                (known, used[key] / often.get(key[2], 1), used[key, ask.answer], rng.random()) for key, known, ask in asks
             ]
-            key, ask = asks.pop(order.index(min(order)))
+            key, _, ask = asks.pop(order.index(min(order)))
             used.update([key, (key, ask.answer)])
             bare = split == "train" and kind == "vqa" and rng.random() < BARE
             turn = (f"{IMAGE}\n{ask.question}" + f" {parts[key[2]][1]}" * (not bare), ask.answer)
