@@ -288,9 +288,7 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
     "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
 }
 NUM_ASKED = {"vqa": 6, "region": 4}  # of a picture, if there are that many different questions; of the other kinds 1
-OFTEN = {
-    "cell": 3
-}  # times as often as its kind's other parts in the training: what takes longest to learn, and relations need
+OFTEN = {"cell": 3}  # times as often as the kind's other parts in the training: learnt last, and relations need it
 BARE = 0.3  # of the one-word questions of the training do not say how to answer, for people do not either
 
 
