@@ -65,7 +65,7 @@ def test_routes_match_a_loop_over_tokens(top_k):
                 x_BLD = torch.tanh(x_BLD + layer(x_BLD, keep_BL))
             seen += [(path, modality_BL[place].item()) for place, path in paths.items()]
     assert routes.all_NMK.tolist() == [path for path, _ in seen] and len(seen) > 9
-    assert routes.first_NM.tolist() == [[ids[0] for ids in path] for path, _ in seen]
+    assert routes.all_NMK[:, :, 0].tolist() == [[ids[0] for ids in path] for path, _ in seen]
     assert routes.modality_N.tolist() == [modality for _, modality in seen]
     assert routes.all_NMK.dtype == torch.int16 and routes.names == ["layers.0", "layers.1", "layers.2"]
 
@@ -87,7 +87,7 @@ def test_the_routing_of_the_forward_itself_is_noted():
             layer(torch.randn(3, 5))
             layer.router.expert = 3
             routes.add(torch.zeros(1, 3), torch.ones(1, 3))
-    assert routes.first_NM.flatten().tolist() == [2, 2, 2, 1, 1, 1] and layer.router.calls == 2
+    assert routes.all_NMK[:, :, 0].flatten().tolist() == [2, 2, 2, 1, 1, 1] and layer.router.calls == 2
 
 
 def test_first_is_the_largest_weight_and_not_the_first_column():
@@ -113,7 +113,7 @@ def test_each_forward_is_added_or_dropped():
             routes.drop()
             model(ids_BLMK[:, :start])
         routes.add(zeros, ones)
-        assert routes.first_NM.tolist() == ids_BLMK[0, :, :, 0].tolist()
+        assert routes.all_NMK[:, :, 0].tolist() == ids_BLMK[0, :, :, 0].tolist()
         model(ids_BLMK)
         model(ids_BLMK)
         with pytest.raises(RuntimeError, match="layers.0 ran 2 times since the last add: add or drop each time"):
@@ -124,7 +124,7 @@ def test_each_forward_is_added_or_dropped():
         with pytest.raises(RuntimeError, match="layers.1 ran 2 times"):
             routes.add(zeros, ones)
         routes.drop()
-    assert len(routes.first_NM) == 4  # what failed has added nothing
+    assert len(routes.all_NMK) == 4  # what failed has added nothing
     with pytest.raises(RuntimeError, match="neither added nor dropped"), record_routes(model):
         model(ids_BLMK)
 
@@ -144,7 +144,9 @@ def test_add_takes_only_what_fits_the_forward():
                 routes.add(modality, keep)
         mask_BL[1, 0] = False  # a part of the mask
         routes.add(torch.ones(2, 3), mask_BL)
-    assert routes.first_NM.flatten().tolist() == ids_BLMK[mask_BL].flatten().tolist() and routes.modality_N.sum() == 4
+    assert (
+        routes.all_NMK[:, :, 0].flatten().tolist() == ids_BLMK[mask_BL].flatten().tolist() and routes.modality_N.sum() == 4
+    )
     with pytest.raises(ValueError, match="no stgc.MoELayer"), record_routes(nn.Linear(2, 2)):
         pass
     uneven = nn.ModuleList([MoELayer(Experts(4, 5, 3), top_k=k) for k in (1, 2)])
@@ -222,7 +224,7 @@ def test_summary_is_json_and_nothing_recorded_is_no_modality():
     assert found["modalities"]["picture"]["pathways"][2] == {"path": [0, 3, 1], "share": 0.2}
     with record_routes(make_net()) as routes:
         pass
-    assert summary(routes)["modalities"] == {} and routes.first_NM.shape == (0, 2)
+    assert summary(routes)["modalities"] == {} and routes.all_NMK.shape == (0, 2, 2)
     with pytest.raises(ValueError, match="no token's route was recorded"):
         figures.plot_routes(summary(routes), None, "never.png")
 
