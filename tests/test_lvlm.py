@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from test_launch import curve, launch
 from test_llava import write_digits
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--scenes 64 --test-scenes 6 --batch-size 4 --log-steps 2 --device cpu".split()
 STEPS = "--clip-steps 3 --text-steps 2 --stage1-steps 2 --stage2-steps 3 --stage3-steps 4".split()
 WORDS = [*SMALL, *STEPS]
+VARIANTS = "dense,none,ce,reroute-one,placebo-weight,embedding,feature,task"
+WHOLE = [*WORDS, "--variants", VARIANTS, "--capacity", "0.5", "--bpr"]
 PIXELS = Pixels(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -65,8 +68,7 @@ def whole(tmp_path_factory):
     """The folder of a finished run of every kind of variant."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("lvlm") / "whole"
-    variants = "dense,none,ce,reroute-one,placebo-weight,embedding,feature,task"
-    run([*WORDS, "--variants", variants, "--capacity", "0.5", "--bpr", "--output-dir", folder])
+    run([*WHOLE, "--output-dir", folder])
     return folder
 
 
@@ -211,13 +213,14 @@ def test_own_data(tmp_path, capsys):
 
 
 def test_a_damaged_stage_is_named(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "stages" / "clip-s0" / "config.json").write_text("{")
-    shutil.rmtree(tmp_path / "run" / "stages" / "stage1-s0")
-    shutil.rmtree(tmp_path / "run" / "stages" / "stage2-s0")
-    command = read(tmp_path / "run")["command"].split()[1:]
-    command[command.index("--output-dir") + 1] = tmp_path / "run"
-    fails([*command, "--seeds", "0", "--resume"], "clip-s0 cannot be loaded .*remove it")
+    """A run that stopped behind CLIP's stage, whose folder then was cut."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "stages" / "clip-s0" / "config.json").write_text("{")
+    for name in ("text", "stage1", "stage2"):
+        shutil.rmtree(folder / "stages" / f"{name}-s0")
+    (folder / "results.json").write_text(json.dumps(read(folder) | {"runs": []}))
+    fails([*WHOLE, "--output-dir", folder, "--resume"], "clip-s0 cannot be loaded .*remove it")
 
 
 def test_all_stages_have_the_precision(tmp_path, monkeypatch):
@@ -228,7 +231,9 @@ def test_all_stages_have_the_precision(tmp_path, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(CLIPModel, "forward", watched)
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
     run([*WORDS, "--precision", "bf16", "--variants", "dense", "--output-dir", tmp_path / "out"])
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert found[:3] == [True] * 3  # its training; what it has learnt is tested as it is
 
 
