@@ -188,7 +188,8 @@ class Ask(NamedTuple):
     accept: tuple[str, ...] = ()
 
 
-WHOLE = "size colour shape"  # so a place is asked for: with a quarter of the names shorter, it is not learnt in 600 steps
+# so places are asked for: with a quarter of the names shorter, one try did not learn them in 600 steps
+WHOLE = "size colour shape"
 
 
 def named(scene: Scene, *ways: str) -> list[tuple[Thing, str]]:
