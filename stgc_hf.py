@@ -37,6 +37,7 @@ their experts are outside the interface: switch_transformers, nllb_moe, dbrx, do
 Nor quantized experts and expert parallelism.
 """
 
+import copy
 import inspect
 import re
 from functools import partial
@@ -48,7 +49,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stgc import STGC, LayerStep, Pairs, Permute, Routing, STGCConfig, grouped_linear, sort_pairs, widen
+from stgc import Routing, widen
+from stgc_plus import STGC, LayerStep, Pairs, STGCConfig, grouped_linear
 
 OLDEST = "5.23"  # tested from here on; older ones lack flags of the interface, or their routers return probabilities
 if Version(transformers.__version__) < Version(OLDEST):
@@ -71,6 +73,11 @@ def everything(x_TD: Tensor) -> Tensor:
     return torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device)
 
 
+def sort_pairs(experts: nn.Module, expert_ids_TK: Tensor, keep_T: Tensor, dtype=torch.float32) -> Pairs:
+    """The pairs of the tokens with keep_T True, by expert."""
+    return Pairs(expert_ids_TK, keep_T.unsqueeze(1).to(dtype), experts.num_experts)
+
+
 def linear_names(experts: nn.Module) -> list[str]:
     """Names of the stacked weights, the first linear's and the last's; a bias is named alike, with `_bias` behind it."""
     return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
@@ -83,27 +90,27 @@ def run_experts(
     names = linear_names(experts)
     weights = [w if experts.is_transposed else w.mT for w in (getattr(experts, name) for name in names)]
     biases = [getattr(experts, f"{name}_bias") if experts.has_bias else None for name in names]
-    x_SD = Permute.apply(x_TD.to(weights[0].dtype), pairs.order_S, pairs.inverse_S, expert_ids_TK.shape[1])
+    x_SD = pairs.dispatch(x_TD.to(weights[0].dtype))
     if step is not None:
-        x_SD, weights = step.enter(x_SD, weights)
+        x_SD, weights = step.on_experts(x_SD, weights)
     h_SF = grouped_linear(x_SD, weights[0], biases[0], pairs)
     if step is not None:
-        step.tap(x_SD, weights[0], h_SF, *([partial(split_columns, experts.is_concatenated)] if experts.has_gate else []))
+        split = [partial(split_columns, experts.is_concatenated)] if experts.has_gate else []
+        step.on_linear(x_SD, weights[0], h_SF, *split)
     a_SF = experts._apply_gate(h_SF) if experts.has_gate else experts.act_fn(h_SF)
     y_SD = grouped_linear(a_SF, weights[1], biases[1], pairs)
     if step is not None:
-        step.tap(a_SF, weights[1], y_SD)
+        step.on_linear(a_SF, weights[1], y_SD)
     if experts.has_post_expert_norm:
         y_SD = experts.post_expert_norm(y_SD)
-    y_TKD = Permute.apply(y_SD, pairs.inverse_S, pairs.order_S).unflatten(0, expert_ids_TK.shape)
-    return (y_TKD * weights_TK.unsqueeze(2)).sum(1).to(x_TD.dtype)
+    return (pairs.by_token(y_SD) * weights_TK.unsqueeze(2)).sum(1).to(x_TD.dtype)
 
 
 def experts_function(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the experts interface calls in the place of its own, by its names: x_TD, expert_ids_TK, weights_TK -> out_TD."""
     layer = getattr(experts, "stgc_layer", None)
     if layer is None:  # of another model, which only shares the config
-        pairs = sort_pairs(top_k_index, everything(hidden_states), experts.num_experts, torch.float32)
+        pairs = sort_pairs(experts, top_k_index, everything(hidden_states))
         return run_experts(experts, hidden_states, top_k_index, top_k_weights, pairs)
     return layer.forward(hidden_states, top_k_index, top_k_weights)
 
@@ -257,10 +264,11 @@ class Layer:
                 "gradient checkpointing computes a forward again that was not the latest, and gradients='weight' needs its "
                 "attention mask: call backward after each forward"
             )
-        sort = partial(sort_pairs, expert_ids_TK, num_experts=self.experts.num_experts, dtype=logits_TE.dtype)
+        sort = partial(sort_pairs, self.experts, expert_ids_TK, dtype=logits_TE.dtype)
         pairs = sort(keep_T if apart else everything(x_TD))
         keep_S = keep_T.unsqueeze(1).expand_as(expert_ids_TK).flatten().index_select(0, pairs.order_S)
-        real = pairs._replace(onehot_SE=pairs.onehot_SE * keep_S.unsqueeze(1))
+        real = copy.copy(pairs)
+        real.onehot_SE = pairs.onehot_SE * keep_S.unsqueeze(1)
         step, self.alone_TE = self.watch(x_TD, Routing(logits_TE, weights_TK, expert_ids_TK), real, keep_T), None
         if not step.judged:
             return library(weights_TK)
@@ -345,9 +353,9 @@ class ModelSTGC(STGC):
             layers[name] = Layer(experts, routers, before, self.padding)
         return layers
 
-    def begin(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
+    def on_forward(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
         """As in STGC. Raises ValueError where reroute has no expert to send to."""
-        step, layer = super().begin(i, x_TD, routing, pairs, keep_T), self.layers[i]
+        step, layer = super().on_forward(i, x_TD, routing, pairs, keep_T), self.layers[i]
         if step is not None and step.judged and self.config.conflict_loss == "reroute":
             if routing.weights_TK.shape[1] == layer.experts.num_experts:
                 raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
@@ -358,7 +366,7 @@ class ModelSTGC(STGC):
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
         """As in STGC. Raises RuntimeError where all judged experts are frozen."""
-        judged = [self.layers[step.index] for step in self.steps if step is not None and step.judged]
+        judged = [self.layers[step.index] for step in self.steps.values() if step.judged]
         if judged and not any(layer.experts_train for layer in judged):
             raise RuntimeError(
                 "the experts of all judged layers are frozen, so no tokens conflict in training them: unfreeze them (peft: "

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stgc import STGC, Experts, MoELayer, STGCConfig, Verdict
+from stgc import MoELayer, Verdict
+from stgc_plus import STGC, Experts, STGCConfig
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import stgc_hf
 from lab import bench, report
-from stgc import LayerStep, STGCConfig
+from stgc_plus import LayerStep, STGCConfig
 
 TEXT = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -276,7 +276,7 @@ def step(model, batch, **config):
     model.zero_grad(set_to_none=True)
     stgc = stgc_hf.attach(model, STGCConfig(**config))
     out = forward(model, batch)
-    stgc.ids = [None if one is None else one.expert_ids_TK for one in stgc.steps]
+    stgc.ids = [stgc.steps[i].pairs.expert_ids_TK if i in stgc.steps else None for i in range(len(stgc.layers))]
     stgc.loss(out.loss).backward()
     stgc.rows, stgc.grads, stgc.logits = stgc.stats(), grads_of(model), out.logits.detach()
     stgc.detach()
@@ -448,11 +448,11 @@ def test_one_pass_is_two(config):
 def test_bias_gradient(passes, monkeypatch):
     """gpt_oss has biases: the token gradients of an expert sum up to its bias's gradient, so the virtual bias is right."""
     model, batch, seen = make("gpt_oss"), make_batch(), []
-    see = LayerStep.see
+    on_gradient = LayerStep.on_gradient
     monkeypatch.setattr(
         LayerStep,
-        "see",
-        lambda self, linear, grad: (seen.append((self.index, linear, self.pairs, grad)), see(self, linear, grad))[1],
+        "on_gradient",
+        lambda self, linear, grad: (seen.append((self.index, linear, self.pairs, grad)), on_gradient(self, linear, grad))[1],
     )
     step(model, batch, passes=passes, alpha=0.0, conflict_loss="none")
     assert len(seen) == 4

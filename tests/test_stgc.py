@@ -23,19 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import stgc as stgc_module
-from stgc import (
-    STGC,
-    Experts,
-    LayerStep,
-    MoELayer,
-    Router,
-    STGCConfig,
-    balance_loss,
-    best_other_expert,
-    conflict_loss,
-    draw_placebo,
-    route,
-)
+import stgc_plus
+from stgc import MoELayer, Router, balance_loss, route
+from stgc_plus import CONFLICT_LOSSES, STGC, Experts, LayerStep, STGCConfig, best_other_expert, draw_placebo
 
 PASSES, GRADIENTS, KINDS = ("two", "one"), ("bias", "weight"), ("ce", "mse", "reroute")
 both_passes = pytest.mark.parametrize("passes", PASSES)
@@ -545,29 +535,33 @@ def test_conflict_loss_gradient(kind):
     """gradcheck with the mask fixed, and the closed forms. ce: onehot(e) - softmax(-z), so that a step lowers z_e."""
     logits_TE = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     target_TK, picked_TK = torch.randint(5, (6, 2)), torch.rand(6, 2) < 0.5
-    assert torch.autograd.gradcheck(lambda z_TE: conflict_loss(kind, z_TE, target_TK, picked_TK), logits_TE)
-    (grad_TE,) = torch.autograd.grad(conflict_loss(kind, logits_TE, target_TK, picked_TK), logits_TE)
+    def conflict_loss(logits_TE, mask_TK=picked_TK):
+        return stgc_module.conflict_loss(logits_TE, target_TK, mask_TK, CONFLICT_LOSSES[kind])
+
+    assert torch.autograd.gradcheck(conflict_loss, logits_TE)
+    (grad_TE,) = torch.autograd.grad(conflict_loss(logits_TE), logits_TE)
     expected_TE = torch.zeros(6, 5, dtype=torch.float64)
     for t, k in picked_TK.nonzero().tolist():
         z_E, e, eye_EE = logits_TE[t].detach(), target_TK[t, k], torch.eye(5, dtype=torch.float64)
         p_E, q_E = z_E.softmax(0), (-z_E).softmax(0)
         closed = {"ce": eye_EE[e] - q_E, "mse": 2 * p_E[e] ** 2 * (eye_EE[e] - p_E), "reroute": p_E - eye_EE[e]}
-        expected_TE[t] += closed[kind]
+        expected_TE[t] += closed[kind] / picked_TK.sum()
     close(grad_TE, expected_TE, atol=1e-15)
-    assert not conflict_loss(kind, logits_TE, target_TK, torch.zeros_like(picked_TK)).any()
+    none = conflict_loss(logits_TE, torch.zeros_like(picked_TK))
+    assert not none.any() and not torch.autograd.grad(none, logits_TE)[0].any()
     with pytest.raises(KeyError):
-        conflict_loss(kind.upper(), logits_TE, target_TK, picked_TK)
+        stgc_module.conflict_loss(logits_TE, target_TK, picked_TK, kind.upper())
 
 
 def test_balance_loss_gradient():
     """gradcheck, the closed form E / T * p (f - f.p), and 1 for even loads whatever the scores."""
     logits_TE, keep_T = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.arange(6) != 2
     load_E, tokens = torch.tensor([3.0, 0.0, 1.0, 5.0, 1.0], dtype=torch.float64), keep_T.sum()
-    assert torch.autograd.gradcheck(lambda z_TE: balance_loss(z_TE, keep_T, load_E, tokens), logits_TE)
-    (grad_TE,) = torch.autograd.grad(balance_loss(logits_TE, keep_T, load_E, tokens), logits_TE)
+    assert torch.autograd.gradcheck(lambda z_TE: balance_loss(z_TE, load_E, keep_T, tokens), logits_TE)
+    (grad_TE,) = torch.autograd.grad(balance_loss(logits_TE, load_E, keep_T, tokens), logits_TE)
     p_TE, f_E = logits_TE.detach().softmax(-1), load_E / 10
     close(grad_TE, 5 / 5 * p_TE * (f_E - (p_TE @ f_E).unsqueeze(1)) * keep_T.unsqueeze(1), atol=1e-15)
-    close(balance_loss(logits_TE, keep_T, torch.full((5,), 2.0, dtype=torch.float64), tokens).item(), 1.0)
+    close(balance_loss(logits_TE, torch.full((5,), 2.0, dtype=torch.float64), keep_T, tokens).item(), 1.0)
 
 
 # ---- 5. Robustness ----
@@ -843,12 +837,12 @@ def test_kernels_agree(kernel, dtype, tolerance, on_cuda, padding, gated, monkey
     net, batch = make_net(dtype=dtype, gated=gated), make_batch(tokens=24, padding=padding, dtype=dtype)
     kinds = [("ce", passes, gradients) for passes in PASSES for gradients in GRADIENTS] + [("reroute", "one", "bias")]
     cases = [{"conflict_loss": kind, "passes": passes, "gradients": gradients} for kind, passes, gradients in kinds]
-    used, choose = set(), stgc_module.matmul_kernel
-    monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *_: "slices")
+    used, choose = set(), stgc_plus.matmul_kernel
+    monkeypatch.setattr(stgc_plus, "matmul_kernel", lambda *_: "slices")
     expected, expected_TD = [run(net, batch, alpha=0.1, **case) for case in cases], net.layers[0](*batch[::2]).detach()
     if on_cuda:
         as_on_cuda(monkeypatch)
-    monkeypatch.setattr(stgc_module, "matmul_kernel", lambda *args: used.add(choose(*args)) or choose(*args))
+    monkeypatch.setattr(stgc_plus, "matmul_kernel", lambda *args: used.add(choose(*args)) or choose(*args))
     with torch.no_grad():
         out_TD = net.layers[0](*batch[::2])
         close(out_TD, expected_TD, tolerance, tolerance)
@@ -871,7 +865,7 @@ def test_matmul_kernel(monkeypatch):
     """A CPU takes torch's own product where it can; that refuses other dtypes and sizes, so a loop must take these."""
 
     def chosen(dtype=torch.float32, size=8):
-        return stgc_module.matmul_kernel(torch.zeros(12, 8, dtype=dtype), torch.zeros(4, 8, size, dtype=dtype))
+        return stgc_plus.matmul_kernel(torch.zeros(12, 8, dtype=dtype), torch.zeros(4, 8, size, dtype=dtype))
 
     best = "grouped_mm" if hasattr(F, "grouped_mm") and torch.__version__ >= (2, 11) else "slices"
     assert chosen() == chosen(dtype=torch.bfloat16) == best
