@@ -1,4 +1,4 @@
-"""lab/baselines.py: routers and capacity against plain loops over samples and tokens, and in a decoder's generate."""
+"""lab/moe/baselines.py: routers and capacity against plain loops over samples and tokens, and in a decoder's generate."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stgc
-from lab.baselines import (
+from lab.moe.baselines import (
     FAMILIES,
     ROUTERS,
     CosineRouter,
@@ -30,7 +30,7 @@ from lab.baselines import (
     set_centres,
     share_samples,
 )
-from lab.instructions import KINDS
+from lab.vision.instructions import KINDS
 
 # ---- Cosine router ----
 

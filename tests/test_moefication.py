@@ -1,4 +1,4 @@
-"""lab/moefication.py through models of transformers, tiny and random: parity with the dense model, padding, files."""
+"""lab/moe/moefication.py through models of transformers, tiny and random: parity with the dense model, padding, files."""
 
 import copy
 import io
@@ -17,9 +17,9 @@ from torch import nn
 from transformers import CLIPVisionConfig, GPTNeoXConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import stgc
-from lab import moefication
-from lab.baselines import CosineRouter
-from lab.moefication import MoESpec, load_moefied, moefy
+from lab.moe import moefication
+from lab.moe.baselines import CosineRouter
+from lab.moe.moefication import MoESpec, load_moefied, moefy
 
 FAMILIES = {
     "bert": transformers.BertForSequenceClassification,

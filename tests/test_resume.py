@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from test_glue import ROOT, data, model, run, words  # noqa: F401  (fixtures)
 
-from lab import runs
-from lab.cli import Interrupted, RunFailed, UserError
+from lab.run import runs
+from lab.run.cli import Interrupted, RunFailed, UserError
 
 CLOCK = ("seconds", "samples_per_second", "peak_memory_bytes")
 

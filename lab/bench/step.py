@@ -33,9 +33,9 @@ from transformers import (
 )
 
 import stgc_hf
-from lab import moefication
-from lab.cli import Parser, number, run_main
-from lab.runs import environment, make_accelerator, write_json
+from lab.moe import moefication
+from lab.run.cli import Parser, number
+from lab.run.runs import environment, make_accelerator, write_json
 from stgc import STGC, STGCConfig
 
 SIZES = {
@@ -228,7 +228,3 @@ def main() -> None:
         write_json(
             args.output, environment(device) | {"config": config, "base": base, "variants": rows, "gradient_memory_gib": gib}
         )
-
-
-if __name__ == "__main__":
-    run_main("lab.bench", main, resumes=False)

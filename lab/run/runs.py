@@ -31,8 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm.auto import tqdm
 
-from lab.cli import Interrupted, RunFailed, UserError
+import lab
+from lab.run.cli import Interrupted, RunFailed, UserError
 
+ROOT = Path(lab.__file__).resolve().parent.parent  # of the project: wherever in lab/ this file is
 RECORD, CHECKPOINTS, STAGES, ENTRIES = "results.json", "checkpoints", "stages", "entries.json"
 
 # ---- 1. Device ----
@@ -162,13 +164,12 @@ def write_json(path: Path, content: dict) -> None:
 
 def git_state() -> tuple[str | None, bool | None]:
     """The commit that made a result, and whether files differed from it. (None, None) outside a git checkout."""
-    here = Path(__file__).resolve().parent.parent
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # installed below another project's checkout
             return None, None
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results"))
     except (OSError, subprocess.CalledProcessError):
@@ -181,7 +182,7 @@ def environment(device: torch.device) -> dict:
     modules = ("torch", "transformers", "datasets", "accelerate")
     versions = {name: metadata.version(name) for name in modules}
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", module.name] if module else sys.argv[:1]
+    program = ["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]
     return {
         "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": commit,
