@@ -265,7 +265,9 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     """Everything that can be wrong with a task's data, model and folder is found here; nothing is written. UserError."""
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
-    runs.check_folder(folder, vars(args), options.FREE, args.overwrite, args.resume)  # first: all else takes its time
+    defaults = vars(make_parser().parse_args([]))
+    # first: all else takes its time
+    runs.check_folder(folder, vars(args), defaults, options.FREE, args.overwrite, args.resume)
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
     spec = make_spec(args, source.config)

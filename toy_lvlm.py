@@ -575,7 +575,7 @@ def main(args) -> None:
         )
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
-    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)
+    runs.check_folder(folder, vars(args), vars(make_parser().parse_args([])), FREE, args.overwrite, args.resume)
     clip = lvlm.load_clip(args.clip) if args.clip else None
     lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
     spec = lvlm.check_spec(args, clip, lm)

@@ -102,11 +102,12 @@ def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
         raise UserError(f"{flag} {folder}: {RECORD} cannot be read ({error}); name another folder, or --overwrite") from None
 
 
-def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, resume: bool) -> None:
+def check_folder(folder: Path, config: dict, defaults: dict, free: set[str], overwrite: bool, resume: bool) -> None:
     """Checks that a run of this configuration may write here; writes nothing. UserError otherwise.
 
     A folder that holds another run is refused, unless that is to be overwritten, or resumed with a configuration that
-    differs in the `free` options only (which seeds, which variants): two configurations never share a folder.
+    differs in the `free` options only (which seeds, which variants): two configurations never share a folder. An option
+    that is newer than the record had its default then, see `defaults`.
     """
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -121,7 +122,7 @@ def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, re
             f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
             "(--resume: to go on with it)"
         )
-    before = record.get("config", {})
+    before = defaults | record.get("config", {})
     other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
     if other:
         flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in other)
