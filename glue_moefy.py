@@ -18,9 +18,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lab import options
-from lab.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, run_main
-from lab.tasks import PAPER, TASKS, Task
+from lab.run import options
+from lab.run.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, run_main
+from lab.text.tasks import PAPER, TASKS, Task
 
 TOY_DEFAULTS = {"task": "rte", "moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
 
@@ -113,11 +113,14 @@ import torch
 from transformers import get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
-from lab import compare, figures, glue, moefication, runs, toy, use
-from lab.metrics import GlueMetric
-from lab.report import score_rows
-from lab.training import Training
-from stgc import STGC, STGCConfig
+from lab.moe import moefication
+from lab.report import compare, figures
+from lab.report.readme import score_rows
+from lab.run import runs
+from lab.run.training import Training
+from lab.text import glue, toy, use
+from lab.text.metrics import GlueMetric
+from stgc_plus import STGC, STGCConfig
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,9 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     """Everything that can be wrong with a task's data, model and folder is found here; nothing is written. UserError."""
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
-    runs.check_folder(folder, vars(args), options.FREE, args.overwrite, args.resume)  # first: all else takes its time
+    defaults = vars(make_parser().parse_args([]))
+    # first: all else takes its time
+    runs.check_folder(folder, vars(args), defaults, options.FREE, args.overwrite, args.resume)
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
     spec = make_spec(args, source.config)

@@ -20,8 +20,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lab import options
-from lab.cli import Parser, UserError, number, run_main
+from lab.run import options
+from lab.run.cli import Parser, UserError, number, run_main
 
 ROUTINGS = ("embedding", "feature", "task")
 STAGES = {  # flag: (default steps, learning rate, that with a pretrained language model: MoE-LLaVA's, what is trained)
@@ -162,10 +162,14 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
-from lab import baselines, compare, figures, instructions, llava, lvlm, moefication, routes, runs
-from lab.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
-from lab.training import MuonAdamW, Training
-from stgc import STGC, MoELayer, STGCConfig
+from lab.moe import baselines, moefication
+from lab.report import compare, figures
+from lab.run import runs
+from lab.run.training import MuonAdamW, Training
+from lab.vision import instructions, llava, lvlm, routes
+from lab.vision.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
+from stgc import MoELayer
+from stgc_plus import STGC, STGCConfig
 
 STAGE_FILE = "stage.json"  # in a saved stage's folder: its entry in the record
 BETAS = (0.9, 0.98)  # of AdamW
@@ -572,7 +576,7 @@ def main(args) -> None:
         )
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
-    runs.check_folder(folder, vars(args), FREE, args.overwrite, args.resume)
+    runs.check_folder(folder, vars(args), vars(make_parser().parse_args([])), FREE, args.overwrite, args.resume)
     clip = lvlm.load_clip(args.clip) if args.clip else None
     lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
     spec = lvlm.check_spec(args, clip, lm)

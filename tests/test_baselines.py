@@ -1,4 +1,4 @@
-"""lab/baselines.py: routers and capacity against plain loops over samples and tokens, and in a decoder's generate."""
+"""lab/moe/baselines.py: routers and capacity against plain loops over samples and tokens, and in a decoder's generate."""
 
 import copy
 import math
@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stgc
-from lab.baselines import (
+import stgc_plus
+from lab.moe.baselines import (
     FAMILIES,
     ROUTERS,
     CosineRouter,
@@ -30,7 +31,7 @@ from lab.baselines import (
     set_centres,
     share_samples,
 )
-from lab.instructions import KINDS
+from lab.vision.instructions import KINDS
 
 # ---- Cosine router ----
 
@@ -79,7 +80,7 @@ def test_cosine_router_is_wide_in_half_precision_and_keeps_float64():
 
 def test_cosine_router_trains_every_parameter_and_routes():
     router = CosineRouter(8, 4, dtype=torch.float64)
-    layer = stgc.MoELayer(stgc.Experts(4, 8, 6, dtype=torch.float64), router, top_k=2)
+    layer = stgc.MoELayer(stgc_plus.Experts(4, 8, 6, dtype=torch.float64), router, top_k=2)
     layer(torch.randn(10, 8, dtype=torch.float64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in router.parameters())
     x_TD = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
@@ -187,7 +188,7 @@ def test_routers_are_wide_and_come_back_from_their_state(kind, tmp_path):
 def test_stgc_trains_sample_routers(kind, router_only):
     """Without the balance loss the total is the main loss, and the routers learn from it (and from labels)."""
     net = make_sampled_net(kind)
-    trainer = stgc.STGC(net, stgc.STGCConfig("none", alpha=0.0, router_only=router_only))
+    trainer = stgc_plus.STGC(net, stgc_plus.STGCConfig("none", alpha=0.0, router_only=router_only))
     x_BLD = torch.randn(3, 6, 8, dtype=torch.float64, requires_grad=True)
     main_loss = net(x_BLD, LEFT_PADDED).square().mean()
     total = trainer.loss(main_loss)
@@ -201,7 +202,7 @@ def test_stgc_trains_sample_routers(kind, router_only):
         assert all(p.grad.abs().sum() > 0 for layer in net.layers for p in layer.router.parameters())
         assert (x_BLD.grad is None) == router_only
     for config in ({"passes": "one"}, {"passes": "two"}):  # and conflicting tokens push them as they do any router
-        trainer = stgc.STGC(net, stgc.STGCConfig("ce", alpha=0.0, **config))
+        trainer = stgc_plus.STGC(net, stgc_plus.STGCConfig("ce", alpha=0.0, **config))
         net.zero_grad()
         trainer.loss(net(x_BLD, LEFT_PADDED).square().mean()).backward()
         assert all(row["conflict_loss"] > 0 for row in trainer.stats())
@@ -411,7 +412,7 @@ def test_capacity_is_its_loop(capacity, bpr, layer_of):
 
 def test_capacity_by_hand():
     """Top-2 of 4, five tokens, capacity 0.8: room for two pairs on an expert; weights as DeepSpeed's top2gating has them."""
-    layer = stgc.MoELayer(stgc.Experts(4, 4, 2, dtype=torch.float64), top_k=2)
+    layer = stgc.MoELayer(stgc_plus.Experts(4, 4, 2, dtype=torch.float64), top_k=2)
     layer.router.weight.data = torch.eye(4, dtype=torch.float64)
     likes_0_then_1 = [[0.50, 0.30, 0.15, 0.05], [0.60, 0.30, 0.06, 0.04]]
     likes_0_then_2 = [[0.40, 0.05, 0.35, 0.20], [0.70, 0.10, 0.15, 0.05]]
@@ -479,7 +480,7 @@ def test_generate_routes_by_the_prompt_and_batches_change_nothing(kind):
     model = LlamaForCausalLM(config).double().eval()
     for block in model.model.layers:
         router = make_router(kind, 16, 4, num_clusters=3, dtype=torch.float64)
-        experts = stgc.Experts(4, 16, 32, gated=True, bias=False, activation=F.silu, dtype=torch.float64)
+        experts = stgc_plus.Experts(4, 16, 32, gated=True, bias=False, activation=F.silu, dtype=torch.float64)
         block.mlp = Ffn(stgc.MoELayer(experts, router))
     for p in model.parameters():
         p.data *= 3  # answers that depend on what was asked

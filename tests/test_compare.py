@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 
-from lab import figures
-from lab.compare import PUBLISHED, Paired, comparison_table, metric_names, paired, paper_table, select_rows
+from lab.report import figures
+from lab.report.compare import PUBLISHED, Paired, comparison_table, metric_names, paired, paper_table, select_rows
 
 LR = 2e-5
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from stgc import STGC, STGCConfig
+from stgc_plus import STGC, STGCConfig
 
 CASES = {
     f"{passes} {gradients} {kind} {wrapped}": (

@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config
 
 import glue_moefy
-from lab import glue, moefication, options
-from lab.cli import RunFailed, UserError, hub_is_reachable
-from lab.tasks import PAPER, TASKS
-from stgc import STGCConfig
+from lab.moe import moefication
+from lab.run import options
+from lab.run.cli import RunFailed, UserError, hub_is_reachable
+from lab.text import glue
+from lab.text.tasks import PAPER, TASKS
+from stgc_plus import STGCConfig
 
 ROOT = Path(__file__).parent.parent
 WORDS = "a the cat dog bird fish sees likes eats not red blue".split()
@@ -496,7 +498,7 @@ def test_help_needs_no_heavy_import_and_shows_every_default():
 
 
 def test_every_flag_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("glue_moefy.py", "lab/options.py", "lab/runs.py"))
+    source = "".join((ROOT / name).read_text() for name in ("glue_moefy.py", "lab/run/options.py", "lab/run/runs.py"))
     flags = {action.dest for action in glue_moefy.make_parser()._actions} - {"help"}
     dead = [flag for flag in flags if not re.search(rf'\bargs\.{flag}\b|getattr\(.*"{flag}"|[(,] "{flag}"', source)]
     assert len(flags) > 30 and not dead, dead

@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import stgc_hf
-from lab import bench, report
+from lab.bench import step as bench
+from lab.report import readme
 from stgc_plus import LayerStep, STGCConfig
 
 TEXT = {
@@ -1073,6 +1074,6 @@ def test_bench_in_readme(kind, tmp_path, monkeypatch):
     bench.main()
     record = json.loads(output.read_text())
     assert list(record["variants"]) == [*bench.LIBRARY, "one pass"] and record["variants"][record["base"]]["ratio"] == 1
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    shown = report.render(Path("README.md").read_text()).partition(f"<!-- bench-{kind} -->")[2]
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    shown = readme.render(Path("README.md").read_text()).partition(f"<!-- bench-{kind} -->")[2]
     assert "| one pass |" in shown.partition(f"<!-- /bench-{kind} -->")[0]

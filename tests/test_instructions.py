@@ -1,10 +1,10 @@
-"""lab/instructions.py: conversations as tokens, packs that share a picture, batches, and when an answer is right."""
+"""lab/vision/instructions.py: conversations as tokens, packs that share a picture, batches, and when an answer is right."""
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lab.instructions import (
+from lab.vision.instructions import (
     IGNORED,
     IMAGE,
     Collate,

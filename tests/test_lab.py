@@ -14,10 +14,12 @@ import torch
 from sklearn.metrics import f1_score
 from test_glue import data, model  # noqa: F401  (fixtures)
 
-from lab import bench, figures, options, report, runs
-from lab.cli import Parser, RunFailed, UserError, model_is_cached, number, run_main
-from lab.hub import from_hub
-from lab.metrics import GlueMetric
+from lab.bench import step as bench
+from lab.report import figures, readme
+from lab.run import options, runs
+from lab.run.cli import Parser, RunFailed, UserError, model_is_cached, number, run_main
+from lab.run.hub import from_hub
+from lab.text.metrics import GlueMetric
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,19 +41,19 @@ def test_bench_measures_every_variant(tmp_path):
     assert record["variants"]["moe"]["ratio"] == 1 == record["variants"]["moe"]["peak_ratio"]
     parameters = sum(p.numel() for p in bench.Bench("moe", "small", "2", 2, 8, torch.device("cpu")).model.parameters())
     assert record["variants"]["moe"]["peak_bytes"] > 4 * 4 * parameters  # weights, gradients and AdamW's two moments
-    assert "| one pass |" in report.bench_table(record)
+    assert "| one pass |" in readme.bench_table(record)
     assert record["command"].startswith("python -m lab.bench --rounds 3")
 
 
 def test_peer_measures_the_trainer_and_ours(data, model, tmp_path):  # noqa: F811
-    words = "-m lab.peer --rounds 1 --samples 16 --max-length 16 --moe-layers 1 --variants ce-one --output".split()
+    words = "-m lab.bench.peer --rounds 1 --samples 16 --max-length 16 --moe-layers 1 --variants ce-one --output".split()
     folders = ["--model", str(model), "--data-dir", str(data)]
     calm = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *words, str(tmp_path / "p.json"), *folders], cwd=ROOT, env=calm, check=True, timeout=300)
     record = json.loads((tmp_path / "p.json").read_text())
     (speeds,) = record["rounds"]
     assert record["ratio"]["ce-one"] == pytest.approx(speeds["ce-one"] / speeds["Trainer, dense"])
-    assert min(speeds.values()) > 0 and record["command"].startswith("python -m lab.peer")
+    assert min(speeds.values()) > 0 and record["command"].startswith("python -m lab.bench.peer")
 
 
 def entry(variant, seed, score, collapsed=False, lr=1e-4):
@@ -70,23 +72,23 @@ def entry(variant, seed, score, collapsed=False, lr=1e-4):
 
 def test_tables_show_mean_and_spread_and_collapses():
     record = {"runs": [entry("none", 0, 0.6), entry("none", 1, 0.64), entry("ce", 0, 0.5, True), entry("ce", 1, 0.5)]}
-    none, ce = report.score_rows(record)
-    assert report.spread(none["best"]) == "62.0 ± 2.8" and report.spread([50.0]) == "50.0"
+    none, ce = readme.score_rows(record)
+    assert readme.spread(none["best"]) == "62.0 ± 2.8" and readme.spread([50.0]) == "50.0"
     assert (ce["collapsed"], ce["seeds"]) == (1, 2) and none["conflict_ratio"] == "0.250 → 0.500"
     record |= {"name": "toy-rte", "command": "python x.py --y", "config": {"router": "linear", "beta": 1.0, "epochs": 3}}
     again = record | {"runs": [entry("ce", 2, 0.8)], "config": record["config"] | {"seeds": [2], "resume": True}}
-    assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 60.0 ± 17.3 |" in report.results_table([record, again])
-    table = report.results_table([record])
+    assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 60.0 ± 17.3 |" in readme.results_table([record, again])
+    table = readme.results_table([record])
     assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
-    dense = report.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
+    dense = readme.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
     assert "| toy-rte, 3 epochs | dense | 70.0 |" in dense
 
 
 def test_learning_rates_are_rows_of_their_own():
     runs = [entry("ce", seed, 0.5 + lr, lr=lr) for lr in (0.1, 0.4) for seed in (0, 1)]
-    low, high = report.score_rows({"runs": runs})
+    low, high = readme.score_rows({"runs": runs})
     assert (low["label"], low["seeds"], high["label"]) == ("ce, lr 0.1", 2, "ce, lr 0.4")
-    assert report.spread(low["best"]) == "60.0 ± 0.0" and report.spread(high["best"]) == "90.0 ± 0.0"
+    assert readme.spread(low["best"]) == "60.0 ± 0.0" and readme.spread(high["best"]) == "90.0 ± 0.0"
 
 
 def test_the_table_of_the_toy_lvlm():
@@ -99,7 +101,7 @@ def test_the_table_of_the_toy_lvlm():
         config = {"seeds": [seed], "resume": bool(seed)}
         return {"name": "lvlm-scenes", "command": f"x --seeds {seed}", "config": config, "stages": [stage], "runs": [run]}
 
-    table = report.lvlm_table([record(0, 0.7), record(1, 0.8)]).splitlines()
+    table = readme.lvlm_table([record(0, 0.7), record(1, 0.8)]).splitlines()
     assert "| lvlm-scenes | stage II | 2 | 75.0 ± 7.1 |" in table[2] and table[2].endswith("| 85.0 ± 7.1 |")
     assert "| lvlm-scenes | blind: majority | 2 | 25.0 ± 0.0 |" in table[3] and table[3].endswith("| - |")
     assert "| lvlm-scenes | stage III, ce | 2 | 75.0 ± 7.1 |" in table[4]
@@ -107,9 +109,9 @@ def test_the_table_of_the_toy_lvlm():
 
 
 def test_readme_shows_what_the_records_say():
-    readme = (ROOT / "README.md").read_text()
-    assert readme == report.render(readme), "run python -m lab.report"
-    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+    page = (ROOT / "README.md").read_text()
+    assert page == readme.render(page), "run python -m lab.report"
+    for link in re.findall(r"\]\(([^)#]+)\)", page):
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 

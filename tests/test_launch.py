@@ -10,7 +10,7 @@ from test_glue import CONFIG, ROOT, data, model, run, words  # noqa: F401  (fixt
 from test_resume import assert_same, outcome
 from transformers import BertForSequenceClassification
 
-from lab.cli import UserError
+from lab.run.cli import UserError
 
 
 def launch(processes, *command, script="glue_moefy.py", **environment):

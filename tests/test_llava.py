@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import llava
-from lab.cli import UserError
-from lab.instructions import Instruction
-from lab.llava import CLIP_MEAN, Problems, load_llava
+from lab.run.cli import UserError
+from lab.vision import llava
+from lab.vision.instructions import Instruction
+from lab.vision.llava import CLIP_MEAN, Problems, load_llava
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 QUESTION = "<image>\nwhich digit is this? one word."

@@ -19,10 +19,12 @@ from test_resume import Killed, kill_at
 from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 import toy_lvlm
-from lab import lvlm, moefication
-from lab.cli import UserError
-from lab.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
-from stgc import MoELayer, STGCConfig
+from lab.moe import moefication
+from lab.run.cli import UserError
+from lab.vision import lvlm
+from lab.vision.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
+from stgc import MoELayer
+from stgc_plus import STGCConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--scenes 64 --test-scenes 6 --batch-size 4 --log-steps 2 --device cpu".split()
@@ -369,7 +371,8 @@ def test_help_is_quick_and_every_flag_is_read():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "heavy: []" in done.stdout and "--stage3-lr" in done.stdout
-    source = "".join((ROOT / name).read_text() for name in ("toy_lvlm.py", "lab/options.py", "lab/lvlm.py", "lab/runs.py"))
+    files = ("toy_lvlm.py", "lab/run/options.py", "lab/run/runs.py", "lab/vision/lvlm.py")
+    source = "".join((ROOT / name).read_text() for name in files)
     flags = {action.dest for action in toy_lvlm.make_parser()._actions} - {"help"}
     flags -= {f"{stage}_{what}" for stage in toy_lvlm.STAGES for what in ("steps", "lr")}  # read by Job.plan
     dead = [flag for flag in flags if not re.search(rf'\bargs\.{flag}\b|getattr\(.*"{flag}"|[(,] ?"{flag}"', source)]

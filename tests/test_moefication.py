@@ -1,4 +1,4 @@
-"""lab/moefication.py through models of transformers, tiny and random: parity with the dense model, padding, files."""
+"""lab/moe/moefication.py through models of transformers, tiny and random: parity with the dense model, padding, files."""
 
 import copy
 import io
@@ -17,9 +17,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, GPTNeoXConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import stgc
-from lab import moefication
-from lab.baselines import CosineRouter
-from lab.moefication import MoESpec, load_moefied, moefy
+import stgc_plus
+from lab.moe import moefication
+from lab.moe.baselines import CosineRouter
+from lab.moe.moefication import MoESpec, load_moefied, moefy
 
 FAMILIES = {
     "bert": transformers.BertForSequenceClassification,
@@ -140,7 +141,7 @@ def test_experts_are_copies_of_the_ffn_or_its_parts(bias):
 
     def expert(experts, e):
         ids_TK = torch.full((9, 1), e)
-        pairs = stgc.sort_pairs(ids_TK, torch.ones(9, dtype=torch.bool), experts.num_experts, torch.float64)
+        pairs = stgc_plus.Pairs(ids_TK, torch.ones(9, 1, dtype=torch.float64), experts.num_experts)
         return experts(x_TD, pairs)
 
     copies = moefication.copy_ffn(moefication.FFN(first, last, F.gelu), 3)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from test_glue import ROOT, data, model, run, words  # noqa: F401  (fixtures)
 
-from lab import runs
-from lab.cli import Interrupted, RunFailed, UserError
+from lab.run import runs
+from lab.run.cli import Interrupted, RunFailed, UserError
 
 CLOCK = ("seconds", "samples_per_second", "peak_memory_bytes")
 
@@ -146,6 +147,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(cut, tmp_path, ca
 def test_checkpoints_hold_no_pickle(cut):
     names = {path.name for path in (cut[2] / "checkpoints").rglob("*") if path.is_file()}
     assert names == {"model.safetensors", "optimizer.safetensors", "random-0.safetensors", "state.json"}
+
+
+def test_what_a_run_stores_names_no_module(cut):
+    """So a file of the lab may move between a run and its resumption."""
+    stored = [path for path in cut[2].rglob("*.json*") if path.parent.name[:5] != "model"]
+    assert {path.name for path in stored} >= {"results.json", "state.json", "ce-s0.jsonl"}
+    assert not [path for path in stored if re.search(r"\blab\.", path.read_text())]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(words, tmp_path, monkeypatch):  # noqa: F811

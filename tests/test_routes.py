@@ -9,9 +9,10 @@ import torch
 from conftest import make_batch, make_net, run, same_grads
 from torch import nn
 
-from lab import figures
-from lab.routes import count_pathways, load_by_modality, record_routes, summary
-from stgc import STGC, Experts, MoELayer, STGCConfig
+from lab.report import figures
+from lab.vision.routes import count_pathways, load_by_modality, record_routes, summary
+from stgc import MoELayer
+from stgc_plus import STGC, Experts, STGCConfig
 
 E = 4
 

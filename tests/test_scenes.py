@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lab import scenes
-from lab.instructions import IMAGE, KINDS, InstructionSet
-from lab.scenes import CELLS, COLOURS, HELD_OUT, OUTLINES, Scene, Thing
+from lab.vision import scenes
+from lab.vision.instructions import IMAGE, KINDS, InstructionSet
+from lab.vision.scenes import CELLS, COLOURS, HELD_OUT, OUTLINES, Scene, Thing
 
 SIZES = ("small", "large")
 NUM_TRAIN, NUM_TEST = 1200, 450

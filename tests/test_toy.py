@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lab import toy
+from lab.text import toy
 
 COLUMNS = ("sentence1", "sentence2")
 

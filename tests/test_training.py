@@ -1,4 +1,4 @@
-"""lab/training.py: the optimizer of its own, what a curve repeats, the loss scale. The rest of the bookkeeping is tested
+"""lab/run/training.py: the optimizer of its own, what a curve repeats, the loss scale. The rest of the bookkeeping is tested
 where it is used, in test_resume.py and test_lvlm.py."""
 
 import copy
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lab.training import MuonAdamW, Training
+from lab.run.training import MuonAdamW, Training
 
 BETAS = (0.9, 0.98)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import figures
+from lab.report import figures
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "tutorial.md").read_text()
@@ -117,7 +117,7 @@ def test_pictures_show_what_the_text_says(tmp_path):
 def test_the_list_of_choices_is_complete():
     """Each CHOICE and DIFFERS of the code has a row, and each row is in the code: by file, tag and first three words."""
     code = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/**/*.py")]:
         for tag, words in TAGS.findall(path.read_text()):
             code.append((path.relative_to(ROOT).as_posix(), tag, " ".join(re.sub(r"\n\s*(# )?", " ", words).split()[:3])))
     listed = re.findall(r"^\| `([\w/]+\.py)` \| (CHOICE|DIFFERS) \| (.+?) \|", TEXT, re.M)

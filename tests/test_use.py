@@ -1,4 +1,4 @@
-"""lab/use.py and lab/tables.py: a saved model predicts every kind of file, shows its routing, and refuses damaged input."""
+"""lab/text/use.py and tables.py: a saved model predicts every kind of file, shows its routing, and refuses damaged input."""
 
 import csv
 import json
@@ -12,10 +12,11 @@ import torch
 from pyarrow import parquet
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel, BertTokenizerFast
 
-from lab import use
-from lab.cli import UserError
-from lab.moefication import MoESpec, moefy
-from stgc import STGC, STGCConfig, route
+from lab.moe.moefication import MoESpec, moefy
+from lab.run.cli import UserError
+from lab.text import use
+from stgc import route
+from stgc_plus import STGC, STGCConfig
 
 WORDS = "a the cat dog bird fish sees likes eats not red blue".split()
 LONG = "x" * 30
@@ -64,7 +65,7 @@ def direct(folder, rows):
 
 
 def write_table(file, rows):
-    """By other means than lab/tables.py."""
+    """By other means than lab/text/tables.py."""
     if file.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     elif file.suffix == ".tsv":

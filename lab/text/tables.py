@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow.parquet import ParquetFile, write_table
 
-from lab.cli import UserError
+from lab.run.cli import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # .json: JSON lines too
 Rows = list[dict] | pyarrow.Table

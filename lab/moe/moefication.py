@@ -45,9 +45,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from lab import baselines
-from lab.cli import UserError
-from stgc import Experts, MoELayer
+from lab.moe import baselines
+from lab.run.cli import UserError
+from stgc import MoELayer
+from stgc_plus import Experts
 
 # ---- 1. Neurons: which of them make an expert ----
 
@@ -171,7 +172,7 @@ class MoESpec:
     top_k: int = 2  # experts per token
     experts: str = "copy"  # copy | split
     split: str = "kmeans"  # kmeans | random | contiguous: how `experts="split"` groups the neurons
-    router: str = "linear"  # linear (stgc.Router) | another of lab.baselines.ROUTERS
+    router: str = "linear"  # linear (stgc.Router) | another of lab.moe.baselines.ROUTERS
     num_clusters: int = 128  # router="embedding": of instructions
     normalize: bool = True  # the K weights sum to 1 (split: to K) | off: they are the routing scores
     seed: int = 0  # of the routers and the groups

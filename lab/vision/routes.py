@@ -3,7 +3,7 @@
     with record_routes(model) as routes:
         model(**batch)
         routes.add(modality_BL, keep_BL)  # after each forward: 0 text, 1 picture; True for real tokens
-    record["routes"] = summary(routes)  # lab.figures.plot_routes draws it
+    record["routes"] = summary(routes)  # lab.report.figures.plot_routes draws it
 
 N real tokens of all forwards   M MoE layers   K choices per token   E experts   B, L  batch and length of a forward
 """

@@ -1,4 +1,6 @@
-"""The speed of transformers' own fine-tuning, next to ours: `python -m lab.peer --task rte --model DIR --data-dir DIR`.
+"""The speed of transformers' own fine-tuning, next to ours.
+
+  python -m lab.bench.peer --task rte --model DIR --data-dir DIR
 
 Each round runs, each in a fresh process and one after the other: transformers' Trainer on the dense model, and
 `glue_moefy.py` without evaluation in between, for every variant. Same model, data, batches by length, fused AdamW, schedule,
@@ -12,12 +14,12 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from lab.cli import Parser, RunFailed, number, run_main
-from lab.tasks import TASKS
+from lab.run.cli import Parser, RunFailed, number, run_main
+from lab.text.tasks import TASKS
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="lab.peer", description=__doc__)
+    parser = Parser(prog="lab.bench.peer", description=__doc__)
     parser.add_argument("--task", choices=list(TASKS), default="rte", help="GLUE task")
     parser.add_argument("--model", required=True, help="hub name or folder of a BERT-like encoder")
     parser.add_argument("--data-dir", help="folder in the hub's layout; default: nyu-mll/glue there")
@@ -39,7 +41,7 @@ def run_trainer(args) -> float:
     """Samples per second of one epoch of transformers' Trainer."""
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from lab import glue
+    from lab.text import glue
 
     task = TASKS[args.task]
     source = glue.load_source(args.task, task, args.model, args.data_dir)
@@ -94,7 +96,7 @@ def main() -> None:
         return
     rounds = []
     for turn in range(args.rounds):
-        words = [sys.executable, "-m", "lab.peer", "--trainer", *sys.argv[1:]]
+        words = [sys.executable, "-m", "lab.bench.peer", "--trainer", *sys.argv[1:]]
         found = {"Trainer, dense": json.loads(run_child(words).splitlines()[-1])["samples_per_second"]}
         rounds.append(found | {variant: run_ours(args, variant) for variant in args.variants})
         print(f"round {turn + 1}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in rounds[-1].items()), flush=True)
@@ -102,7 +104,7 @@ def main() -> None:
     for name, values in ratios.items():
         print(f"{name:<20}{median(row[name] for row in rounds):8.1f} samples/s {median(values):8.3f}x of the Trainer's")
     if args.output:
-        from lab.runs import environment, make_accelerator, write_json
+        from lab.run.runs import environment, make_accelerator, write_json
 
         made_by = environment(make_accelerator("auto", "fp32").device)
         config = vars(args) | {"output": str(args.output)}
@@ -112,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main("lab.peer", main, resumes=False)
+    run_main("lab.bench.peer", main, resumes=False)

@@ -164,7 +164,7 @@ class TaskRouter(SampleRouter):
 
 # ---- 3. Clusters and labels ----
 
-FAMILIES = {"caption": 0, "vqa": 1, "choice": 1, "ocr": 2, "region": 3}  # task_B of lab.instructions' kinds
+FAMILIES = {"caption": 0, "vqa": 1, "choice": 1, "ocr": 2, "region": 3}  # task_B of lab.vision.instructions' kinds
 
 
 def cluster_instructions(embeddings_ND: Tensor, num_clusters: int, seed: int) -> Tensor:

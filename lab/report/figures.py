@@ -1,7 +1,9 @@
-"""Figures drawn from a run's records alone: `python -m lab.figures FOLDER` draws them again; of several folders, their
-comparison side by side, as comparison.png beside them.
+"""Figures drawn from a run's records alone.
 
-`--idea` and `--tutorial` draw the pictures of README.md and tutorial.md, which show no run.
+  python -m lab.report.figures FOLDER              draws a run's figures again
+  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side, as comparison.png in their common parent folder
+  python -m lab.report.figures --idea FILE.png     the picture of README.md, which shows no run
+  python -m lab.report.figures --tutorial FOLDER   the pictures of tutorial.md, which show no run
 
 Variants differ by line style and marker as well as by colour, so that a grey print stays readable.
 """
@@ -19,7 +21,7 @@ matplotlib.use("Agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lab.compare import has_best, select_rows
+from lab.report.compare import has_best, select_rows
 
 STYLES = [
     ("#1b1b1b", "-", "o"),
@@ -103,7 +105,7 @@ def plot_run(folder: Path, title: str) -> Path:
 
 def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> Path:
     """A panel per record: a point per seed over its variants, the points of a seed joined by a thin line, since variants are
-    compared seed by seed; a short bar at each variant's mean; hollow where a run collapsed. `select`: see lab.compare.
+    compared seed by seed; a short bar at each variant's mean; hollow where a run collapsed. `select`: see `compare`.
     Under `last` rows of several learning rates stand side by side, joined within a rate. Scores are of dev where best epochs
     were chosen on it, else of test. Writes folder/comparison.png."""
     what = "dev" if any(map(has_best, records)) else "test"
@@ -145,9 +147,9 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> 
 
 
 def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str = "") -> Path:
-    """Where tokens go, from lab.routes.summary: a row per modality, pictures first. Left a bar per MoE layer, divided into
-    the experts' shares of first choices; right the most frequent pathways. `names`: the layers', in their order; None counts
-    them from 0."""
+    """Where tokens go, from lab.vision.routes.summary: a row per modality, pictures first. Left a bar per MoE layer, divided
+    into the experts' shares of first choices; right the most frequent pathways. `names`: the layers', in their order; None
+    counts them from 0."""
     names = names or [f"layer {i}" for i in range(len(summary["layers"]))]
     if not summary["modalities"]:
         raise ValueError("no token's route was recorded")
@@ -365,7 +367,9 @@ def draw_taps(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.report.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     wanted = "a run's output folder, or several; --idea: a PNG; --tutorial: a folder to write"
     parser.add_argument("folder", type=Path, nargs="+", help=wanted)
     parser.add_argument("--idea", action="store_true", help="draw the README's picture of the method instead")

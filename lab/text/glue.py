@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lab.cli import UserError
-from lab.hub import from_hub
-from lab.tasks import Task
+from lab.run.cli import UserError
+from lab.run.hub import from_hub
+from lab.text.tasks import Task
 
 HUB = "nyu-mll/glue"
 

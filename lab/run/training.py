@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.cli import GO_ON, Interrupted
-from lab.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
+from lab.run.cli import GO_ON, Interrupted
+from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -74,8 +74,8 @@ class Progress:
 
 
 class Training:
-    """One run of `steps` steps in all; see the module. `args` has the flags of lab.options.add_run: a curve's line at each
-    of log_steps, a checkpoint after each epoch and at each of save_steps, TensorBoard's files, whether to resume."""
+    """One run of `steps` steps in all; see the module. Of `args` it reads flags of lab.run.options.add_run: log_steps,
+    save_steps, report_to, resume. It also writes a checkpoint after each epoch."""
 
     def __init__(self, args, folder: Path, name: str, accelerator, model, optimizer, schedule, steps: int, stgc=None):
         self.name, self.accelerator, self.stgc = name, accelerator, stgc

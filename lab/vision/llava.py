@@ -24,8 +24,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lab.cli import UserError
-from lab.instructions import IMAGE, KINDS, Instruction, InstructionSet
+from lab.run.cli import UserError
+from lab.vision.instructions import IMAGE, KINDS, Instruction, InstructionSet
 
 NAMED = 3  # entries of each kind of problem that a message names
 CLIP_MEAN = (122, 116, 104)  # image_mean of openai/clip-vit-large-patch14-336 x 255, as LLaVA pads

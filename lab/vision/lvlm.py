@@ -28,10 +28,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lab import baselines, moefication
-from lab.cli import UserError
-from lab.hub import from_hub
-from lab.instructions import (
+from lab.moe import baselines, moefication
+from lab.run.cli import UserError
+from lab.run.hub import from_hub
+from lab.run.options import spec_options
+from lab.run.runs import write_json
+from lab.vision.instructions import (
     EOS,
     IMAGE,
     PAD,
@@ -44,13 +46,11 @@ from lab.instructions import (
     make_packs,
     make_tokenizer,
 )
-from lab.llava import Problems, load_llava
-from lab.options import spec_options
-from lab.runs import write_json
-from lab.scenes import make_scenes
+from lab.vision.llava import Problems, load_llava
+from lab.vision.scenes import make_scenes
 
 SIZE = 64  # of a picture without a pretrained CLIP, in pixels
-PATCH = 32  # a cell of lab.scenes: with smaller ones the language model hardly learns where a thing is that it can name
+PATCH = 32  # a cell of lab.vision.scenes: with smaller patches the language model hardly learns where the things are
 
 # ---- 1. Data ----
 
@@ -154,9 +154,9 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
 
 
 def sample_values(data: Data, model: PreTrainedModel, rows: Tensor, input_ids: Tensor, asked: Tensor) -> dict:
-    """What `lab.baselines.Samples.set` wants beside the mask, of a batch of single conversations: the question's tokens, its
-    cluster, its task family. CHOICE: an instruction's embedding is the mean of its tokens', as the model's input table has
-    them."""
+    """What `baselines.Samples.set` needs in addition to the mask, for a batch of single conversations: the question's
+    tokens, its cluster, its task family. CHOICE: an instruction's embedding is the mean of its tokens', as the model's input
+    table has them."""
     kinds = [data.train.instructions[row].kind for row in rows.tolist()]
     task_B = torch.tensor([baselines.FAMILIES[kind] for kind in kinds], device=input_ids.device)
     return {"task_B": task_B} | question_values(model, input_ids, asked)

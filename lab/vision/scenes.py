@@ -1,7 +1,7 @@
 """Generated pictures with instructions, for `toy_lvlm.py`: coloured shapes and written words, nothing downloaded.
 
 A picture shows up to four shapes, each near the middle of a cell of its own of a 2x2 grid, and in two of five pictures a
-word or a number, on light ground. What is asked about it comes in the kinds of `lab.instructions`, so that a
+word or a number, on light ground. What is asked about it comes in the kinds of `lab.vision.instructions`, so that a
 Mixture-of-Experts has mixed work. Some pairs of colour and shape are held out: training neither shows nor names them, and a
 third of the test pictures is about them.
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lab.instructions import IMAGE, Instruction, InstructionSet
+from lab.vision.instructions import IMAGE, Instruction, InstructionSet
 
 # ---- 1. Scenes ----
 

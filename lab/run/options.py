@@ -9,7 +9,7 @@ from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.cli import Parser, hub_is_reachable, model_is_cached, number, offline_message
+from lab.run.cli import Parser, hub_is_reachable, model_is_cached, number, offline_message
 
 VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
 COMPARED = ["none", "ce", "placebo"]
@@ -51,7 +51,7 @@ def add_moe(parser: Parser, num_experts: int, layers: str, router: str, routers:
 
 
 def spec_options(args) -> dict:
-    """What those flags say of a lab.moefication.MoESpec."""
+    """What those flags say of a lab.moe.moefication.MoESpec."""
     names = ("num_experts", "top_k", "normalize", "experts", "router")
     return {"layers": args.moe_layers} | {name: getattr(args, name) for name in names}
 

@@ -5,12 +5,12 @@ A gap within the spread is no difference: no cell is emphasised, and what collap
 
 import argparse
 import json
-from pathlib import Path
 from statistics import mean, median, stdev
 
-from lab.instructions import KINDS
+from lab.run.runs import ROOT
+from lab.vision.instructions import KINDS
 
-ROOT = Path(__file__).resolve().parent.parent
+RENAMED = {"lab.peer": "lab.bench.peer"}  # modules that a record's command names as they were called then
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -121,6 +121,7 @@ def sections() -> dict[str, str]:
         texts["lvlm"] = lvlm_table(pictures)
     for path in sorted((ROOT / "results").glob("bench*.json")):
         record = json.loads(path.read_text())
+        record["command"] = " ".join(RENAMED.get(word, word) for word in record["command"].split(" "))
         texts[path.stem] = (bench_table if "variants" in record else peer_table)(record)
     return texts
 
@@ -135,7 +136,7 @@ def render(readme: str) -> str:
     return readme
 
 
-if __name__ == "__main__":
+def main() -> None:
     argparse.ArgumentParser(prog="python -m lab.report", description=__doc__).parse_args()
     path = ROOT / "README.md"
     before = path.read_text()

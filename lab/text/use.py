@@ -21,12 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
-from lab import moefication
-from lab.baselines import CosineRouter
-from lab.cli import UserError
-from lab.runs import write_json
-from lab.tables import load_rows, write_rows
-from stgc import STGC, MoELayer, STGCConfig, Verdict
+from lab.moe import moefication
+from lab.moe.baselines import CosineRouter
+from lab.run.cli import UserError
+from lab.run.runs import write_json
+from lab.text.tables import load_rows, write_rows
+from stgc import MoELayer, Verdict
+from stgc_plus import STGC, STGCConfig
 
 # ---- 1. Card ----
 

@@ -31,8 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm.auto import tqdm
 
-from lab.cli import Interrupted, RunFailed, UserError
+import lab
+from lab.run.cli import Interrupted, RunFailed, UserError
 
+ROOT = Path(lab.__file__).resolve().parent.parent  # of the project: wherever in lab/ this file is
 RECORD, CHECKPOINTS, STAGES, ENTRIES = "results.json", "checkpoints", "stages", "entries.json"
 
 # ---- 1. Device ----
@@ -100,11 +102,12 @@ def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
         raise UserError(f"{flag} {folder}: {RECORD} cannot be read ({error}); name another folder, or --overwrite") from None
 
 
-def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, resume: bool) -> None:
+def check_folder(folder: Path, config: dict, defaults: dict, free: set[str], overwrite: bool, resume: bool) -> None:
     """Checks that a run of this configuration may write here; writes nothing. UserError otherwise.
 
     A folder that holds another run is refused, unless that is to be overwritten, or resumed with a configuration that
-    differs in the `free` options only (which seeds, which variants): two configurations never share a folder.
+    differs in the `free` options only (which seeds, which variants): two configurations never share a folder. An option
+    that is newer than the record had its default then, see `defaults`.
     """
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -119,7 +122,7 @@ def check_folder(folder: Path, config: dict, free: set[str], overwrite: bool, re
             f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
             "(--resume: to go on with it)"
         )
-    before = record.get("config", {})
+    before = defaults | record.get("config", {})
     other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
     if other:
         flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in other)
@@ -162,13 +165,12 @@ def write_json(path: Path, content: dict) -> None:
 
 def git_state() -> tuple[str | None, bool | None]:
     """The commit that made a result, and whether files differed from it. (None, None) outside a git checkout."""
-    here = Path(__file__).resolve().parent.parent
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # installed below another project's checkout
             return None, None
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!results"))
     except (OSError, subprocess.CalledProcessError):
@@ -181,7 +183,7 @@ def environment(device: torch.device) -> dict:
     modules = ("torch", "transformers", "datasets", "accelerate")
     versions = {name: metadata.version(name) for name in modules}
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", module.name] if module else sys.argv[:1]
+    program = ["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]
     return {
         "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": commit,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
-from lab.report import spread
+from lab.report.readme import spread
 
 BASELINE = "none"
 FIRST = ("dense", BASELINE)  # the rows that come before the others

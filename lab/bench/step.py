@@ -33,10 +33,10 @@ from transformers import (
 )
 
 import stgc_hf
-from lab import moefication
-from lab.cli import Parser, number, run_main
-from lab.runs import environment, make_accelerator, write_json
-from stgc import STGC, STGCConfig
+from lab.moe import moefication
+from lab.run.cli import Parser, number
+from lab.run.runs import environment, make_accelerator, write_json
+from stgc_plus import STGC, STGCConfig
 
 SIZES = {
     "small": BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536),
@@ -228,7 +228,3 @@ def main() -> None:
         write_json(
             args.output, environment(device) | {"config": config, "base": base, "variants": rows, "gradient_memory_gib": gib}
         )
-
-
-if __name__ == "__main__":
-    run_main("lab.bench", main, resumes=False)

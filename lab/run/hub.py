@@ -7,7 +7,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from lab.cli import GLUE_WAYS, UserError, is_offline, offline_message
+from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message
 
 
 def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS):

@@ -1,0 +1,1 @@
+"""Experts from a trained FFN, and the routers and other things that the paper compares with."""

@@ -1,0 +1,1 @@
+"""Recorded runs: comparison, figures, and README's tables."""

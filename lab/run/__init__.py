@@ -1,0 +1,1 @@
+"""One run: its flags, seeds, device, processes, progress, checkpoints and record."""
