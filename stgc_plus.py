@@ -303,8 +303,14 @@ class STGC(stgc.STGC):
     config_type, step_type, losses = STGCConfig, LayerStep, CONFLICT_LOSSES
 
     def __init__(self, model: nn.Module, config: stgc.STGCConfig = STGCConfig()):
-        super().__init__(model, STGCConfig(**vars(config)) if type(config) is stgc.STGCConfig else config)
-        self.chosen = set(range(len(self.layers)) if self.config.layers is None else self.config.layers)
+        config = STGCConfig(**vars(config)) if type(config) is stgc.STGCConfig else config
+        layers = list(self.find_layers(model).values())
+        self.chosen = set(range(len(layers)) if config.layers is None else config.layers)
+        if not self.chosen <= set(range(len(layers))):
+            raise ValueError(f"layers={config.layers} must lie between 0 and {len(layers) - 1}, the model's MoE layers")
+        if config.conflict_loss == "reroute" and any(layers[i].top_k == layers[i].experts.num_experts for i in self.chosen):
+            raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
+        super().__init__(model, config)
         self.group = dist.new_group() if dist.is_available() and dist.is_initialized() else None
         self.num_processes, self.rank = (self.group.size(), self.group.rank()) if self.group else (1, 0)
         self.step = 0  # losses so far: decides `every` and the placebo's draw; a resumed run sets it
@@ -312,16 +318,6 @@ class STGC(stgc.STGC):
         self.grad_scale = 1.0
         self.placeholders: dict[int, Tensor] = {}  # of one pass, until `loss` takes them
         self.blind: set[int] = set()  # layers that ran without gradients although they train
-        if not self.chosen <= set(range(len(self.layers))):
-            self.detach()
-            raise ValueError(f"layers={self.config.layers} must lie between 0 and {len(self.layers) - 1}, the model's MoE layers")
-        if self.config.conflict_loss == "reroute" and any(map(self.is_full, self.chosen)):
-            self.detach()
-            raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
-
-    def is_full(self, i: int) -> bool:
-        """Whether layer i's tokens are on all experts."""
-        return self.layers[i].top_k == self.layers[i].experts.num_experts
 
     def detach(self) -> None:
         super().detach()
