@@ -38,7 +38,7 @@ class STGCConfig:
     alpha: float = 0.01  # weight of the balance loss, eq. 9
     beta: float = 1.0  # weight of the conflict loss, eq. 10
     tau: float = 0.0  # a pair conflicts when its similarity, in [-1, 1], is below tau
-    kinds = ("none", "ce", "mse")
+    choices = {"conflict_loss": ("none", "ce", "mse")}
 
     def __new__(cls, *args, **fields):
         for name in fields.keys() - cls.__dataclass_fields__:
@@ -46,8 +46,9 @@ class STGCConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        if self.conflict_loss not in self.kinds:
-            raise ValueError(f"conflict_loss={self.conflict_loss!r} is none of {', '.join(self.kinds)} (stgc_plus has more)")
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)} (stgc_plus has more)")
         if not all(abs(value) < float("inf") for value in (self.alpha, self.beta, self.tau)):
             raise ValueError(f"alpha={self.alpha}, beta={self.beta} and tau={self.tau} must be finite numbers")
 
@@ -305,7 +306,7 @@ class STGC:
     `verdicts` has each layer's latest Verdict. A second STGC object on a model replaces the first; `detach` ends the watch.
     Under torch.distributed, means, flags and losses are those of the global batch. What only stgc_plus can do raises."""
 
-    config_type, step_type, losses = STGCConfig, LayerStep, CONFLICT_LOSSES
+    config_type, step_type, losses, group = STGCConfig, LayerStep, CONFLICT_LOSSES, None
 
     def __init__(self, model: nn.Module, config: STGCConfig = STGCConfig()):
         if type(config) is not self.config_type:
@@ -334,9 +335,9 @@ class STGC:
                 layer.watch = None
 
     def average(self, tensor: Tensor) -> Tensor:
-        """Hook: the mean over the processes, if there are several."""
+        """The mean over the processes, if there are several."""
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(tensor := tensor / dist.get_world_size())
+            dist.all_reduce(tensor := tensor / dist.get_world_size(), group=self.group)
         return tensor
 
     def on_forward(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
