@@ -63,7 +63,7 @@ def test_resume_in_two_processes(words, tmp_path):  # noqa: F811
     )
     killed = launch(2, *command, "--output-dir", tmp_path / "cut", PYTHONPATH=str(dying))
     assert killed.returncode != 0 and list((tmp_path / "cut" / "checkpoints" / "ce-s0").glob("step-*"))
-    with pytest.raises(UserError, match="is of 2 processes, these are 1; start as many"):
+    with pytest.raises(UserError, match="is of 2 processes, not 1; start as many"):
         run([*command, "--output-dir", tmp_path / "cut", "--resume"])
     assert launch(2, *command, "--output-dir", tmp_path / "cut", "--resume").returncode == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
