@@ -97,11 +97,14 @@ class Pairs:
         self.onehot_SE = (ids_S.unsqueeze(1) == torch.arange(num_experts, device=ids_S.device)).to(weights_TK.dtype)
         self.ends_E = self.onehot_SE.sum(0).long().cumsum(0)  # where each expert's pairs end
 
+    def gather(self, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        return x.index_select(0, index // copies)
+
     def dispatch(self, x_TD: Tensor) -> Tensor:  # x_SD: each pair's token
-        return x_TD.index_select(0, self.order_S // self.expert_ids_TK.shape[-1])
+        return self.gather(x_TD, self.order_S, self.inverse_S, self.expert_ids_TK.shape[-1])
 
     def by_token(self, rows_S: Tensor) -> Tensor:  # rows_TK: back in the order of the tokens
-        return rows_S.index_select(0, self.inverse_S).unflatten(0, self.expert_ids_TK.shape)
+        return self.gather(rows_S, self.inverse_S, self.order_S, 1).unflatten(0, self.expert_ids_TK.shape)
 
     def sums(self, scale_SW: Tensor, rows_SO: Tensor) -> Tensor:  # sums_EWO over each expert's pairs of scale * row
         return torch.einsum("sw,se,so->ewo", scale_SW, self.onehot_SE.to(rows_SO.dtype), rows_SO)

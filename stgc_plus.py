@@ -2,8 +2,7 @@
 
     from stgc_plus import STGC, STGCConfig    # the same five lines, and the fields of section 1
 
-Also: fp16's loss scale, gradient checkpointing, frozen parts, kernels, a process group of its own. All of it is ours. A method
-without a docstring extends a hook of stgc.py.
+Also: fp16's loss scale, gradient checkpointing, frozen parts, kernels, its own process group. All of it is ours.
 
   1 Config  2 Kernels  3 Whole weights  4 Leave one out  5 Placebo and reroute  6 One pass  7 STGC  8 Demo
 """
@@ -34,10 +33,8 @@ class STGCConfig(stgc.STGCConfig):
     router_only: bool | None = None  # both losses train the router, not the features; None: only with one pass
     seed: int = 0  # of the placebo's draw
     leave_one_out: bool = False  # judge a pair by the mean of the other pairs of its expert
-    choices = {
-        "conflict_loss": ("none", "ce", "mse", "reroute"), "passes": ("two", "one"), "gradients": ("bias", "weight"),
-        "select": ("conflict", "random"),
-    }  # fmt: skip
+    choices = {"conflict_loss": ("none", "ce", "mse", "reroute"), "passes": ("two", "one"), "gradients": ("bias", "weight")}
+    choices["select"] = ("conflict", "random")
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +54,7 @@ class Permute(torch.autograd.Function):
     """x[index // copies]. Its backward gathers, and sums up copies: autograd's index_add adds in random order on CUDA."""
 
     @staticmethod
-    def forward(ctx, x, index, inverse, copies=1):
+    def forward(ctx, x, index, inverse, copies):
         ctx.save_for_backward(inverse)
         ctx.copies = copies
         return x.index_select(0, index // copies)
@@ -69,13 +66,7 @@ class Permute(torch.autograd.Function):
 
 
 class Pairs(stgc.Pairs):
-    """The same results, reproducible and without waiting on CUDA, and without E times the work elsewhere."""
-
-    def dispatch(self, x_TD):
-        return Permute.apply(x_TD, self.order_S, self.inverse_S, self.expert_ids_TK.shape[-1])
-
-    def by_token(self, rows_S):
-        return Permute.apply(rows_S, self.inverse_S, self.order_S).unflatten(0, self.expert_ids_TK.shape)
+    gather = staticmethod(Permute.apply)
 
     def sums(self, scale_SW, rows_SO):
         if rows_SO.is_cuda:
@@ -111,7 +102,8 @@ def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: stgc
     else:  # rows behind `end` would stay unwritten; on a GPU padding joins the last expert
         end = len(x_SI) if x_SI.is_cuda else int(pairs.ends_E[-1])
         ends_E = torch.cat([pairs.ends_E[:-1], pairs.ends_E.new_full((1,), end)]).to(torch.int32)
-        out_SO = F.pad(F.grouped_mm(x_SI[:end], w_EIO, offs=ends_E), (0, 0, 0, len(x_SI) - end))
+        out_SO = F.grouped_mm(x_SI[:end], w_EIO, offs=ends_E)
+        out_SO = out_SO if end == len(x_SI) else F.pad(out_SO, (0, 0, 0, len(x_SI) - end))
     return out_SO if b_EO is None else out_SO + onehot_SE @ b_EO
 
 
@@ -134,25 +126,21 @@ def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pa
 
 # ---- 4. Leave one out ----
 def compare_to_others(grad_SO: Tensor, one: Compared, pairs: stgc.Pairs, over: "STGC") -> Compared:
-    """DIFFERS: a pair is part of its own mean, so chance keeps the conflict ratio below one half. By the other pairs, without a
-    further product: cos(g_n, G_e - g_n) follows from cos(g_n, G_e) and two lengths. Where an expert's longest gradient outweighs
-    the others, that loses their digits: for it they are summed up apart. Without a direction of theirs its length is 0."""
-    grad_SO, norm_S, tiny = widen(grad_SO), one.norm_S, torch.finfo(one.norm_S.dtype).tiny
-    onehot_SE = pairs.onehot_SE.to(norm_S.dtype)
+    """DIFFERS: a pair is part of its own mean, so chance keeps the conflict ratio below one half. By the others of its expert:
+    cos(g_n, G_e - g_n) follows from cos(g_n, G_e) and two lengths. An expert's longest gradient may outweigh the others so
+    far that their digits are lost: for it they are summed up apart; and if there are none it gets length 0."""
+    grad_SO, onehot_SE, tiny = widen(grad_SO), pairs.onehot_SE.to(one.norm_S.dtype), torch.finfo(one.norm_S.dtype).tiny
     sum_S = onehot_SE @ torch.linalg.vector_norm(one.mean_EO * over.num_processes, dim=1)
-    unit_S = torch.maximum(norm_S, sum_S).clamp_min(tiny)
-    g_S, sum_S = norm_S / unit_S, sum_S / unit_S
-    rest_S = (sum_S.square() - 2 * one.cos_S * g_S * sum_S + g_S.square()).clamp_min(tiny).sqrt()
-    cos_S = ((one.cos_S * sum_S - g_S) / rest_S).clamp(-1, 1)
-    index_E = (norm_S.unsqueeze(1) * onehot_SE).argmax(0)
+    along_S = one.cos_S - (one.norm_S / sum_S.clamp_min(tiny)).clamp_max(1e18)  # of (G_e - g_n) / |G_e|, along g_n
+    cos_S = along_S / torch.hypot(along_S, (1 - one.cos_S.square()).clamp_min(0).sqrt()).clamp_min(tiny)
+    index_E = (one.norm_S.unsqueeze(1) * onehot_SE).argmax(0)
     longest_SE = onehot_SE * (torch.arange(len(cos_S), device=cos_S.device).unsqueeze(1) == index_E)
     longest_EO = grad_SO[index_E] * longest_SE.sum(0).unsqueeze(1)
     rest_EO = over.total(pairs.sums((onehot_SE - longest_SE).sum(1, keepdim=True), grad_SO)).squeeze(1)
     if over.group is not None:  # and the longest ones of the other processes; float64 keeps their digits
         rest_EO = rest_EO + (over.total(longest_EO.double()) - longest_EO).to(rest_EO.dtype)
-    cos_E = F.cosine_similarity(longest_EO, rest_EO, eps=tiny)
-    cos_S = torch.where(longest_SE.any(1), longest_SE @ cos_E, cos_S)
-    return one._replace(cos_S=cos_S, norm_S=norm_S * (1 - longest_SE @ (~rest_EO.any(1)).to(norm_S.dtype)))
+    cos_S = torch.where(longest_SE.any(1), longest_SE @ F.cosine_similarity(longest_EO, rest_EO, eps=tiny), cos_S)
+    return one._replace(cos_S=cos_S, norm_S=one.norm_S * (1 - longest_SE @ (~rest_EO.any(1)).to(cos_S.dtype)))
 
 
 # ---- 5. Placebo and reroute ----
@@ -175,9 +163,9 @@ def best_other_expert(gain_TKE: Tensor, expert_ids_TK: Tensor) -> Tensor:
 
 # ---- 6. One pass ----
 class ConflictTap(torch.autograd.Function):
-    """The identity on a layer's pairs (and weights), and a scalar 0 in the place of its conflict loss. When its backward runs,
-    the hooks at the linears have seen the token gradients. So the flags are decided then, and the loss's gradient goes to the
-    logits, times d loss / d scalar, which has beta, the loss scale and accumulation in it."""
+    """The identity on a layer's pairs (and weights), and a scalar 0 in the place of its conflict loss. Its backward runs after the
+    hooks have seen the token gradients: it decides the flags, and sends the loss's gradient, times d loss / d scalar (which
+    has beta, the loss scale and accumulation in it), to the logits."""
 
     @staticmethod
     def forward(ctx, step, logits_TE, x_SD, *weights):
@@ -206,8 +194,8 @@ class LayerStep(stgc.LayerStep):
         self.by_others, self.grads, self.weight_grads = {}, {}, {}  # by linear; gradients only if they are needed later
 
     def on_experts(self, x_SD, weights):
-        if not self.judged or not self.one_pass:  # a view's gradient is that of this forward alone
-            return x_SD, [w.view_as(w) for w in weights] if self.whole and self.judged else weights
+        if not self.one_pass:  # a view's gradient is that of this forward alone
+            return x_SD, [w.view_as(w) for w in weights] if self.whole else weights
         # a frozen router's logits need no gradient: detach them so that the tap still runs, and the layer is measured
         logits_TE = self.logits_TE if self.logits_TE.requires_grad else self.logits_TE.detach().requires_grad_()
         placeholder, x_SD, *tapped = ConflictTap.apply(self, logits_TE, x_SD, *(weights if self.whole else []))
@@ -217,11 +205,7 @@ class LayerStep(stgc.LayerStep):
 
     def on_linear(self, a_SI, w_EIO, out_SO, split=lambda rows: (rows,)):
         """split: separates linears that are fused into one product, by its columns."""
-        if not self.judged:
-            return out_SO
-        if self.whole and not w_EIO.requires_grad:
-            raise RuntimeError("no gradient reaches these experts: unfreeze them or leave them out of STGCConfig.layers")
-        super().on_linear(a_SI, w_EIO, out_SO)
+        super().on_linear(a_SI, w_EIO, out_SO if w_EIO.requires_grad or not self.whole else w_EIO)
         linear, (_, edge) = len(self.linears), self.edges.popitem()
         self.linears.append((a_SI.detach() if self.whole else None, split))
         if self.one_pass:  # a hook instead of an edge, which would make a cycle of this object and the graph
@@ -234,13 +218,12 @@ class LayerStep(stgc.LayerStep):
         if linear < 0:  # of a weight
             self.weight_grads[-1 - linear] = grad_SO
         elif self.judged:  # else a later forward came before the loss
-            grads = self.linears[linear][1](grad_SO.detach())
-            self.grads |= {linear: grads} if self.whole or self.config.conflict_loss == "reroute" else {}
-            with torch.no_grad(), torch.autocast(grad_SO.device.type, enabled=False):
-                for part, grad in enumerate(grads):
-                    super().on_gradient((linear, part), grad)
-                    one = self.compared[linear, part]
-                    self.by_others[linear, part] = compare_to_others(grad, one, self.pairs, self.stgc)
+            self.grads[linear] = self.linears[linear][1](grad_SO.detach())
+            for part, grad in enumerate(self.grads[linear]):
+                super().on_gradient((linear, part), grad)
+                self.by_others[linear, part] = compare_to_others(grad, self.compared[linear, part], self.pairs, self.stgc)
+            if not self.whole and self.config.conflict_loss != "reroute":
+                del self.grads[linear]
 
     def judge(self):
         with torch.autocast(self.logits_TE.device.type, enabled=False):
@@ -264,9 +247,8 @@ class LayerStep(stgc.LayerStep):
 
 # ---- 7. STGC ----
 class STGC(stgc.STGC):
-    """On layers of both files; a stgc.STGCConfig is one without extensions. With several processes create it after
-    init_process_group (or Accelerator()): its collectives need a group of their own beside DDP's, and the same layers to run
-    on all processes."""
+    """On layers of both files, with a config of either. With several processes create it after init_process_group (or
+    Accelerator()): it has a group of its own, apart from DDP's; the same layers must run on all processes."""
 
     config_type, step_type, losses = STGCConfig, LayerStep, CONFLICT_LOSSES
 
@@ -294,10 +276,6 @@ class STGC(stgc.STGC):
     def total(self, tensor: Tensor) -> Tensor:  # over the processes
         return self.average(tensor) * self.num_processes
 
-    def router_trains(self, i: int, logits_TE: Tensor) -> bool:  # by a loss on these logits
-        trains = [parameter.requires_grad for parameter in self.layers[i].router.parameters()]
-        return not trains or (logits_TE.requires_grad and any(trains))
-
     def on_forward(self, i, x_TD, routing, pairs, keep_T):
         if not torch.is_grad_enabled():
             self.blind |= {i} if self.layers[i].training else set()
@@ -312,18 +290,16 @@ class STGC(stgc.STGC):
         elif earlier is not None:
             earlier.judged = False
         step.judged = i in self.chosen and self.config.every > 0 and self.forward_step % self.config.every == 0
-        if step.judged and self.config.conflict_loss != "none" and not self.router_trains(i, routing.logits_TE):
-            how = "unfreeze it (peft: modules_to_save=['gate'], or its name here), leave it out of STGCConfig.layers, or measure"
-            raise RuntimeError(f"the router of {self.names[i]} is frozen: {how} only (conflict_loss='none')")
-        return step
+        trains = [parameter.requires_grad and step.logits_TE.requires_grad for parameter in self.layers[i].router.parameters()]
+        if step.judged and self.config.conflict_loss != "none" and trains and not any(trains):
+            how = "unfreeze it (peft: modules_to_save), leave it out of STGCConfig.layers, or take conflict_loss='none'"
+            raise RuntimeError(f"the router of {self.names[i]} is frozen: {how}")
+        return step if step.judged else None
 
     def check(self, steps):
-        blind, self.blind = sorted(self.blind - steps.keys()), set()
-        if blind:
-            how = "call model.eval() before an evaluation; gradient checkpointing needs use_reentrant=False"
-            raise RuntimeError(f"MoE layer {self.names[blind[0]]} ran in training mode without gradients: {how}")
-        if not steps:  # single layers may be skipped
-            super().check(steps)
+        blind, self.blind = self.blind - steps.keys(), set()
+        if blind or not steps:  # a layer may be skipped, but not run without gradients
+            super().check(dict.fromkeys(set(range(len(self.layers))) - blind) if blind else steps)
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
         """Under fp16 give two passes the loss scale: unscaled token gradients underflow. With one pass L_CEL is 0 here, and its
@@ -340,8 +316,8 @@ class STGC(stgc.STGC):
         return super().conflict_losses(main_loss * self.grad_scale, judged) if judged else []
 
     def statistics(self, step, verdict):
-        """Also judged_ratio, pairs with a gradient over all; consistency_by_chance, that of unrelated gradients: the mean over
-        experts of 1/N_e, from the diagonal alone; conflict_ratio_others, which leaves out pairs without others."""
+        """Also judged_ratio, pairs with a gradient over all; consistency_by_chance, that of unrelated gradients, from the diagonal
+        alone: the mean of 1/N_e; conflict_ratio_others, of bias gradients, among the pairs that have others."""
         onehot_SE = step.pairs.onehot_SE
         others = stgc.judge_pairs([one for _, one in sorted(step.by_others.items())], step.pairs, self.config.tau)
         judged_E = self.total(verdict.judged_TK.flatten()[step.pairs.order_S].to(onehot_SE.dtype) @ onehot_SE)
@@ -349,31 +325,26 @@ class STGC(stgc.STGC):
         num_pairs, num_alone, num_conflicts = self.total(torch.stack(counts))
         loss = self.losses.get(self.config.conflict_loss, torch.zeros_like)
         return super().statistics(step, verdict) | {
-            "balance_loss_if_even": onehot_SE.new_ones(()),
-            "conflict_loss_if_uniform": loss(onehot_SE.new_zeros(1, len(judged_E)))[0, 0],
             "judged_ratio": judged_E.sum() / num_pairs.clamp_min(1),
             "consistency_by_chance": ((judged_E > 0) / judged_E.clamp_min(1)).sum() / (judged_E > 0).sum().clamp_min(1),
             "conflict_ratio_others": num_conflicts / (num_pairs - num_alone).clamp_min(1),
+            "conflict_loss_if_uniform": loss(torch.zeros(1, len(judged_E), dtype=torch.float64))[0, 0],
+            "balance_loss_if_even": onehot_SE.new_ones(()),
         }
 
 
 # ---- 8. Demo ----
 def demo() -> None:
     torch.set_num_threads(1)
-    keys = ("conflict_ratio", "conflict_ratio_others", "consistency", "consistency_by_chance")
+    configs = {"no conflict loss": STGCConfig("none"), "the paper's": STGCConfig(), "random pairs": STGCConfig(select="random")}
+    configs |= {"reroute": STGCConfig("reroute"), "the paper's, in one pass": STGCConfig(passes="one")}
     print("last 50 of 150 steps      conflicts  by others  consistency  by chance  main loss")
-    none, ours, reroute = STGCConfig("none"), STGCConfig(passes="one"), STGCConfig("reroute")
-    for title, config in (
-        ("without a conflict loss", none),
-        ("the paper's loss", STGCConfig()),
-        ("on random pairs", STGCConfig(select="random")),
-        ("reroute", reroute),
-        ("the paper's, one pass", ours),
-    ):
+    for title, config in configs.items():
         torch.manual_seed(0)
         model = stgc.Demo(Experts(4, 16, 32))
         how = STGC(model, config), torch.optim.AdamW(model.parameters(), 5e-3)
         model.fit(*how, 100)
+        keys = ("conflict_ratio", "conflict_ratio_others", "consistency", "consistency_by_chance")
         print("{:<26}{:>9.3f}{:>11.3f}{:>13.3f}{:>11.3f}{:>11.3f}".format(title, *model.fit(*how, 50, keys)))
     print("What random pairs reach as well is not due to the selection. A lower ratio with a higher main loss is no gain.")
 
