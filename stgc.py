@@ -76,7 +76,7 @@ class Routing(NamedTuple):
 
 
 def route(router: nn.Module, x_TD: Tensor, top_k: int, normalize: bool = True, scale: float = 1.0) -> Routing:
-    """Top-K of p = softmax(z). PAPER eq. 5. CHOICE: the K weights are renormalised to sum to 1, as in MoE-LLaVA. With top_k=1
+    """Top-K of p = softmax(z). PAPER eq. 5. CHOICE: the K weights are renormalised to sum to 1, as MoE-LLaVA's. With top_k=1
     they are always 1 then, and the main loss trains no router. Experts that are parts of one FFN need the sum `scale`, K."""
     logits_TE = widen(router(x_TD))
     weights_TK, expert_ids_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
@@ -266,8 +266,8 @@ def judge_pairs(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
 
 
 def find_conflicts(grads: Sequence[Tensor], expert_ids: Tensor, num_experts: int, tau: float = 0.0) -> Verdict:
-    """For any MoE layer. grads: the main loss's gradient at the output of each linear of an expert, (*expert_ids.shape, O), the
-    last one's before the routing weight. expert_ids: any shape, such as (T, K); negative where there is no pair."""
+    """For any MoE layer. grads: the main loss's gradients at the outputs of an expert's linears, (*expert_ids.shape, O) each, at
+    the last before the routing weight. expert_ids: any shape, such as (T, K); negative where there is no pair."""
     pairs = Pairs(expert_ids, widen((expert_ids >= 0).to(grads[0].dtype)), num_experts)
     return judge_pairs([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
 
@@ -297,9 +297,9 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
 
 # ---- 8. STGC ----
 class STGC:
-    """Watches the MoE layers of a model and adds their losses to the main loss, as shown on top; a second object replaces the
-    first. `verdicts` has each layer's latest Verdict. With several processes, means, flags and losses are those of the global
-    batch. What only stgc_plus can do raises an error that says so."""
+    """Watches the MoE layers of a model and adds their losses to the main loss, as shown on top. A second one replaces the
+    first. `verdicts` has each layer's latest Verdict. With several processes, means, flags and losses are those of the
+    global batch. What only stgc_plus can do raises an error that says so."""
 
     config_type, step_type, losses, group = STGCConfig, LayerStep, CONFLICT_LOSSES, None
 

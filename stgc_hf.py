@@ -125,7 +125,7 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, experts_function)
 class Padding:
     """Which tokens are padding: the 2-D attention mask (B, L) of the model call that runs, the innermost one that has it.
 
-    `on_call` and `on_return` are hooks around the forward of each model in the model; `names`: the parameters of that forward.
+    `on_call` and `on_return` are hooks around the forward of each model in it; `names`: the parameters of that forward.
     """
 
     def __init__(self):
