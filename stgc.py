@@ -266,8 +266,8 @@ def judge_pairs(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
 
 
 def find_conflicts(grads: Sequence[Tensor], expert_ids: Tensor, num_experts: int, tau: float = 0.0) -> Verdict:
-    """For any MoE layer. grads: the main loss's gradients at the outputs of an expert's linears, (*expert_ids.shape, O) each,
-    of the last before the routing weight. expert_ids: any shape, such as (T, K); negative where there is no pair."""
+    """For any MoE layer. grads: the main loss's gradient at the output of each linear of experts, (*expert_ids.shape, O); at
+    the last one before the routing weight. expert_ids: any shape, such as (T, K); negative where there is no pair."""
     pairs = Pairs(expert_ids, widen((expert_ids >= 0).to(grads[0].dtype)), num_experts)
     return judge_pairs([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
 
