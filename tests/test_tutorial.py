@@ -65,6 +65,25 @@ def test_code_runs_in_order(monkeypatch):
     assert titles >= {PARTS[file] + title for file in PARTS for title in numbered(file)}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lecture", ["45", "90"])
+def test_a_lecture_runs_without_the_rest(monkeypatch, lecture):
+    """The fences of its sections, and those in front of the sections, which import things."""
+    monkeypatch.chdir(ROOT)
+    wanted = {
+        title for title, marks in re.findall(r"^## (.+)\n\n\*(.+)\*$", TEXT, re.M) if re.search(rf"\b{lecture}\b", marks)
+    }
+    scope, ran = {"__name__": "tutorial"}, 0
+    with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
+        for line, source in fences("python"):
+            above = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), TEXT).splitlines()[: line - 1]
+            heading = next(row for row in reversed(above) if re.match("##? ", row))
+            if heading.startswith("# ") or heading.removeprefix("## ") in wanted:
+                exec(compile("\n" * (line - 1) + source, str(ROOT / "tutorial.md"), "exec"), scope)
+                ran += 1
+    assert ran > {"45": 20, "90": 40}[lecture]
+
+
 @pytest.mark.parametrize("file, parts", [("stgc.py", ["```math"]), ("stgc_plus.py", [])])
 def test_each_section_proves_something(file, parts):
     """A numbered section has a quote, an assert and an exercise with an answer; one of part I has an equation, too."""
