@@ -8,7 +8,7 @@
 
 A registered function of transformers' experts interface computes judged experts with taps on their linears (a fused gate
 and up projection counts as the two linears that it is), hooks on the routers take their raw logits; taps, flags and losses
-are those of stgc.py. What is not judged, evaluation and generation among it, runs the library's function that was chosen
+are those of stgc_plus.py. What is not judged, evaluation and generation among it, runs the library's function that was chosen
 before.
 
 CHOICE: the losses act on softmax(z) of the raw logits z, also where the model scores with a sigmoid (deepseek_v3, glm4_moe,
@@ -321,7 +321,7 @@ def find_routers(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 class ModelSTGC(STGC):
-    """`stgc.STGC` on the MoE layers of a model of transformers. `attach` makes it."""
+    """`stgc_plus.STGC` on the MoE layers of a model of transformers. `attach` makes it."""
 
     def __init__(self, model: nn.Module, config: STGCConfig):
         self.padding = Padding()
@@ -391,7 +391,7 @@ class ModelSTGC(STGC):
 def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  # noqa: B008  (frozen)
     """STGC on a model of transformers, or on any module around one. Its parameters and outputs stay as they are.
 
-    Returns an object with `loss`, `stats`, `verdicts` and `detach`, those of stgc.STGC; a later one on the same model takes
+    Returns an object with `loss`, `stats`, `verdicts` and `detach`, those of stgc_plus.STGC; a later one on the same model takes
     its place. Raises ValueError for a model without a layer to watch, or whose config another attached model shares.
     The forward or `loss` raises RuntimeError where router logits or experts get no gradient: frozen, or checkpointed with
     use_reentrant=True. Each says the way on.
