@@ -7,9 +7,9 @@
     stgc.detach()                           # the model is exactly what it was
 
 A registered function of transformers' experts interface computes judged experts with taps on their linears (a fused gate
-and up projection counts as the two linears that it is), hooks on the routers take their raw logits; taps, flags and losses
-are those of stgc_plus.py. What is not judged, evaluation and generation among it, runs the library's function that was chosen
-before.
+and up projection counts as the two linears that it is), hooks on the routers record their raw logits; taps, flags and
+losses are those of stgc_plus.py. What is not judged, such as evaluation and generation, runs the library's function that
+was chosen before.
 
 CHOICE: the losses act on softmax(z) of the raw logits z, also where the model scores with a sigmoid (deepseek_v3, glm4_moe,
 ...): ce still lowers the logit of the expert that the token leaves and raises the others', so the scores follow, but mse
@@ -391,8 +391,8 @@ class ModelSTGC(STGC):
 def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  # noqa: B008  (frozen)
     """STGC on a model of transformers, or on any module around one. Its parameters and outputs stay as they are.
 
-    Returns an object with `loss`, `stats`, `verdicts` and `detach`, those of stgc_plus.STGC; a later one on the same model takes
-    its place. Raises ValueError for a model without a layer to watch, or whose config another attached model shares.
+    Returns an object with the `loss`, `stats`, `verdicts` and `detach` of stgc_plus.STGC; a later one on the same model
+    replaces it. Raises ValueError for a model without a layer to watch, or whose config another attached model shares.
     The forward or `loss` raises RuntimeError where router logits or experts get no gradient: frozen, or checkpointed with
     use_reentrant=True. Each says the way on.
     """
