@@ -244,7 +244,7 @@ class Layer:
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes.
 
-        Raises RuntimeError where the router did not run on the same tokens before, or a frozen part makes judging moot.
+        Raises RuntimeError where the router did not run on the same tokens before, or a frozen part leaves nothing to measure.
         """
         eager = type(self.experts).forward.__wrapped__
         library = partial(ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager), self.experts, x_TD, expert_ids_TK)
@@ -353,7 +353,7 @@ class ModelSTGC(STGC):
             old, routers = getattr(experts, "stgc_layer", None), find_routers(model, name)
             before = experts.config._experts_implementation if old is None else old.before
             if not routers:
-                raise ValueError(f"no router beside {name}: its class must be named in the model's _can_record_outputs")
+                raise ValueError(f"no router near {name}: its class must be named in the model's _can_record_outputs")
             if before == NAME:
                 raise ValueError("another attached model shares this config object: build each from copy.deepcopy(config)")
             w_out, spread = experts.down_proj, experts._is_expert_parallel or (getattr(model, "_tp_size", None) or 1) > 1
@@ -376,7 +376,7 @@ class ModelSTGC(STGC):
         if judged and not any(layer.experts_train for layer in judged):
             raise RuntimeError(
                 "the experts of all judged layers are frozen, so no tokens conflict in training them: unfreeze them (peft: "
-                "target_parameters=['experts.gate_up_proj', 'experts.down_proj']), be it without an optimizer"
+                "target_parameters=['experts.gate_up_proj', 'experts.down_proj']); they need not be in the optimizer"
             )
         return super().loss(main_loss, grad_scale)
 
@@ -394,7 +394,7 @@ def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  #
     Returns an object with the `loss`, `stats`, `verdicts` and `detach` of stgc_plus.STGC; a later one on the same model
     replaces it. Raises ValueError for a model without a layer to watch, or whose config another attached model shares.
     The forward or `loss` raises RuntimeError where router logits or experts get no gradient: frozen, or checkpointed with
-    use_reentrant=True. Each says the way on.
+    use_reentrant=True. Each message says what to do.
     """
     return ModelSTGC(model, config)
 
@@ -405,7 +405,7 @@ def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  #
 class TrainerMixin:
     """class MyTrainer(stgc_hf.TrainerMixin, Trainer): pass. Then MyTrainer(..., stgc_config=STGCConfig()).
 
-    Adds the losses in training, logs their means over the layers and the conflict statistics, and goes on at the right step
+    Adds the losses in training, logs their means over the layers and the conflict statistics, and continues at the right step
     when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
     """
 
