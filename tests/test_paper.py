@@ -93,7 +93,7 @@ def test_demos(script, rows, last, tmp_path):
 
 
 def test_the_demo_and_its_control():
-    """The conflict loss alone lowers the ratio and raises the consistency, and more than the same loss on random pairs does."""
+    """The conflict loss alone lowers the ratio, and raises the consistency more than the same loss on random pairs does."""
     torch.manual_seed(0)
     model = stgc.Demo(stgc_plus.Experts(4, 16, 32))
     everything = torch.optim.AdamW(model.parameters(), 3e-3)

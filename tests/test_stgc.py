@@ -771,7 +771,8 @@ def test_one_pass_keeps_no_token_gradients():
         total = stgc.loss(main_loss(net, batch))
         steps = [found for found in gc.get_objects() if isinstance(found, LayerStep) and found.stgc is stgc]
         total.backward()
-        assert len(steps) == len(net.layers) and not any(step.grads or step.compared for step in steps)
+        assert len(steps) == len(net.layers)
+        assert not any(step.grads or step.compared or step.by_others or step.weight_grads for step in steps)
         stgc.detach()
 
 
