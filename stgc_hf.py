@@ -244,7 +244,7 @@ class Layer:
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes.
 
-        Raises RuntimeError where the router did not run on the same tokens before, or a frozen part leaves nothing to measure.
+        Raises RuntimeError where the router did not run on the same tokens before, or frozen parts leave nothing to judge.
         """
         eager = type(self.experts).forward.__wrapped__
         library = partial(ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager), self.experts, x_TD, expert_ids_TK)
@@ -405,8 +405,8 @@ def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  #
 class TrainerMixin:
     """class MyTrainer(stgc_hf.TrainerMixin, Trainer): pass. Then MyTrainer(..., stgc_config=STGCConfig()).
 
-    Adds the losses in training, logs their means over the layers and the conflict statistics, and continues at the right step
-    when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
+    Adds the losses in training, logs their means over the layers and the conflict statistics, and continues at the right
+    step when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
     """
 
     def __init__(self, *args, stgc_config: STGCConfig, **kwargs):
