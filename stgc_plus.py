@@ -322,7 +322,7 @@ def demo() -> None:
         model = stgc.Demo(Experts(4, 16, 32))
         how = STGC(model, STGCConfig(**fields)), torch.optim.AdamW(model.parameters(), 5e-3)
         model.fit(*how, 100)
-        print("{!s:<31}{:>9.3f}{:>11.3f}{:>13.3f}{:>11.3f}{:>11.3f}".format(fields, *model.fit(*how, 50, keys)))
+        print("{!s:<31}{:>9.3f}{:>11.3f}{:>13.3f}{:>11.3f}{:>11.3f}".format(fields, *model.fit(*how, 50, keys=keys)))
     print("What random pairs reach as well is not due to the selection. A lower ratio with a higher main loss is no gain.")
 
 
