@@ -1,5 +1,6 @@
 """What the tests share: a seed, one thread, a small network of MoE layers with a batch for it, and comparisons."""
 
+import gc
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,14 @@ from torch import Tensor, nn
 
 from stgc import MoELayer, Verdict
 from stgc_plus import STGC, Experts, STGCConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """What the imports made stays out of the garbage collector's sight: it is a million objects, and looking through them
+    takes half a second, which every training run and many a test would ask for several times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
