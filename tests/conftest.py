@@ -6,10 +6,22 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import serve
 from torch import Tensor, nn
 
 from stgc import MoELayer, Verdict
 from stgc_plus import STGC, Experts, STGCConfig
+
+
+def pytest_collection_finish(session):
+    if any(item.get_closest_marker("forks") for item in session.items):
+        serve()
+
+
+def without_pictures(patch, *names) -> None:
+    """Most of the time of runs as short as the tests' is drawn away; a few tests have every kind of picture drawn."""
+    for name in names or ("plot_sheet", "plot_routes", "plot_run", "plot_comparison"):
+        patch.setattr(f"lab.report.figures.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import without_pictures
+from forked import Launched
 from PIL import Image
-from test_launch import curve, launch
+from test_launch import curve
 from test_llava import write_digits
 from test_resume import Killed, kill_at
 from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 import toy_lvlm
 from lab.moe import moefication
+from lab.report import figures
 from lab.run.cli import UserError
 from lab.vision import lvlm
 from lab.vision.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
@@ -54,12 +57,6 @@ def read(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def without_pictures(patch) -> None:
-    """They take half of the time of runs as short as these; `whole` has them drawn."""
-    for name in ("plot_sheet", "plot_routes", "plot_run", "plot_comparison"):
-        patch.setattr(toy_lvlm.figures, name, lambda *_, **__: None)
-
-
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
     without_pictures(monkeypatch)
@@ -69,8 +66,16 @@ def plain(monkeypatch):
 def whole(tmp_path_factory):
     """The folder of a finished run of every kind of variant."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("lvlm") / "whole"
-    run([*WHOLE, "--output-dir", folder])
+    folder, draw = tmp_path_factory.mktemp("lvlm") / "whole", figures.plot_run
+
+    def draw_all(folder, title):
+        """The curves once, not after each variant anew."""
+        if len([*folder.glob("*.jsonl")]) == len(VARIANTS.split(",")):
+            draw(folder, title)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plot_run", draw_all)
+        run([*WHOLE, "--output-dir", folder])
     return folder
 
 
@@ -173,8 +178,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch
 
 def test_two_processes_train_as_one(tmp_path):
     command = [*WORDS, "--variants", "ce,ce-one,feature,task", "--log-steps", "1"]
+    plain = "from conftest import without_pictures; from pytest import MonkeyPatch; without_pictures(MonkeyPatch())"
+    two = Launched(2, "toy_lvlm.py", *command, "--output-dir", tmp_path / "two", before=plain)
     run([*command, "--output-dir", tmp_path / "one"])
-    done = launch(2, *command, "--output-dir", tmp_path / "two", script="toy_lvlm.py")
+    done = two.wait()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written:") == 1
     names = ["stages/clip-s0", "stages/text-s0", "stages/stage1-s0", "stages/stage2-s0"]

@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from conftest import without_pictures
+from forked import Forked
 from safetensors.torch import load_file
-from test_glue import ROOT, data, model, run, words  # noqa: F401  (fixtures)
+from test_glue import data, model, plain, run, words  # noqa: F401  (fixtures)
 
 from lab.run import runs
 from lab.run.cli import Interrupted, RunFailed, UserError
@@ -117,8 +117,9 @@ def cut(data, model, tmp_path_factory):  # noqa: F811
     root = tmp_path_factory.mktemp("cut")
     small = "--task rte --moe-layers 1 --num-experts 4 --epochs 3 --save-steps 2 --seeds 0 --batch-size 8 --max-length 16"
     command = [*small.split(), "--device", "cpu", "--save-model", "--model", str(model), "--data-dir", str(data)]
-    run([*command, "--output-dir", root / "whole"])
     with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        run([*command, "--output-dir", root / "whole"])
         kill_at(patch, 8)
         with pytest.raises(Killed):
             run([*command, "--output-dir", root / "cut"])
@@ -201,23 +202,20 @@ def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path, monkeypatch):  # no
 
 def test_kill_and_ctrl_c_of_the_real_process(words, tmp_path):  # noqa: F811
     """SIGKILL, then Ctrl-C with exit code 130, then to the end: the same curve as in one go."""
-    command = list(
-        map(str, [*words, "--epochs", "8", "--patience", "9", "--save-steps", "1", "--log-steps", "1", "--save-model"])
-    )
+    command = [*words, "--epochs", "8", "--patience", "9", "--save-steps", "1", "--log-steps", "1", "--save-model"]
 
     def start(folder, *more):
-        line = [sys.executable, "glue_moefy.py", *command, "--output-dir", str(tmp_path / folder), *more]
-        return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return Forked("glue_moefy.py", *command, "--output-dir", tmp_path / folder, *more)
 
-    assert start("whole").wait(timeout=300) == 0
+    whole = start("whole")
     curve = tmp_path / "cut" / "ce-s0.jsonl"
     for number, expected in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         lines = len(curve.read_text().splitlines()) if curve.exists() else 0
         process = start("cut", "--resume")
-        while process.poll() is None and (not curve.exists() or len(curve.read_text().splitlines()) < lines + 7):
+        while process.process.is_alive() and (not curve.exists() or len(curve.read_text().splitlines()) < lines + 7):
             time.sleep(0.02)
-        process.send_signal(number)
+        process.send(number)
         assert process.wait(timeout=60) == expected
-    assert "with --resume goes on there" in process.stderr.read()
-    assert start("cut", "--resume").wait(timeout=300) == 0
+    assert "with --resume goes on there" in process.read("stderr")
+    assert start("cut", "--resume").wait() == whole.wait() == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
