@@ -13,8 +13,15 @@ from stgc import MoELayer, Verdict
 from stgc_plus import STGC, Experts, STGCConfig
 
 
+@pytest.fixture(scope="session")
+def server():
+    """For what `forked.py` starts."""
+    serve()
+
+
 def pytest_collection_finish(session):
-    if any(item.get_closest_marker("forks") for item in session.items):
+    """It imports while tests run that need none."""
+    if any("server" in item.fixturenames for item in session.items):
         serve()
 
 

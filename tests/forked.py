@@ -39,10 +39,9 @@ def work(script: str, words: list[str], environment: dict, output: str, before: 
 
 
 class Forked:
-    """A script that runs. `before`: code that its process runs first."""
+    """A script that runs; a test that starts one asks for `server`. `before`: code that its process runs first."""
 
     def __init__(self, script, *words, before="", **environment):
-        serve()
         self.folder = tempfile.TemporaryDirectory()
         self.output = f"{self.folder.name}/out"
         arguments = script, list(map(str, words)), environment, self.output, before

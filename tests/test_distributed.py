@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Batch, close, make_batch, make_net, run, same_grads
-from forked import METHOD, serve
+from forked import METHOD
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -63,9 +63,8 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, server):
     folder = tmp_path_factory.mktemp("ranks")
-    serve()
     start_processes(work, args=(str(folder),), nprocs=2, start_method=METHOD)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 

@@ -496,6 +496,7 @@ def test_an_unreachable_hub_is_noticed_in_time(monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.slow
 def test_exit_codes_of_the_script(words, tmp_path):
     wrong, wait_for_wrong = script(*words, "--moe-layers", "9", OMP_NUM_THREADS="1")  # both at once
     failed, wait = script(*words, "--lr", "1e30", "--output-dir", tmp_path / "failed", OMP_NUM_THREADS="1")

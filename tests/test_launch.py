@@ -36,6 +36,7 @@ def curve(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(words, still, tmp_path):  # noqa: F811
     command = [*words, "--model", still, "--variants", "ce,ce-one", "--lr", "1e-3", "--log-steps", "1"]
     with launch(*command, "--output-dir", tmp_path / "two") as two:
@@ -63,7 +64,8 @@ torch.optim.AdamW.step = step
 """
 
 
-def test_resume_in_two_processes(words, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_resume_in_two_processes(words, tmp_path, server):  # noqa: F811
     """With dropout: each process has random numbers of its own, and gets them back."""
     command = [*words, "--save-steps", "2", "--save-model", "--epochs", "2"]
     assert Launched(2, "glue_moefy.py", *command, "--output-dir", tmp_path / "whole").wait().returncode == 0
@@ -75,7 +77,7 @@ def test_resume_in_two_processes(words, tmp_path):  # noqa: F811
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
-def test_a_batch_that_cannot_be_shared(words, tmp_path):  # noqa: F811
+def test_a_batch_that_cannot_be_shared(words, tmp_path, server):  # noqa: F811
     done = Launched(2, "glue_moefy.py", *words, "--batch-size", "5").wait()
     assert done.returncode != 0 and "--batch-size 5: 2 processes share it; use a multiple" in done.stderr
     assert not (tmp_path / "out").exists()

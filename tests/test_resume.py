@@ -200,7 +200,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path, monkeypatch):  # no
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
-def test_kill_and_ctrl_c_of_the_real_process(words, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_kill_and_ctrl_c_of_the_real_process(words, tmp_path, server):  # noqa: F811
     """SIGKILL, then Ctrl-C with exit code 130, then to the end: the same curve as in one go."""
     command = [*words, "--epochs", "8", "--patience", "9", "--save-steps", "1", "--log-steps", "1", "--save-model"]
 

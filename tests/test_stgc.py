@@ -136,7 +136,8 @@ def test_reroute_needs_an_expert_to_go_to():
 # ---- 2. One pass and two ----
 
 
-@pytest.mark.parametrize("case", ["200 bias float64", "200 bias float32", "40 weight float64"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["100 bias float64", "200 bias float32", "40 weight float64"])
 def test_one_pass_flags_what_two_passes_flag(case):
     """At every step of training 6 layers: the same flags and gradients. Else what reaches a tap is not the main loss's
     gradient alone. In float32 at most 1 pair in 10000 may differ, and only within rounding of tau."""
@@ -776,7 +777,7 @@ def test_detach_leaves_another_watch_alone():
     assert net.layers[0].watch is other and net.layers[1].watch is None
 
 
-BACKENDS = ["aot_eager"]
+BACKENDS = [pytest.param("aot_eager", marks=pytest.mark.slow)]
 if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):  # inductor writes C++
     BACKENDS.append(pytest.param("inductor", marks=pytest.mark.slow))
 
