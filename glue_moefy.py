@@ -5,13 +5,13 @@
   python glue_moefy.py --task rte --compare                    the baseline, STGC and the placebo, seed by seed
   python glue_moefy.py --task all --variants dense,none,ce     the paper's five tasks and its table
   python glue_moefy.py --task rte --model DIR --data-dir DIR   local folders instead of the hub
-  python glue_moefy.py --task rte ... --resume                 goes on where a run was stopped
+  python glue_moefy.py --task rte ... --resume                 continues a run that was stopped
   accelerate launch --num_processes 2 glue_moefy.py ...        several processes or GPUs
 
-  python glue_moefy.py --predict FILE --run RUN                what a model saved by --save-model answers
-  python glue_moefy.py --inspect RUN                           how it routes, token by token
+  python glue_moefy.py --predict FILE --run RUN                predictions of a model saved by --save-model
+  python glue_moefy.py --inspect RUN                           its routing, token by token
 
-A run is written to --output-dir: results.json, a curve per run as JSON lines, plots.
+Output goes to --output-dir: results.json, a curve per run as JSON lines, plots.
 """
 
 import sys
@@ -31,22 +31,24 @@ def make_parser() -> Parser:
     parser.add_argument("--task", choices=[*TASKS, "all"], help="GLUE task; all: the paper's five and its table")
     shown = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in TOY_DEFAULTS.items()}
     toys = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
-    text = f"tiny BERT and generated sentence pairs, nothing downloaded; trains none, too; other defaults: {toys}"
+    text = f"tiny BERT and generated sentence pairs, nothing downloaded; also trains the baseline; other defaults: {toys}"
     parser.add_argument("--toy", action="store_true", help=text)
     parser.add_argument("--model", default="google-bert/bert-large-cased", help="hub name or folder of a BERT-like encoder")
-    parser.add_argument("--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue there")
+    parser.add_argument(
+        "--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue of the hub"
+    )
     options.add_compare(parser)
     # Mixture-of-Experts
     routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
     options.add_moe(parser, num_experts=8, layers="10", router="cosine", routers=routers)
     options.add_method(parser, beta=0.1, why_beta="the paper's 1 wrecks small models")
     # training
-    parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, for the large tasks 3")
+    parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, large tasks 3")
     parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help="sentence pairs per step, over all processes")
     parser.add_argument("--lr", type=number(float, 0), default=3e-5, help="peak of AdamW's rate; falls linearly, no warm-up")
     parser.add_argument(
-        "--lrs", type=number(float, 0), nargs="+", help="several rates instead, a run each; best: best on dev"
+        "--lrs", type=number(float, 0), nargs="+", help="several rates instead of --lr, one run each; `best` selects on dev"
     )
     parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0, 1, 2], help="one full run each")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
@@ -66,7 +68,7 @@ def make_parser() -> Parser:
 
 
 def parse(argv: list[str]):
-    """The options, checked as far as they can be without loading anything. `args.variants` is the list of what to train."""
+    """The options, checked as far as possible without loading anything. `args.variants` is the list of variants to train."""
     parser = make_parser()
     if "--toy" in argv:
         parser.set_defaults(**TOY_DEFAULTS)
@@ -95,16 +97,16 @@ def parse(argv: list[str]):
     if not args.toy:
         options.check_model(parser, "--model", args.model, GLUE_WAYS)
         if Path(args.model).is_dir() and not args.data_dir:
-            hub_is_reachable()  # for the data: else the library is told to look into its cache
+            hub_is_reachable()  # sets offline mode for the data, if needed
     return args
 
 
 def run_key(args, variant: str, lr: float, seed: int) -> str:
-    """Names one run's files."""
+    """The name of a run's files."""
     return f"{variant}-lr{lr:g}-s{seed}" if args.lrs else f"{variant}-s{seed}"
 
 
-if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes are answered at once
+if __name__ == "__main__":  # before the heavy imports, so that --help and errors come at once
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
@@ -125,7 +127,7 @@ from stgc_plus import STGC, STGCConfig
 
 @dataclass(frozen=True)
 class Job:
-    """What all runs on one task share."""
+    """The values that all runs on one task share."""
 
     args: object
     name: str  # of the task
@@ -139,7 +141,7 @@ class Job:
 
 
 def make_spec(args, config) -> moefication.MoESpec:
-    """What becomes of which layers, checked against the dense model's config."""
+    """The MoE spec of the flags, checked against the dense model's config. UserError."""
     spec = moefication.spec_of(config, "--model", **options.spec_options(args))
     if args.max_length > config.max_position_embeddings:
         raise UserError(
@@ -149,14 +151,14 @@ def make_spec(args, config) -> moefication.MoESpec:
 
 
 def make_config(args, variant: str) -> STGCConfig | None:
-    """The method's options of a variant; None for `dense`."""
+    """The STGCConfig of a variant; None for `dense`."""
     chosen = options.variant_options(variant, args)
     return None if chosen is None else STGCConfig(**chosen)
 
 
 @torch.no_grad()
 def evaluate(model, loaders: dict, accelerator, task: Task) -> tuple[dict, float | None]:
-    """The task's metrics on dev, and the answer that every example of the first split got, if it is one."""
+    """The task's metrics on dev, and the prediction for all examples of the first split, if it is the same for all."""
     model.eval()
     scores, answer = {}, None
     for split, loader in loaders.items():
@@ -179,7 +181,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     args, accelerator = job.args, job.accelerator
     name = run_key(args, variant, lr, seed)
     config = make_config(args, variant)
-    set_seed(seed)  # the head, the router and dropout; a variant sees the same data in the same order
+    set_seed(seed)  # for head, router and dropout; all variants get the same data in the same order
     model = job.source.load_model()
     if config is not None:
         model = moefication.moefy(model, replace(job.spec, seed=seed))
@@ -190,7 +192,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     model, optimizer, train, schedule = accelerator.prepare(model, optimizer, train, schedule)
     dev = {split: accelerator.prepare(loader) for split, loader in dev.items()}
     stgc = None if config is None else STGC(model, config)
-    if accelerator.process_index:  # else all processes would drop out the same units
+    if accelerator.process_index:  # otherwise all processes would use the same dropout masks
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
 
     run = Training(args, job.folder, name, accelerator, model, optimizer, schedule, steps, stgc)
@@ -214,7 +216,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
             run.epoch_done(scores, task=job.source.name, variant=variant, seed=seed)
     if kept["answer"] is not None and accelerator.is_main_process:
         kind = "the number" if job.task.num_labels == 1 else "class"
-        print(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {kept['answer']}; this score is no result")
+        print(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {kept['answer']}; this is not a result")
     if args.save_model:
         save_model(job, name, model)
     return {
@@ -230,7 +232,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
 
 
 def save_model(job: Job, name: str, model) -> None:
-    """model-<name>: weights and tokenizer in transformers' format, and the card that --predict and --inspect read."""
+    """Writes model-<name>: weights and tokenizer in transformers' format, and the card that --predict and --inspect read."""
     weights = job.accelerator.get_state_dict(model)
     if not job.accelerator.is_main_process:
         return
@@ -245,7 +247,7 @@ def save_model(job: Job, name: str, model) -> None:
 
 
 def toy_source() -> glue.Source:
-    """Generated pairs, and a tiny BERT that is pretrained on generated text once and copied for each run."""
+    """Generated pairs, and a tiny BERT, pretrained on generated text once and copied for each run."""
     columns = TASKS["rte"].columns
     splits = toy.make_pairs(columns)
     pretrained, tokenizer = toy.pretrain(splits, columns)
@@ -253,7 +255,7 @@ def toy_source() -> glue.Source:
 
 
 def summarize(record: dict) -> str:
-    """Scores of all variants, as the best epoch and as the last one; then what the conflicts did."""
+    """Scores of all variants at the best and at the last epoch, then conflict ratios and speed."""
     lines = [compare.comparison_table(record, "best"), "", compare.comparison_table(record, "last"), ""]
     for row in score_rows(record):
         ratio = f"conflict ratio {row['conflict_ratio']} (first and last tenth of training), "
@@ -262,11 +264,11 @@ def summarize(record: dict) -> str:
 
 
 def prepare(args, name: str, folder: Path, accelerator) -> Job:
-    """Everything that can be wrong with a task's data, model and folder is found here; nothing is written. UserError."""
+    """Loads and checks a task's data, model and folder, before anything is written. UserError."""
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
     defaults = vars(make_parser().parse_args([]))
-    # first: all else takes its time
+    # first, since everything else takes longer
     runs.check_folder(folder, vars(args), defaults, options.FREE, args.overwrite, args.resume)
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
@@ -285,7 +287,8 @@ def run_task(job: Job) -> dict:
     """All runs on one task. Returns the record."""
     args, source, folder, accelerator = job.args, job.source, job.folder, job.accelerator
     main = accelerator.is_main_process
-    model = moefication.moefy(source.load_model(), replace(job.spec, split="contiguous"))  # loads, or says why not
+    # a model that cannot be converted fails here, before anything is written
+    model = moefication.moefy(source.load_model(), replace(job.spec, split="contiguous"))
     parameters = moefication.count_parameters(model)
     del model
     runs.claim_folder(folder, args.overwrite, accelerator)
@@ -295,7 +298,7 @@ def run_task(job: Job) -> dict:
         print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
         million = (parameters.total / 1e6, parameters.active / 1e6)
         print("{}\nparameters: {:.1f} M in all, {:.1f} M active per token".format(job.spec, *million))
-        runs.announce(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
+        runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         for variant in args.variants:
             for lr in args.lrs or [args.lr]:
@@ -305,25 +308,25 @@ def run_task(job: Job) -> dict:
                         record.add(train_one(job, variant, lr, seed))
                     except RunFailed as error:
                         raise RunFailed(f"{error} ({key}; the runs before it are kept)") from None
-                    accelerator.free_memory()  # it keeps what it prepared: a sweep would hold every model
+                    accelerator.free_memory()  # otherwise a sweep would keep every model in memory
                     if main:
                         figures.plot_run(folder, source.name)
                 elif main:
                     lost = args.save_model and not (folder / f"model-{key}").is_dir()
-                    note = "; its model was not kept, train anew with --overwrite for one" * lost
+                    note = "; its model was not saved, train again with --overwrite to get one" * lost
                     print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already{note}")
                 runs.remove_checkpoints(folder / runs.CHECKPOINTS / key, accelerator)
     if main:
         runs.write_json(folder / "all_results.json", all_results(record.record))
         if len(args.variants) > 1:
             figures.plot_comparison(folder, [record.record])
-        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and the plots beside it")
+        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and plots")
     return record.record
 
 
 def all_results(record: dict) -> dict:
-    """The keys that transformers' own GLUE scripts write, of the last variant at its best rate: means over its seeds, last
-    epoch."""
+    """The last variant at its best learning rate, with the keys of transformers' own GLUE scripts: means over its seeds, at
+    the last epoch."""
     variant = record["runs"][-1]["variant"]
     row = next(row for row in compare.select_rows(record, "best") if row.variant == variant)
     found = [run for run in record["runs"] if (run["variant"], run["lr"]) == (variant, row.lr)]
@@ -343,7 +346,7 @@ TRAIN_KEYS = {"train_runtime": "seconds", "train_samples_per_second": "samples_p
 
 def main(args) -> None:
     logging.set_verbosity_error()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said once, by us
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # this script reports errors once
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         datasets.disable_progress_bars()

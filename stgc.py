@@ -38,7 +38,7 @@ class STGCConfig:
     alpha: float = 0.01  # weight of the balance loss, eq. 9
     beta: float = 1.0  # weight of the conflict loss, eq. 10
     tau: float = 0.0  # a pair conflicts when its similarity, in [-1, 1], is below tau
-    kinds = ("none", "ce", "mse")
+    choices = {"conflict_loss": ("none", "ce", "mse")}
 
     def __new__(cls, *args, **fields):
         for name in fields.keys() - cls.__dataclass_fields__:
@@ -46,15 +46,15 @@ class STGCConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        if self.conflict_loss not in self.kinds:
-            raise ValueError(f"conflict_loss={self.conflict_loss!r} is none of {', '.join(self.kinds)} (stgc_plus has more)")
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)} (stgc_plus has more)")
         if not all(abs(value) < float("inf") for value in (self.alpha, self.beta, self.tau)):
             raise ValueError(f"alpha={self.alpha}, beta={self.beta} and tau={self.tau} must be finite numbers")
 
 
 # ---- 2. Router ----
-def widen(tensor: Tensor) -> Tensor:
-    """At least float32: half precision is widened, float64 stays."""
+def widen(tensor: Tensor) -> Tensor:  # to at least float32
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -76,9 +76,8 @@ class Routing(NamedTuple):
 
 
 def route(router: nn.Module, x_TD: Tensor, top_k: int, normalize: bool = True, scale: float = 1.0) -> Routing:
-    """Top-K of p = softmax(z). PAPER eq. 5. CHOICE: the K weights are renormalised to sum to 1, as in MoE-LLaVA.
-    With top_k=1 that makes every weight 1, and the main loss does not train the router: turn `normalize` off there. `scale`
-    multiplies the weights: experts that are parts of one FFN add up, so theirs sum to K."""
+    """Top-K of p = softmax(z). PAPER eq. 5. CHOICE: the K weights are renormalised to sum to 1, as MoE-LLaVA's. With top_k=1
+    they are always 1 then, and the main loss trains no router. Experts that are parts of one FFN need the sum `scale`, K."""
     logits_TE = widen(router(x_TD))
     weights_TK, expert_ids_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) if normalize else weights_TK
@@ -86,9 +85,7 @@ def route(router: nn.Module, x_TD: Tensor, top_k: int, normalize: bool = True, s
 
 
 # ---- 3. Experts ----
-class Pairs:
-    """The pairs sorted by expert (dropless: there is no capacity). Those of weight 0, such as padding, come last."""
-
+class Pairs:  # sorted by expert, without a capacity (dropless); those of weight 0, such as padding, come last
     def __init__(self, expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: int):
         self.expert_ids_TK = expert_ids_TK
         ids_S, self.order_S = expert_ids_TK.masked_fill(weights_TK == 0, num_experts).flatten().sort(stable=True)
@@ -96,11 +93,14 @@ class Pairs:
         self.onehot_SE = (ids_S.unsqueeze(1) == torch.arange(num_experts, device=ids_S.device)).to(weights_TK.dtype)
         self.ends_E = self.onehot_SE.sum(0).long().cumsum(0)  # where each expert's pairs end
 
+    def gather(self, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        return x.index_select(0, index // copies)
+
     def dispatch(self, x_TD: Tensor) -> Tensor:  # x_SD: each pair's token
-        return x_TD.index_select(0, self.order_S // self.expert_ids_TK.shape[-1])
+        return self.gather(x_TD, self.order_S, self.inverse_S, self.expert_ids_TK.shape[-1])
 
     def by_token(self, rows_S: Tensor) -> Tensor:  # rows_TK: back in the order of the tokens
-        return rows_S.index_select(0, self.inverse_S).unflatten(0, self.expert_ids_TK.shape)
+        return self.gather(rows_S, self.inverse_S, self.order_S, 1).unflatten(0, self.expert_ids_TK.shape)
 
     def sums(self, scale_SW: Tensor, rows_SO: Tensor) -> Tensor:  # sums_EWO over each expert's pairs of scale * row
         return torch.einsum("sw,se,so->ewo", scale_SW, self.onehot_SE.to(rows_SO.dtype), rows_SO)
@@ -156,10 +156,8 @@ class Experts(nn.Module):
 
 # ---- 4. MoE layer ----
 class MoELayer(nn.Module):
-    """Router, dispatch, experts, combine: y = sum over the Top-K experts of w_e * E_e(x). PAPER eq. 6.
-
-    x is (..., D) in any float dtype. mask (...) is False for padding, which comes out as zeros; where only x can be passed,
-    set `layer.mask` before, for the next forward."""
+    """y = sum over the Top-K experts of w_e * E_e(x). PAPER eq. 6. x is (..., D) in any float dtype; mask (...) is False for
+    padding, which comes out as zeros. Where only x can be passed, set `layer.mask` for the next forward."""
 
     def __init__(self, experts: Experts, router: nn.Module | None = None, top_k: int = 2, normalize=True, scale=1.0):
         super().__init__()
@@ -268,9 +266,8 @@ def judge_pairs(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
 
 
 def find_conflicts(grads: Sequence[Tensor], expert_ids: Tensor, num_experts: int, tau: float = 0.0) -> Verdict:
-    """Which pairs conflict, in an MoE layer of any kind.
-    grads: the main loss's gradient at the output of each linear of the experts, (*expert_ids.shape, O); at the last linear
-    before the routing weight. expert_ids: of any shape, such as (T, K); negative where there is no pair (padding)."""
+    """For any MoE layer. grads: the main loss's gradient at the output of each linear of experts, (*expert_ids.shape, O); at
+    the last one before the routing weight. expert_ids: any shape, such as (T, K); negative where there is no pair."""
     pairs = Pairs(expert_ids, widen((expert_ids >= 0).to(grads[0].dtype)), num_experts)
     return judge_pairs([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
 
@@ -293,19 +290,18 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
     """E * sum_e f_e * P_e, PAPER eq. 9 (Switch Transformer). Even loads give 1. Padding, keep_T False, counts for nothing.
     load_E: the pairs on each expert, of all processes. num_tokens: the tokens, or their mean over processes."""
     keep_T = torch.ones_like(logits_TE[:, 0]) if keep_T is None else keep_T
-    num_tokens = keep_T.sum() if num_tokens is None else num_tokens
-    score_E = (logits_TE.softmax(-1) * keep_T.unsqueeze(1)).sum(0) / num_tokens.clamp_min(1)
-    return len(load_E) * (load_E / load_E.sum().clamp_min(1) * score_E).sum()
+    num_tokens = (keep_T.sum() if num_tokens is None else num_tokens).to(logits_TE.dtype)
+    score_E = (logits_TE.softmax(-1) * keep_T.unsqueeze(1)).sum(0) / num_tokens.clamp_min(1e-9)
+    return len(load_E) * (F.normalize(load_E.to(logits_TE.dtype), p=1, dim=0) * score_E).sum()
 
 
 # ---- 8. STGC ----
 class STGC:
-    """Watches the MoE layers of a model and adds their losses to the main loss: the five lines at the top of this file.
+    """Watches the MoE layers of a model and adds their losses to the main loss, as shown on top. A second one replaces the
+    first. `verdicts` has each layer's latest Verdict. With several processes, means, flags and losses are those of the
+    global batch. What only stgc_plus can do raises an error that says so."""
 
-    `verdicts` has each layer's latest Verdict. A second STGC object on a model replaces the first; `detach` ends the watch.
-    Under torch.distributed, means, flags and losses are those of the global batch. What only stgc_plus can do raises."""
-
-    config_type, step_type, losses = STGCConfig, LayerStep, CONFLICT_LOSSES
+    config_type, step_type, losses, group = STGCConfig, LayerStep, CONFLICT_LOSSES, None
 
     def __init__(self, model: nn.Module, config: STGCConfig = STGCConfig()):
         if type(config) is not self.config_type:
@@ -327,16 +323,15 @@ class STGC:
             raise ValueError("the model has experts of an extension: use stgc_plus.STGC, which watches both")
         return layers
 
-    def detach(self) -> None:
-        """End the watch: the layers run as if there had been none."""
+    def detach(self) -> None:  # ends the watch
         for layer in self.layers:
             if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:
                 layer.watch = None
 
     def average(self, tensor: Tensor) -> Tensor:
-        """Hook: the mean over the processes, if there are several."""
+        """The mean over the processes, if there are several."""
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(tensor := tensor / dist.get_world_size())
+            dist.all_reduce(tensor := tensor / dist.get_world_size(), group=self.group)
         return tensor
 
     def on_forward(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
@@ -361,7 +356,7 @@ class STGC:
         """Hook: every layer must have run, and every router must train. stgc_plus has `layers` to leave some out."""
         for i, name in enumerate(self.names):
             if i not in steps:
-                why = "call the model first (another STGC object or detach() ends a watch; checkpoint with use_reentrant=False)"
+                why = "call the model first (another STGC object and detach() end a watch; checkpoint: use_reentrant=False)"
                 raise RuntimeError(f"no forward of {name} with gradients since the last loss: {why}, or see stgc_plus")
             trains = {parameter.requires_grad for parameter in self.layers[i].router.parameters()}
             if self.config.conflict_loss != "none" and trains == {False}:
@@ -394,7 +389,7 @@ class STGC:
         onehot_SE = step.pairs.onehot_SE
         judged_SE, conflict_SE = (mask_TK.flatten()[step.pairs.order_S, None] * onehot_SE for mask_TK in verdict[1:3])
         load_E, judged_E, conflict_E = self.average(torch.stack([onehot_SE, judged_SE, conflict_SE]).sum(1))
-        ratio = conflict_E.sum() / load_E.sum().clamp_min(1)
+        ratio = conflict_E.sum() / load_E.sum().clamp_min(1e-9)
         consistency_E = torch.stack([one.consistency_E for _, one in sorted(step.compared.items())]).mean(0)
         share_E = F.normalize((judged_E > 0).to(judged_E.dtype), p=1, dim=0)  # of each expert in use
         consistency = (share_E * consistency_E).sum()
@@ -405,12 +400,13 @@ class STGC:
         """Hook: eq. 9, with the loads of the global batch."""
         load_E, num_tokens = self.average(step.pairs.onehot_SE.sum(0)), self.average(step.keep_T.sum().to(step.logits_TE))
         loss = balance_loss(step.logits_TE, load_E, step.keep_T, num_tokens)
-        self.numbers[step.index] |= {"load": load_E / load_E.sum().clamp_min(1), "balance_loss": self.average(loss.detach())}
+        numbers = {"load": F.normalize(load_E, p=1, dim=0), "balance_loss": self.average(loss.detach())}
+        self.numbers[step.index] |= numbers
         return loss
 
     def stats(self) -> list[dict]:
-        """Plain numbers of each layer's last step: load, the share of the pairs on each expert; balance_loss, 1 if even;
-        conflict_ratio, flagged over all pairs; consistency, mean and (population) std over experts in use; conflict_loss."""
+        """Of each layer's last step: load, the share of the pairs on each expert; balance_loss, 1 if even; conflict_ratio,
+        flagged over all pairs; consistency, its mean and (population) std over the experts in use; conflict_loss."""
         return [{"layer": name} | {k: v.tolist() for k, v in found.items()} for name, found in zip(self.names, self.numbers)]
 
 
@@ -443,7 +439,7 @@ def demo() -> None:
     torch.set_num_threads(1)  # more would only wait for each other
     model, ce_only = Demo(Experts(4, 16, 32)), STGCConfig(alpha=0.0)
     print("mean of 50 steps        conflict ratio  consistency  main loss")
-    for title, config, part in ("all, without STGC", STGCConfig("none"), model), ("router, ce only", ce_only, model.moe.router):
+    for title, config, part in ("without STGC", STGCConfig("none"), model), ("router, ce only", ce_only, model.moe.router):
         stgc, optimizer = STGC(model, config), torch.optim.AdamW(part.parameters(), 5e-3)
         for _ in range(4):
             print("{:<24}{:>14.3f}{:>13.3f}{:>11.3f}".format(title, *model.fit(stgc, optimizer, 50)))

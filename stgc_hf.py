@@ -41,6 +41,7 @@ import copy
 import inspect
 import re
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,18 +125,18 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, experts_function)
 class Padding:
     """Which tokens are padding: the 2-D attention mask (B, L) of the model call that runs, the innermost one that has it.
 
-    `enter` and `leave` are hooks around the forward of each model in the model; `names` are the parameters of that forward.
+    `on_call` and `on_return` are hooks around the forward of each model in it; `names`: the parameters of that forward.
     """
 
     def __init__(self):
         self.masks: list[Tensor | None] = []
 
-    def enter(self, names: list[str], module, args, kwargs) -> None:
+    def on_call(self, names: list[str], module, args, kwargs) -> None:
         mask = kwargs.get("attention_mask", dict(zip(names, args)).get("attention_mask"))
         outer = self.masks[-1] if self.masks else None
         self.masks.append(mask if isinstance(mask, Tensor) and mask.dim() == 2 else outer)
 
-    def leave(self, module, args, output) -> None:
+    def on_return(self, module, args, output) -> None:
         self.masks.pop()
 
     def keep(self, x_TD: Tensor) -> Tensor | None:
@@ -160,6 +161,19 @@ class Padding:
 # ---- 3. Layer ----
 
 
+class RouterCall(NamedTuple):
+    """A router's latest call, as STGC wants a router: parameters, and logits that depend on them alone."""
+
+    tensors: list[Tensor]
+    alone_TE: Tensor | None  # from its detached input, where the losses are held to the router
+
+    def parameters(self) -> list[Tensor]:
+        return self.tensors
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.alone_TE  # x_TD, the experts' input, need not be the router's
+
+
 class Layer:
     """One block of the library, as STGC wants a layer: experts whose linears are tapped, and the logits of their router."""
 
@@ -169,13 +183,13 @@ class Layer:
         self.experts, self.routers, self.before, self.padding = experts, routers, before, padding
         self.watch, self.handles = None, []
         self.linear_out: Tensor | None = None  # of the linear in a router, where it has one
-        self.logits: tuple | None = None  # of the router's call that these experts belong to
-        self.alone_TE: Tensor | None = None
+        self.call: tuple[Tensor, RouterCall] | None = None  # logits, and the router's call that these experts belong to
+        self.router: RouterCall | None = None
         self.keep_T: Tensor | None = None
-        self.router_trains = self.experts_train = False
+        self.experts_train = False
 
     def __getstate__(self):  # copies of the model are unwatched, as those of a stgc.MoELayer are
-        return self.__dict__ | dict.fromkeys(("watch", "linear_out", "logits", "alone_TE", "keep_T"))
+        return self.__dict__ | dict.fromkeys(("watch", "linear_out", "call", "router", "keep_T"))
 
     @property
     def training(self) -> bool:
@@ -188,10 +202,10 @@ class Layer:
     def install(self) -> None:
         """Hooks on the routers, and the experts' function in the place of the one chosen before; `remove` undoes both."""
         for router in self.routers:
-            self.handles.append(router.register_forward_hook(self.take, with_kwargs=True))
+            self.handles.append(router.register_forward_hook(self.on_router, with_kwargs=True))
             for child in router.children():  # what the router returns may be probabilities, as in gemma4
                 if getattr(child, "out_features", 0) >= self.experts.num_experts:
-                    self.handles.append(child.register_forward_hook(self.take_linear))
+                    self.handles.append(child.register_forward_hook(self.on_router_linear))
         self.experts.stgc_layer = self
         self.experts.config._experts_implementation_internal = NAME  # the public setter may miss it, and cannot set it back
 
@@ -203,11 +217,11 @@ class Layer:
             if self.experts.config._experts_implementation == NAME:  # else the user has chosen another one since
                 self.experts.config._experts_implementation_internal = self.before
 
-    def take_linear(self, linear, args, output) -> None:
+    def on_router_linear(self, linear, args, output) -> None:
         """After a linear inside the router, as wide as there are experts: what it returns are the raw logits."""
         self.linear_out = output
 
-    def take(self, router, args, kwargs, output) -> None:
+    def on_router(self, router, args, kwargs, output) -> None:
         """After the router: its raw logits and, where the losses are held to it, the same from its detached input."""
         if self.watch is None or not torch.is_grad_enabled():
             return
@@ -225,12 +239,7 @@ class Layer:
             else:
                 alone_TE = logits_of(router.forward(*args, **kwargs))
         tensors = [*router.parameters(), *(getattr(router, name) for name in getattr(router, "parametrizations", {}))]
-        self.router_trains = logits_TE.requires_grad and any(tensor.requires_grad for tensor in tensors)
-        self.logits = logits_TE, alone_TE
-
-    def router(self, x_TD: Tensor) -> Tensor:
-        """The logits held to the router. Its input need not be the experts', so they are those of its own call."""
-        return self.alone_TE
+        self.call = logits_TE, RouterCall(tensors, alone_TE)
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes.
@@ -244,12 +253,12 @@ class Layer:
         if not torch.is_grad_enabled():
             self.watch(x_TD, None, None, None)  # notes that the layer ran
             return library(weights_TK)
-        if self.logits is None or len(self.logits[0]) != len(x_TD):
+        if self.call is None or len(self.call[0]) != len(x_TD):
             raise RuntimeError(
                 f"{type(self.experts).__name__} ran on {len(x_TD)} tokens, {type(self.routers[0]).__name__} did not run on "
                 "them before: stgc_hf cannot tell their router logits"
             )
-        (logits_TE, self.alone_TE), self.logits = self.logits, None
+        (logits_TE, self.router), self.call = self.call, None
         if torch._C._current_graph_task_id() == -1:
             self.keep_T = self.padding.keep(x_TD)
         # else gradient checkpointing computes the layer once more: the latest forward's tokens, or those of one before it,
@@ -269,8 +278,8 @@ class Layer:
         keep_S = keep_T.unsqueeze(1).expand_as(expert_ids_TK).flatten().index_select(0, pairs.order_S)
         real = copy.copy(pairs)
         real.onehot_SE = pairs.onehot_SE * keep_S.unsqueeze(1)
-        step, self.alone_TE = self.watch(x_TD, Routing(logits_TE, weights_TK, expert_ids_TK), real, keep_T), None
-        if not step.judged:
+        step, self.router = self.watch(x_TD, Routing(logits_TE, weights_TK, expert_ids_TK), real, keep_T), None
+        if step is None:
             return library(weights_TK)
         self.experts_train = any(getattr(self.experts, name).requires_grad for name in linear_names(self.experts))
         run, device, keep_T1 = partial(run_experts, self.experts, x_TD, expert_ids_TK), x_TD.device.type, keep_T.unsqueeze(1)
@@ -327,9 +336,9 @@ class ModelSTGC(STGC):
         for module in model.modules():
             if module is model or isinstance(module, PreTrainedModel):
                 names = list(inspect.signature(module.forward).parameters)
-                enter = partial(self.padding.enter, names)
-                self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                self.handles.append(module.register_forward_hook(self.padding.leave, always_call=True))
+                on_call = partial(self.padding.on_call, names)
+                self.handles.append(module.register_forward_pre_hook(on_call, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self.padding.on_return, always_call=True))
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
         """Every module whose experts go through the interface, by name. Raises ValueError for what cannot be watched."""
@@ -356,13 +365,10 @@ class ModelSTGC(STGC):
     def on_forward(self, i: int, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor) -> LayerStep | None:
         """As in STGC. Raises ValueError where reroute has no expert to send to."""
         step, layer = super().on_forward(i, x_TD, routing, pairs, keep_T), self.layers[i]
-        if step is not None and step.judged and self.config.conflict_loss == "reroute":
+        if step is not None and self.config.conflict_loss == "reroute":
             if routing.weights_TK.shape[1] == layer.experts.num_experts:
                 raise ValueError("conflict_loss='reroute' needs top_k below the number of experts: else no expert is left")
         return step
-
-    def router_trains(self, i: int, logits_TE: Tensor) -> bool:
-        return self.layers[i].router_trains  # of the copy that ran, where peft keeps several
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
         """As in STGC. Raises RuntimeError where all judged experts are frozen."""

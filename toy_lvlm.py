@@ -1,18 +1,18 @@
-"""Builds a vision-language Mixture-of-Experts from nothing and shows what STGC does in it, in MoE-LLaVA's shape.
+"""Builds a small vision-language Mixture-of-Experts with the architecture of MoE-LLaVA, and trains it with STGC.
 
   python toy_lvlm.py                                  the baseline and STGC on generated pictures, minutes on a CPU
   python toy_lvlm.py --compare --seeds 0 1 2          the baseline, STGC and the placebo, seed by seed
-  python toy_lvlm.py --variants none,ce,embedding,feature,task    beside the paper's sample-level routings
-  python toy_lvlm.py --capacity 0.5 1.0 --bpr         evaluation with experts that take so many tokens only
+  python toy_lvlm.py --variants none,ce,embedding,feature,task    also the paper's sample-level routings
+  python toy_lvlm.py --capacity 0.5 1.0 --bpr         evaluation with experts of limited capacity
   python toy_lvlm.py --data FILE.json --image-dir DIR --eval-data FILE.json      your pictures, in LLaVA's format
   python toy_lvlm.py --clip openai/clip-vit-base-patch32 --lm HuggingFaceTB/SmolLM2-135M    pretrained parts
-  python toy_lvlm.py ... --resume                     goes on where a run was stopped
+  python toy_lvlm.py ... --resume                     continues a run that was stopped
   accelerate launch --num_processes 2 toy_lvlm.py ... several processes or GPUs
 
-  python toy_lvlm.py --ask "what colour is the circle?" --image x.png --run RUN      asks a trained model; --chat goes on
+  python toy_lvlm.py --ask "what colour is the circle?" --image x.png --run RUN     asks a trained model; or --chat
 
-A tiny CLIP learns pictures with captions, a small language model learns the texts, and a LLaVA joins them: stage I trains
-the projector, II the language model too, III its experts, which start as copies of its FFNs. A run is written to
+A tiny CLIP is trained on pictures with captions, a small language model on the texts, and a LLaVA joins them. Stage I trains
+the projector, stage II also the language model, stage III its experts, which start as copies of its FFNs. Output goes to
 --output-dir: results.json, a curve per run as JSON lines, the models of all stages, plots, a sheet of answers.
 """
 
@@ -24,7 +24,7 @@ from lab.run import options
 from lab.run.cli import Parser, UserError, number, run_main
 
 ROUTINGS = ("embedding", "feature", "task")
-STAGES = {  # flag: (default steps, learning rate, that with a pretrained language model: MoE-LLaVA's, what is trained)
+STAGES = {  # flag: (default steps, learning rate, rate with a pretrained language model as in MoE-LLaVA, what is trained)
     "clip": (300, 4e-4, 4e-4, "the tiny CLIP"),
     "text": (80, 2e-3, 2e-3, "the small language model, on texts alone"),
     "stage1": (40, 1e-3, 1e-3, "the projector, on captions"),
@@ -48,8 +48,8 @@ def make_parser() -> Parser:
     parser.add_argument("--test-scenes", type=number(int, 3), default=300, help="generated pictures to test on")
     parser.add_argument("--data", metavar="FILE", help="your own instructions in LLaVA's format (JSON list or JSON lines)")
     parser.add_argument("--image-dir", metavar="DIR", help="the folder of the pictures of --data and --eval-data")
-    parser.add_argument("--eval-data", metavar="FILE", help="what to test on; default: a tenth of --data is held out")
-    parser.add_argument("--max-bad", type=number(int, 0), default=0, help="entries of your data that may be unusable")
+    parser.add_argument("--eval-data", metavar="FILE", help="test data; default: a tenth of --data is held out")
+    parser.add_argument("--max-bad", type=number(int, 0), default=0, help="bad entries of your data that may be left out")
     parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
     # Mixture-of-Experts
     routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
@@ -60,9 +60,9 @@ def make_parser() -> Parser:
         default="token",
         help="token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss",
     )
-    parser.add_argument("--clusters", type=number(int, 2), default=128, help="of instructions, for embedding")
+    parser.add_argument("--clusters", type=number(int, 2), default=128, help="clusters of instructions, for embedding")
     parser.add_argument(
-        "--train", choices=["moe", "all"], default="moe", help="stage III trains the MoE layers, or all but CLIP"
+        "--train", choices=["moe", "all"], default="moe", help="stage III trains the MoE layers, or all except CLIP"
     )
     options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
     # training
@@ -84,19 +84,19 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--capacity", type=number(float, 0.01), nargs="+", default=[], help="test again with experts of that capacity"
     )
-    parser.add_argument("--bpr", action="store_true", help="and again with Batch Prioritized Routing (needs --capacity)")
+    parser.add_argument("--bpr", action="store_true", help="and again with Batch Prioritized Routing; needs --capacity")
     # run
     options.add_run(parser, "runs/lvlm-<variant>")
     # use of a trained model
     parser.add_argument("--ask", metavar="QUESTION", help="answer a question about --image with the model of --run")
     parser.add_argument("--chat", action="store_true", help="keep asking about --image, line by line")
-    parser.add_argument("--image", metavar="FILE", help="the picture that --ask or --chat is about; none: text only")
+    parser.add_argument("--image", metavar="FILE", help="the picture for --ask or --chat; none: text only")
     parser.add_argument("--run", help="output folder of a run, or a model folder in it, for --ask and --chat")
     return parser
 
 
 def parse(argv: list[str]):
-    """The options, checked as far as they can be without loading anything. `args.variants` is the list of what to train."""
+    """The options, checked as far as possible without loading anything. `args.variants` is the list of variants to train."""
     parser = make_parser()
     args = parser.parse_args(argv)
     options.expand(args, ("clip", "lm", "data", "image_dir", "eval_data", "image", "run"))
@@ -111,9 +111,9 @@ def parse(argv: list[str]):
     for one, others in (("clip", ["clip"]), ("lm", ["text"])):
         for flag in (f"{name}_{what}" for name in others for what in ("steps", "lr")):
             if getattr(args, one) and getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag.replace('_', '-')}: nothing is trained there with --{one}; leave one of them out")
+                parser.error(f"--{flag.replace('_', '-')}: not read with --{one}; leave one of them out")
     if args.routing != "token" and any(getattr(args, name) != parser.get_default(name) for name in METHOD_FLAGS):
-        parser.error(f"--routing {args.routing} has neither loss: leave --conflict-loss, --beta and the like out")
+        parser.error(f"--routing {args.routing} has neither loss: leave out --conflict-loss, --beta and similar flags")
     if args.routing != "token" and (args.compare or args.variants):
         parser.error(
             f"--routing {args.routing} is a variant's name here: leave it out, and add {args.routing} to --variants"
@@ -133,9 +133,9 @@ def parse(argv: list[str]):
     if "embedding" not in routed and args.clusters != parser.get_default("clusters"):
         parser.error(f"--clusters {args.clusters}: only `embedding` has clusters; leave it out, or add that routing")
     if len(set(args.capacity)) < len(args.capacity):
-        parser.error(f"--capacity {' '.join(map(str, args.capacity))}: one repeated is the same test again; name each once")
+        parser.error(f"--capacity {' '.join(map(str, args.capacity))}: one repeated gives the same test; name each once")
     if args.bpr and not args.capacity:
-        parser.error("--bpr orders what a capacity cuts off: add --capacity 0.5, or leave it out")
+        parser.error("--bpr needs a capacity: add --capacity 0.5, or leave it out")
     if (args.image_dir or args.eval_data or args.max_bad) and not args.data:
         parser.error("--image-dir, --eval-data and --max-bad go with --data: add --data FILE.json, or leave them out")
     for flag, value in (("--data", args.data), ("--eval-data", args.eval_data)):
@@ -147,7 +147,7 @@ def parse(argv: list[str]):
     return args
 
 
-if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes are answered at once
+if __name__ == "__main__":  # before the heavy imports, so that --help and errors come at once
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
@@ -171,14 +171,14 @@ from lab.vision.instructions import KINDS, Collate, InstructionSet, Shuffled, Un
 from stgc import MoELayer
 from stgc_plus import STGC, STGCConfig
 
-STAGE_FILE = "stage.json"  # in a saved stage's folder: its entry in the record
+STAGE_FILE = "stage.json"  # in the folder of a saved stage: its entry of the record
 BETAS = (0.9, 0.98)  # of AdamW
-PAIRS = 4  # times --batch-size: pictures in a step of the contrastive loss, texts in one of the language model's
+PAIRS = 4  # times --batch-size: pictures per step of the CLIP, texts per step of the language model
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all stages and runs of one seed share."""
+    """The values that all stages and runs of one seed share."""
 
     args: object
     seed: int
@@ -187,15 +187,15 @@ class Job:
     accelerator: object
     data: lvlm.Data
     spec: moefication.MoESpec
-    clip: CLIPModel | None  # pretrained ones
+    clip: CLIPModel | None  # a pretrained one
     lm: object | None
 
     def plan(self, stage: str) -> tuple[int, float]:
-        """Steps and learning rate."""
+        """Steps and learning rate of a stage."""
         return getattr(self.args, f"{stage}_steps"), getattr(self.args, f"{stage}_lr")
 
     def packs(self, rows: list[int] | None = None, share: bool = True) -> Collate:
-        """Instructions of the training in packs, or single ones."""
+        """Training instructions in packs, or one by one without `share`."""
         chosen = range(len(self.data.train.instructions)) if rows is None else rows
         part = InstructionSet(self.data.train.images_N3SS, [self.data.train.instructions[row] for row in chosen])
         encoded = [self.data.encoded[row] for row in chosen]
@@ -203,11 +203,11 @@ class Job:
         return Collate(part, packs, self.data.pixels, self.data.pad_id)
 
     def loader(self, collate, stage: str, size: int) -> DataLoader:
-        """Batches of `size` in the order that the seed and the stage say."""
+        """Batches of `size`, in an order that depends on seed and stage."""
         sampler = Shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
         return DataLoader(range(len(collate)), size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(f"seed {self.seed}: {text}", flush=True)
 
@@ -218,7 +218,7 @@ class Job:
 def train(
     job: Job, folder: Path, name: str, model, trained: list, loader, stage: str, config=None, alike=False, muon=False
 ) -> dict:
-    """One stage: `trained` are the parameters that it changes, with AdamW, or matrices with Muon. Returns its summary.
+    """Trains the parameters `trained` in one stage, with AdamW; with `muon`, matrices with Muon. Returns its summary.
 
     `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
     """
@@ -239,18 +239,18 @@ def train(
     samples = baselines.samples_of(model)
     labelled = any(isinstance(module, baselines.TaskRouter) for module in model.modules())
     with Training(args, folder, name, accelerator, prepared, optimizer, schedule, steps, stgc) as run:
-        for batch in run.batches(loader) if run.at.epoch == 1 else ():  # a stage is one epoch of so many steps
+        for batch in run.batches(loader) if run.at.epoch == 1 else ():  # a stage is one epoch
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             keep, asked, rows = (batch.pop(name, None) for name in ("keep", "asked", "rows"))
             if samples:
                 samples.set(keep, **lvlm.sample_values(job.data, model, rows, batch["input_ids"], asked))
-            if "labels" in batch:  # the mean over the answer tokens of all processes, as one process would have it
+            if "labels" in batch:  # so that the loss is the mean over the answer tokens of all processes
                 count = (batch["labels"][:, 1:] != instructions.IGNORED).sum().float()
                 batch["num_items_in_batch"] = accelerator.reduce(count, "mean")
-            with accelerator.autocast():  # a prepared model does so by itself, one of `alike` not
-                main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # a CLIP is asked for it
+            with accelerator.autocast():  # a prepared model does this itself, but not one of `alike`
+                main_loss = prepared(**batch, **({"return_loss": True} if alike else {})).loss  # for a CLIP
             loss = stgc.loss(main_loss, grad_scale=run.grad_scale()) if stgc else main_loss
-            if labelled:  # it stands in for the balance loss; its mean, too, is over the tokens of all processes
+            if labelled:  # instead of the balance loss; its mean, too, is over the tokens of all processes
                 tokens = keep.sum().float()
                 loss = loss + args.alpha * baselines.label_loss(model) * tokens / accelerator.reduce(tokens, "mean")
             accelerator.backward(loss)
@@ -269,12 +269,12 @@ def train(
 
 
 def stage(job: Job, name: str, load, make):
-    """What `make` returns, read back by `load` from the folder it is saved to: a finished stage is not done again.
+    """The model of a stage. If it is not saved yet, `make` trains it; then `load` reads it from its folder.
 
-    `make(folder and name of its curve)` returns the model, a summary, and how to save it.
+    `make(folder, name)`, with the folder and name of the curve, returns the model, a summary, and a function that saves it.
     """
     folder, accelerator = job.folder / runs.STAGES / f"{name}-s{job.seed}", job.accelerator
-    if not folder.is_dir():  # it is there as a whole or not at all
+    if not folder.is_dir():  # it is complete or absent
         if accelerator.is_main_process:
             folder.parent.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
@@ -286,20 +286,18 @@ def stage(job: Job, name: str, load, make):
                 runs.write_json(target / STAGE_FILE, {"stage": name, "seed": job.seed} | entry)
         runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
     accelerator.wait_for_everyone()
-    if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right behind the saving
+    if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right after saving
         job.record.add(json.loads((folder / STAGE_FILE).read_text()), to="stages")
     try:
         return load(folder)
     except UserError:
         raise
     except Exception as error:  # damaged files raise anything
-        raise UserError(
-            f"--output-dir: {folder} cannot be loaded ({error!r:.200}): remove it, and it is trained again"
-        ) from error
+        raise UserError(f"--output-dir: {folder} cannot be loaded ({error!r:.200}): remove it to train it again") from error
 
 
 def clip_stage(job: Job) -> CLIPModel:
-    """The tiny CLIP, from pictures with captions."""
+    """The tiny CLIP, trained on pictures with captions."""
     data = job.data
     collate, test = (
         lvlm.CollateClip(own.images_N3SS, texts, data.tokenizer, data.pixels)
@@ -311,14 +309,16 @@ def clip_stage(job: Job) -> CLIPModel:
         loader = job.loader(collate, "clip", PAIRS * job.args.batch_size)
         entry = train(job, folder, name, clip, [*clip.parameters()], loader, "clip", alike=True)
         entry["retrieval"], group = lvlm.retrieval(clip, test)
-        job.say(f"the tiny CLIP finds {100 * entry['retrieval']:.0f} % of the test pictures' captions, each among {group}")
+        job.print_line(
+            f"the tiny CLIP finds {100 * entry['retrieval']:.0f} % of the test pictures' captions, each among {group}"
+        )
         return clip, entry, CLIPModel.save_pretrained
 
     return stage(job, "clip", partial(CLIPModel.from_pretrained, dtype=torch.float32), make)
 
 
 def text_stage(job: Job) -> LlamaForCausalLM:
-    """The small language model, from the instructions' texts alone."""
+    """The small language model, trained on the texts of the instructions."""
     data = job.data
 
     def make(folder: Path, name: str):
@@ -334,7 +334,8 @@ def text_stage(job: Job) -> LlamaForCausalLM:
 
 
 def dense_model(job: Job):
-    """The LLaVA after stages I and II, MoE-LLaVA's: the projector from captions; language model and projector from all."""
+    """The LLaVA after stages I and II, as in MoE-LLaVA: the projector on captions, then language model and projector on
+    all."""
     size, save = job.args.batch_size, partial(lvlm.save, data=job.data)
     load = lambda folder: lvlm.load(folder, "--output-dir")[0]  # noqa: E731
 
@@ -351,21 +352,23 @@ def dense_model(job: Job):
         model = stage(job, "stage1", load, stage_1)
         set_seed(job.seed)
         loader = job.loader(job.packs(), "stage2", size)
-        # CHOICE: from nothing, Muon learns in half of AdamW's steps to look things up in a picture
+        # CHOICE: from nothing, Muon needs half of AdamW's steps to learn to read things from a picture
         entry = train(job, folder, name, model, lvlm.trainable(model), loader, "stage2", muon=job.lm is None)
         test = job.data.test.instructions
         guesses = instructions.majority(job.data.train.instructions, test)
         entry["scores"] = score(job, answers(job, model))
         entry["blind"] = {"majority": score(job, guesses), "no picture": score(job, answers(job, model, picture=False))}
         best = max(own["score"] for own in entry["blind"].values())
-        job.say(f"stage II answers {100 * entry['scores']['score']:.1f} % of {len(test)} right; blind {100 * best:.1f} %")
+        job.print_line(
+            f"stage II answers {100 * entry['scores']['score']:.1f} % of {len(test)} right; blind {100 * best:.1f} %"
+        )
         return model, entry, save
 
     return stage(job, "stage2", load, stage_2)
 
 
 def build(job: Job, variant: str):
-    """The dense model, or the MoE that stage III starts from and that computes the same; and its layers that are trained."""
+    """The model that stage III starts from, dense or an MoE with the same outputs, and the layers to train."""
     model = dense_model(job)
     if variant == "dense":
         chosen = moefication.parse_layers(job.spec.layers, model.config.get_text_config().num_hidden_layers)
@@ -381,7 +384,7 @@ def build(job: Job, variant: str):
 
 
 def make_config(args, variant: str) -> STGCConfig | None:
-    """The method's options of a variant; None for `dense`. Sample-level routings have neither loss, and are measured."""
+    """The STGCConfig of a variant; None for `dense`. Sample-level routings have neither loss and are only measured."""
     if variant in ROUTINGS:
         return STGCConfig("none", alpha=0.0, tau=args.tau, every=args.log_steps)
     chosen = options.variant_options(variant, args)
@@ -395,7 +398,7 @@ def moe_stage(job: Job, variant: str) -> dict:
     set_seed(job.seed)
     trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
     collate = Unpacked(job.packs(), job.packs(share=False)) if variant in ROUTINGS else job.packs()
-    loader = job.loader(collate, "stage3", args.batch_size)  # the same conversations in each step, whatever the variant
+    loader = job.loader(collate, "stage3", args.batch_size)  # each step has the same conversations for all variants
     entry = train(job, job.folder, name, model, trained, loader, "stage3", make_config(args, variant))
     texts = answers(job, model)
     scores, limited = score(job, texts), []
@@ -419,7 +422,7 @@ def moe_stage(job: Job, variant: str) -> dict:
         "last": kinds,
         "where": {key: value for key, value in scores.items() if key not in kinds},
         "limited": limited,
-        "routes": None if variant == "dense" else routes.summary(walk(job, model)),
+        "routes": None if variant == "dense" else routes.summary(trace_routes(job, model)),
         **entry,
         "peak_memory_bytes": runs.peak_memory_bytes(job.accelerator.device),
         "collapsed": len(set(texts)) == 1 < len(texts),
@@ -430,7 +433,7 @@ def moe_stage(job: Job, variant: str) -> dict:
 
 
 def batches(job: Job, picture: bool = True, prompts: bool = True) -> DataLoader:
-    """The test conversations one by one, alike ones together; `prompts`: up to the last answer, which the model gives."""
+    """The test conversations, not packed, sorted by kind. `prompts`: without the last answer, which the model generates."""
     data, test = job.data, job.data.test
     if not picture:
         test = InstructionSet(test.images_N3SS, [replace(one, image=None) for one in test.instructions])
@@ -443,7 +446,7 @@ def batches(job: Job, picture: bool = True, prompts: bool = True) -> DataLoader:
 
 @torch.no_grad()
 def answers(job: Job, model, picture: bool = True) -> list[str]:
-    """What the model answers to each test instruction, greedily; without its picture if not `picture`."""
+    """The model's greedy answer to each test instruction, without the pictures if not `picture`."""
     data, accelerator, found = job.data, job.accelerator, {}
     samples, model = baselines.samples_of(model), model.to(accelerator.device).eval()
     replies = data.tokenizer([one.turns[-1][1] for one in data.test.instructions])["input_ids"]
@@ -459,14 +462,14 @@ def answers(job: Job, model, picture: bool = True) -> list[str]:
 
 
 def score(job: Job, texts: list[str]) -> dict[str, float]:
-    """Share of right answers: over all, by kind, by condition."""
+    """Share of right answers: in total, by kind, by condition."""
     test = job.data.test.instructions
     return instructions.score(test, [is_right(one, text) for one, text in zip(test, texts, strict=True)])
 
 
 @torch.no_grad()
-def walk(job: Job, model) -> routes.Routes:
-    """The experts that each token of the test conversations goes to, in every process alike."""
+def trace_routes(job: Job, model) -> routes.Routes:
+    """The experts of each token of the test conversations. All processes do the same work."""
     samples, model, device = baselines.samples_of(model), model.eval(), job.accelerator.device
     with routes.record_routes(model) as found:
         for batch in batches(job, prompts=False):
@@ -480,7 +483,7 @@ def walk(job: Job, model) -> routes.Routes:
 
 
 def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
-    """Some test instructions with pictures, of every kind and condition, with the model's answers, for the sheet."""
+    """Some test instructions with pictures, of all kinds and conditions, with the model's answers, for the sheet."""
     test, groups = job.data.test.instructions, {}
     for row in random.Random(0).sample(range(len(test)), len(test)):
         if test[row].image is not None:
@@ -498,7 +501,7 @@ def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
 
 
 def ask(args) -> None:
-    """Answers --ask, then, with --chat, line after line from the terminal. Each question stands alone."""
+    """Answers --ask, then, with --chat, each line from the terminal. Questions are independent of each other."""
     folder = newest_model(Path(args.run).expanduser())
     model, tokenizer, card = lvlm.load(folder, "--run")
     model.to(runs.make_accelerator(args.device, "fp32").device)
@@ -527,7 +530,7 @@ def questions(args):
 
 
 def newest_model(run: Path) -> Path:
-    """The model folder that `run` is, or the one of its last run. UserError."""
+    """`run` itself if it is a model folder, otherwise the folder of its last run's model. UserError."""
     if (run / lvlm.CARD).is_file():
         return run
     record = runs.read_record(run, "--run") if run.is_dir() else None
@@ -542,7 +545,7 @@ def newest_model(run: Path) -> Path:
 
 
 def summarize(record: dict) -> str:
-    """Stage II beside the blind baselines, then stage III seed by seed."""
+    """Stage II and the blind baselines, then stage III seed by seed."""
     lines = []
     for entry in record.get("stages", []):
         if entry["stage"] == "stage2":
@@ -571,8 +574,8 @@ def main(args) -> None:
     accelerator = runs.start(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"accelerate is set to {accelerator.distributed_type.value}, but each process of this toy holds all of it: use "
-            "its multi-GPU (DDP) setting"
+            f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model: "
+            "use its multi-GPU (DDP) setting"
         )
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
@@ -586,7 +589,7 @@ def main(args) -> None:
     main_process = accelerator.is_main_process
     if main_process and problems.total:
         runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})
-        print(problems.summary() or f"all {problems.total} entries are used as they are")
+        print(problems.summary() or f"all {problems.total} entries are used unchanged")
     sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
     pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
     record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator)
@@ -596,17 +599,17 @@ def main(args) -> None:
             f"{sizes['test']} on {pictures['test_pictures']} to test"
         )
         print(spec)
-        runs.announce(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
+        runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)
         for variant in args.variants:
             name = f"{variant}-s{seed}"
             if record.find(variant=variant, seed=seed):
-                job.say(f"{variant} is complete already")
+                job.print_line(f"{variant} is complete already")
             else:
                 entry = moe_stage(job, variant)
                 record.add(entry)
-                job.say(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
+                job.print_line(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
                 if main_process:
                     figures.plot_run(folder, record.record["name"])
                     if entry["routes"]:
@@ -616,7 +619,7 @@ def main(args) -> None:
     if main_process:
         if len(args.variants) > 1:
             figures.plot_comparison(folder, [record.record], "last")
-        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and the plots beside it")
+        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and plots")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_partial_data_stands_in_no_published_column(partial):
     record_of(records, "qnli").update(partial)
     table = paper_table(records)
     assert row_of(table, "ours: ce") == ["61.0 ± 1.4", "91.0 ± 1.4", "-", "86.0 ± 1.4", "71.0 ± 1.4", "-"]
-    inside, below = table.split("Other or partial data, not to be held against these columns:")
+    inside, below = table.split("Other or partial data, not comparable with these columns:")
     assert "92.0" not in inside and "none 92.0 ± 1.4 (seeds: 2); ce 92.0 ± 1.4 (seeds: 2)" in below
     assert "Other or partial" not in paper_table(full_records())
 

@@ -271,8 +271,8 @@ def test_an_old_folder_is_continued(old, monkeypatch, capsys):
     "flags, message",
     [
         ("", "holds another run: name another folder, or pass --overwrite"),
-        ("--resume --beta 0.5", "was begun with --beta 0.1; give the same"),
-        ("--resume --no-normalize", "was begun with --normalize True; give the same"),  # an option that the record lacks
+        ("--resume --beta 0.5", "was started with --beta 0.1; give the same"),
+        ("--resume --no-normalize", "was started with --normalize True; give the same"),  # an option that the record lacks
     ],
 )
 def test_an_old_folder_is_refused_in_one_line(old, flags, message):
@@ -293,5 +293,5 @@ def test_the_configuration_of_every_record_is_known(folder):
     check = partial(runs.check_folder, ROOT / folder, defaults=defaults, free=free, overwrite=False, resume=True)
     check(config=defaults | config)
     for name in defaults.keys() - free:
-        with pytest.raises(UserError, match=f"was begun with --{name.replace('_', '-')} "):
+        with pytest.raises(UserError, match=f"was started with --{name.replace('_', '-')} "):
             check(config=defaults | config | {name: "another"})

@@ -71,7 +71,7 @@ def test_resume_in_two_processes(words, tmp_path, server):  # noqa: F811
     assert Launched(2, "glue_moefy.py", *command, "--output-dir", tmp_path / "whole").wait().returncode == 0
     killed = Launched(2, "glue_moefy.py", *command, "--output-dir", tmp_path / "cut", before=DYING).wait()
     assert killed.returncode != 0 and list((tmp_path / "cut" / "checkpoints" / "ce-s0").glob("step-*"))
-    with pytest.raises(UserError, match="is of 2 processes, these are 1; start as many"):
+    with pytest.raises(UserError, match="is of 2 processes, not 1; start as many"):
         run([*command, "--output-dir", tmp_path / "cut", "--resume"])
     assert Launched(2, "glue_moefy.py", *command, "--output-dir", tmp_path / "cut", "--resume").wait().returncode == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))

@@ -267,7 +267,7 @@ def test_bad_entry(data, bad, message):
     with pytest.raises(UserError) as error:
         data(entries)
     told = str(error.value)
-    assert told.startswith("--max-bad 0: 1 x ") and told.endswith("; mend or remove these, or allow more")
+    assert told.startswith("--max-bad 0: 1 x ") and told.endswith("; fix or remove these, or allow more")
     assert "train.json entry 2" in told and "\n" not in told and len(told) < 400
     problems = Problems(1)
     _, instructions = data(entries, problems)
@@ -306,9 +306,9 @@ BAD_PICTURES = {
     "eps": (encoded("EPS"), "cannot identify image file"),  # opening one would run Ghostscript
     "bomb": (png(20_000, 20_000), "DecompressionBombError"),
     "bomb that Pillow warns of": (png(10_000, 10_000), "DecompressionBombWarning"),
-    "floats": (encoded("TIFF", mode="F"), "mode F has no known white"),
-    "thin": (encoded("PNG", size=(8, 1)), "so thin that nothing"),
-    "32-bit integers": (encoded("TIFF", mode="I"), "mode I has no known white"),
+    "floats": (encoded("TIFF", mode="F"), "mode F does not define white"),
+    "thin": (encoded("PNG", size=(8, 1)), "so thin that scaling leaves nothing"),
+    "32-bit integers": (encoded("TIFF", mode="I"), "mode I does not define white"),
 }
 
 
@@ -350,7 +350,7 @@ def test_problems_are_counted_by_kind_over_files_and_steps(data):
     (folder / "none.json").write_text('["no good entry"]')
     roomy = Problems(9)
     roomy.left_out += problems.left_out
-    with pytest.raises(UserError, match="^--data [^ ]*none.json has no entry that can be used: 1 x not [^;]*; mend them$"):
+    with pytest.raises(UserError, match="^--data [^ ]*none.json has no entry that can be used: 1 x not [^;]*; fix them$"):
         load_llava(folder / "none.json", None, 4, roomy)  # of this file only
     with pytest.raises(UserError, match="^--max-bad 8: 5 x picture not found"):
         problems.add("dev.json entry 9", "no detail")
@@ -362,8 +362,8 @@ def test_problems_are_counted_by_kind_over_files_and_steps(data):
 NOT_JSON = "^--data .*train.json is neither a JSON list nor JSON lines \\("
 FATAL = {  # content of the file: message
     "missing": (None, NOT_JSON + ".*No such file"),
-    "empty": ("", "^--data .*train.json has no entries: give one at least$"),
-    "empty list": (" []", "^--data .*train.json has no entries: give one at least$"),
+    "empty": ("", "^--data .*train.json has no entries: give at least one$"),
+    "empty list": (" []", "^--data .*train.json has no entries: give at least one$"),
     "cut off": (json.dumps(GOOD)[:-9], NOT_JSON + ".*line 1 column"),
     "no list": (json.dumps({"a": 1}, indent=1), NOT_JSON + "line 1: "),
     "a bad line": (json.dumps(GOOD[0]) + "\n{oops}", NOT_JSON + "line 2: "),
@@ -371,7 +371,7 @@ FATAL = {  # content of the file: message
     "bytes": (b"\x89PNG\xff\xfe", NOT_JSON + ".*utf-8"),
     "pickle": (b"\x80\x04\x95.", NOT_JSON),
     "deep": ("[" * 200_000, NOT_JSON + ".*recursion"),
-    "nothing good": (["x", entry("green.png")], "no entry that can be used: 1 x not an obj.*; 1 x picture not f.*; mend"),
+    "nothing good": (["x", entry("green.png")], "no entry that can be used: 1 x not an obj.*; 1 x picture not f.*; fix"),
 }
 
 

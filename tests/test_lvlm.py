@@ -176,7 +176,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         kill_at(patch, 1)  # complete: nothing is trained
         run([*command, "--output-dir", tmp_path / "cut", "--resume"])
-    with pytest.raises(UserError, match="was begun with --stage2-steps 3"):
+    with pytest.raises(UserError, match="was started with --stage2-steps 3"):
         run([*command, "--stage2-steps", "5", "--output-dir", tmp_path / "cut", "--resume"])
 
 
@@ -348,7 +348,7 @@ def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
         ("--clusters 9", "--clusters 9: only `embedding` has clusters"),
         ("--ask what? --run x --precision bf16", "--precision is not read by --ask and --chat"),
         ("--data nowhere.json", "--data nowhere.json: no such file"),
-        ("--bpr", "--bpr orders what a capacity cuts off"),
+        ("--bpr", "--bpr needs a capacity"),
         ("--routing task --variants none,ce", "--routing task is a variant's name here"),
         ("--routing task --beta 7", "--routing task has neither loss"),
         ("--variants none,feature --router cosine", "--router cosine: feature is a router of its own"),

@@ -430,7 +430,7 @@ def test_what_does_not_fit_is_refused():
         moefy(distil, spec)
     with pytest.raises(ValueError, match="'gpt2' is not BERT-like"):
         moefy(transformers.GPT2Model(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)), spec)
-    with pytest.raises(ValueError, match="Linear is no model of transformers; supported model types: bert"):
+    with pytest.raises(ValueError, match="Linear is not a model of transformers; supported model types: bert"):
         moefy(nn.Linear(2, 2), spec)
     with pytest.raises(ValueError, match="is_decoder=True"):
         moefy(transformers.BertLMHeadModel(transformers.BertConfig(**bert, is_decoder=True)), spec)

@@ -100,10 +100,10 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_nothing_twice(words, tmp_path
 def test_two_configurations_never_share_a_folder(words, data, tmp_path):  # noqa: F811
     run([*words, "--epochs", "1"])
     for message, flags in {
-        "was begun with --beta 0.1; give the same": ["--beta", "0.5"],
-        "was begun with --epochs 1": ["--epochs", "2"],
-        "was begun with --conflict-loss ce": ["--conflict-loss", "mse"],
-        "was begun with --max-train-samples None": ["--max-train-samples", "8"],
+        "was started with --beta 0.1; give the same": ["--beta", "0.5"],
+        "was started with --epochs 1": ["--epochs", "2"],
+        "was started with --conflict-loss ce": ["--conflict-loss", "mse"],
+        "was started with --max-train-samples None": ["--max-train-samples", "8"],
     }.items():
         before = (tmp_path / "out" / "results.json").read_text()
         with pytest.raises(UserError, match=message):
@@ -194,7 +194,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path, monkeypatch):  # no
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        with pytest.raises(Interrupted, match="ce-s0 is saved at step 5; the same command with --resume goes on there"):
+        with pytest.raises(Interrupted, match="ce-s0 is saved at step 5; the same command with --resume continues there"):
             run([*command, "--output-dir", tmp_path / "cut"])
     run([*command, "--output-dir", tmp_path / "cut", "--resume"])
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
@@ -217,6 +217,6 @@ def test_kill_and_ctrl_c_of_the_real_process(words, tmp_path, server):  # noqa: 
             time.sleep(0.02)
         process.send(number)
         assert process.wait(timeout=60) == expected
-    assert "with --resume goes on there" in process.read("stderr")
+    assert "with --resume continues there" in process.read("stderr")
     assert start("cut", "--resume").wait() == whole.wait() == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))

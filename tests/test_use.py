@@ -218,7 +218,7 @@ def test_a_model_that_diverged_is_called_out(tmp_path):
     model.classifier.bias.data.fill_(math.nan)
     model.save_pretrained(tmp_path / "m")
     (tmp_path / "a.csv").write_text("sentence1,sentence2\nthe,cat\n")
-    assert "answers are not finite" in refused(use.predict, tmp_path / "m", tmp_path / "a.csv")
+    assert "outputs are not finite" in refused(use.predict, tmp_path / "m", tmp_path / "a.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "m"]
 
 
@@ -234,7 +234,7 @@ def test_bad_files_are_named_and_nothing_is_written(run, tmp_path):
     cases = {
         "a.csv": {
             "needs the columns sentence1, sentence2; the file has sentence, x": "sentence,x\n1,2\n",
-            "has a column prediction already": "sentence1,sentence2,prediction\na,b,c\n",
+            "already has a column prediction": "sentence1,sentence2,prediction\na,b,c\n",
             "row 2 has 3 fields, the header has 2": good + "the, bird,sees\n",
             "row 1 has 1 fields, the header has 2": "sentence1,sentence2\nthe\n",
             "cannot be read as .csv (unexpected end of data": good + '"the,cat\n',
@@ -244,8 +244,8 @@ def test_bad_files_are_named_and_nothing_is_written(run, tmp_path):
         },
         "a.tsv": {"has no rows": "", "row 1 has 3 fields": 'sentence1\tsentence2\n"a\tb"\tc\n'},
         "a.jsonl": {
-            "line 2 is no JSON object": '{"sentence1": "a", "sentence2": "b"}\n["a", "b"]\n',
-            "line 1 is no JSON object": "[\n",
+            "line 2 is not a JSON object": '{"sentence1": "a", "sentence2": "b"}\n["a", "b"]\n',
+            "line 1 is not a JSON object": "[\n",
             "sentence2 of row 2 is null": '{"sentence1": "a", "sentence2": "b"}\n\n{"sentence1": "a"}\n',
             "sentence1 of row 1 is a int": '{"sentence1": 5, "sentence2": "b"}\n',
             "sentence1 of row 1 is broken Unicode": '{"sentence1": "\\ud800", "sentence2": "b"}\n',

@@ -3,8 +3,7 @@
 import gc
 import threading
 
-import torch.distributed.fsdp
-import torch.nn.parallel
+import torch.distributed.fsdp  # noqa: F401
 import transformers.models.bert.modeling_bert
 import transformers.models.clip.modeling_clip
 import transformers.models.llava.modeling_llava

@@ -1,10 +1,10 @@
-"""The speed of transformers' own fine-tuning, next to ours.
+"""The training speed of transformers' Trainer and of `glue_moefy.py`, side by side.
 
   python -m lab.bench.peer --task rte --model DIR --data-dir DIR
 
-Each round runs, each in a fresh process and one after the other: transformers' Trainer on the dense model, and
-`glue_moefy.py` without evaluation in between, for every variant. Same model, data, batches by length, fused AdamW, schedule,
-precision and number of steps. Reported are medians over rounds of the ratio of samples per second to the Trainer's.
+Each round runs transformers' Trainer on the dense model and then `glue_moefy.py` for every variant, without evaluation
+during training, each in a fresh process. Model, data, batches by length, fused AdamW, schedule, precision and number of
+steps are the same. The result is the median over rounds of the ratio of samples per second to the Trainer's.
 """
 
 import json
@@ -25,10 +25,10 @@ def make_parser() -> Parser:
     parser.add_argument("--data-dir", help="folder in the hub's layout; default: nyu-mll/glue there")
     parser.add_argument("--moe-layers", default="2", help="as for glue_moefy.py")
     parser.add_argument("--variants", nargs="+", default=["none", "ce", "ce-one"], help="as for glue_moefy.py")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of both")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--samples", type=number(int, 1), default=640, help="training examples of a round, one epoch")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, help="of all, taking turns")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds; in each, all take turns")
     parser.add_argument("--output", type=Path, help="write the record here as json")
     parser.add_argument("--trainer", action="store_true", help="only one round of the Trainer, in this process")
     return parser
@@ -54,7 +54,7 @@ def run_trainer(args) -> float:
             per_device_train_batch_size=BATCH,
             learning_rate=RATE,
             weight_decay=0.0,
-            max_grad_norm=0.0,  # no clipping, as ours
+            max_grad_norm=0.0,  # no clipping, as in glue_moefy.py
             lr_scheduler_type="linear",
             optim="adamw_torch_fused",
             train_sampling_strategy="group_by_length",
@@ -70,7 +70,7 @@ def run_trainer(args) -> float:
 
 
 def run_child(words: list[str]) -> str:
-    """What a fresh process prints. RunFailed with the last line that it left on stderr."""
+    """The output of a fresh process. RunFailed with the last line of its stderr."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise RunFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
@@ -78,7 +78,7 @@ def run_child(words: list[str]) -> str:
 
 
 def run_ours(args, variant: str) -> float:
-    """Samples per second of one epoch of glue_moefy.py; it leaves out evaluation, as the Trainer's number does."""
+    """Samples per second of one epoch of glue_moefy.py, without evaluation, like the Trainer's number."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "glue_moefy.py", "--task", args.task, "--model", args.model, "--variants", variant]
         words += ["--data-dir", args.data_dir] if args.data_dir else []

@@ -1,15 +1,15 @@
-"""What STGC costs: time and memory of a training step, side by side in one run, and the paper's memory table as arithmetic.
+"""The cost of STGC: time and memory of a training step, all variants in one run, and the paper's memory table as arithmetic.
 
   python -m lab.bench                          a BERT of MiniLM's size (6 layers, hidden 384), random weights
   python -m lab.bench --size large             BERT-large's size
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
-  python -m lab.bench --model mixtral          transformers' own model, mid-size, with stgc_hf attached or not; or olmoe
-  python -m lab.bench --model olmoe --output results/bench-olmoe.json     and its record, which README shows
+  python -m lab.bench --model mixtral          transformers' own model, mid-size, with and without stgc_hf; or olmoe
+  python -m lab.bench --model olmoe --output results/bench-olmoe.json     writes the record that README shows
 
-A step is forward, losses, backward and AdamW. All variants take turns within each round, so that what slows the machine
-slows them all; reported are medians over rounds of the ratio to the base in the same round: to "moe" (the MoE model with its
-balance loss and no STGC), for a model of transformers to the faster of its own implementations without STGC. Peak memory is
-the most that the allocator held while a model was built and trained for two steps.
+A step is forward, losses, backward and AdamW. All variants take turns within each round, so that other load on the machine
+affects all of them. The result is the median over rounds of the ratio to the base in the same round. The base is "moe", the
+MoE model with its balance loss and without STGC; for a model of transformers it is the faster of its own implementations
+without STGC. Peak memory is the most that the allocator held while a model was built and trained for two steps.
 """
 
 import copy
@@ -54,7 +54,7 @@ VARIANTS = {
     "two passes, every 4th step": STGCConfig(passes="two", every=4),
 }
 LIBRARY = ("grouped_mm", "eager")  # implementations of transformers, without STGC
-ATTACHED = {  # the same models with stgc_hf attached
+ATTACHED = {  # the models of transformers with stgc_hf attached
     **dict.fromkeys(LIBRARY),
     "attached, no judging": OFF,
     "one pass": STGCConfig(passes="one"),
@@ -77,7 +77,7 @@ TEXT_LAYERS = {"small": 2, "large": 8}
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """GiB that stored per-token gradients take: of the biases, and of the whole weights."""
+    """Size of stored per-token gradients in GiB: of the biases, and of the whole weights."""
 
     bias_gib: float
     weight_gib: float
@@ -88,13 +88,13 @@ def gradient_memory(
 ) -> GradientMemory:
     """The paper's memory table (sec. 6.4): `tokens` gradients of each linear (in, out) of an expert, in `moe_layers` layers.
 
-    One pass stores neither: a layer's gradients are compared while the backward holds them anyway.
+    One pass stores neither: it compares a layer's gradients while the backward holds them.
     """
     unit = tokens * moe_layers * bytes_per_number / 2**30
     return GradientMemory(unit * sum(out for _, out in linears), unit * sum(a * b for a, b in linears))
 
 
-PAPER_MODELS = {  # linears of an expert, MoE layers, as in the paper
+PAPER_MODELS = {  # linears of an expert and number of MoE layers, as in the paper
     "StableLM-1.6B": ([(2048, 5632), (2048, 5632), (5632, 2048)], 12),
     "Phi-2-2.7B": ([(2560, 10240), (10240, 2560)], 16),
 }
@@ -131,22 +131,22 @@ class Bench:
 
     def step(self) -> float:
         """Seconds of one training step."""
-        self.wait()
+        self.synchronize()
         start = time.perf_counter()
         loss = self.model(**self.batch).loss
         (loss if self.stgc is None else self.stgc.loss(loss)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.wait()
+        self.synchronize()
         return time.perf_counter() - start
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def peak_bytes(*arguments, kind: str) -> int:
-    """The most bytes allocated at once while the variant is built and trained for two steps; exact, not a sample."""
+    """The most bytes allocated at once while the variant is built and trained for two steps. Exact, not sampled."""
     gc.collect()
     device = arguments[-1]
     if device.type == "cuda":
@@ -169,14 +169,14 @@ def peak_bytes(*arguments, kind: str) -> int:
 def main() -> None:
     parser = Parser(prog="lab.bench", description=__doc__)
     parser.add_argument("--model", choices=["bert", *TEXT_MODELS], default="bert", help="ours, or transformers' own")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the BERT; layers of another model")
-    parser.add_argument("--moe-layers", default="middle", help="of the BERT: middle, or indices as 1,3,5, every-second, all")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the BERT; sets the layers of another model")
+    parser.add_argument("--moe-layers", default="middle", help="of the BERT: middle, indices as 1,3,5, every-second, all")
     known = list(VARIANTS | ATTACHED)
-    parser.add_argument("--variants", nargs="+", choices=known, help="what to compare (default: all of the model)")
+    parser.add_argument("--variants", nargs="+", choices=known, help="what to compare; default: all that fit the model")
     parser.add_argument("--rounds", type=number(int, 3), default=15, help="timed steps of each variant, taking turns")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="sequences per step")
     parser.add_argument("--length", type=number(int, 4), default=64, help="tokens of the longest sequence")
-    parser.add_argument("--threads", type=number(int, 1), default=2, help="of the CPU")
+    parser.add_argument("--threads", type=number(int, 1), default=2, help="threads of the CPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     parser.add_argument("--output", type=Path, help="write the record here as json")
     args = parser.parse_args()

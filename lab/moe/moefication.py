@@ -2,13 +2,13 @@
 
     spec = MoESpec(layers="every-second", num_experts=8, top_k=2, experts="copy")
     model = moefy(AutoModelForSequenceClassification.from_pretrained(...), spec)    # in place
-    model.save_pretrained(folder)                                                   # safetensors and json, as always
-    model = load_moefied(folder)                                                    # the same logits, bit for bit
+    model.save_pretrained(folder)                                                   # safetensors and json, as usual
+    model = load_moefied(folder)                                                    # gives the same logits, bit for bit
 
-Experts are full copies of the FFN (`copy`: sparse upcycling, what DynMoE's GLUE runs and MoE-LLaVA do) or parts of it
-(`split`: MoEfication, arXiv:2110.01786). Copies are averaged: their weights sum to 1, so the layer starts as the dense one,
-whatever the router says. Parts are added up: their weights sum to K and each has 1/K of the last bias, so that K = E parts
-with equal weights are the dense FFN.
+Experts are full copies of the FFN (`copy`: sparse upcycling, as in DynMoE's GLUE runs and MoE-LLaVA) or parts of it
+(`split`: MoEfication, arXiv:2110.01786). Copies are averaged: their weights sum to 1, so the new layer equals the dense one
+for any router. Parts are added up: their weights sum to K and each has 1/K of the last bias, so K = E parts with equal
+weights equal the dense FFN.
 
 Shapes as in stgc.py: E experts, D hidden size, F neurons (the FFN's size), N neurons of one expert; B, L batch and length.
 
@@ -50,14 +50,15 @@ from lab.run.cli import UserError
 from stgc import MoELayer
 from stgc_plus import Experts
 
-# ---- 1. Neurons: which of them make an expert ----
+# ---- 1. Neurons: which of them form an expert ----
 
 
 def balanced_assignment(cost_FE: np.ndarray) -> np.ndarray:
     """labels_F that give each of E clusters F / E rows, at the least total cost.
 
-    A price per cluster changes no optimum, since each takes the same number of rows. Prices that nearly clear the market
-    (each round raises the popular ones) leave the exact solver little to do: 16 s became 0.2 s at F = 4096, E = 8.
+    A constant added to all costs of a cluster does not change the optimum, since each cluster takes the same number of rows.
+    The loop raises this price for clusters that too many rows prefer, until the preferences are nearly balanced. Then the
+    exact solver has little left to do: 16 s became 0.2 s at F = 4096, E = 8.
     """
     share = len(cost_FE) // cost_FE.shape[1]
     price_E, spread = np.zeros(cost_FE.shape[1]), cost_FE.std()
@@ -68,9 +69,8 @@ def balanced_assignment(cost_FE: np.ndarray) -> np.ndarray:
 
 
 def balanced_kmeans(x_FD: np.ndarray, num_clusters: int, seed: int, rounds: int = 10) -> np.ndarray:
-    """labels_F of k-means with clusters of F / E rows each: from scikit-learn's centres until no row moves, or for `rounds`.
-
-    A function of its arguments alone: the same seed gives the same clusters.
+    """labels_F of k-means with clusters of F / E rows each. Starts at scikit-learn's centres and ends when no row moves, or
+    after `rounds`. Deterministic: the same arguments give the same clusters.
     """
     centres_ED = KMeans(num_clusters, random_state=seed).fit(x_FD).cluster_centers_
     labels_F = None
@@ -89,8 +89,8 @@ SPLITS = ("kmeans", "random", "contiguous")
 def split_neurons(w_FD: Tensor, num_experts: int, split: str = "kmeans", seed: int = 0) -> Tensor:
     """neurons_EN: a partition of the F rows of the first linear's weight into E equal parts.
 
-    kmeans: neurons that read alike, by balanced k-means on the L2-normalised rows (MoEfication's parameter clustering);
-    random; contiguous (blocks). Deterministic under `seed`. ValueError if E does not divide F.
+    kmeans: neurons with similar input weights, by balanced k-means on the L2-normalised rows (MoEfication's parameter
+    clustering). random. contiguous: blocks. Deterministic for a `seed`. ValueError if E does not divide F.
     """
     size = len(w_FD)
     if size % num_experts:
@@ -113,7 +113,7 @@ def split_neurons(w_FD: Tensor, num_experts: int, split: str = "kmeans", seed: i
 
 
 class FFN(NamedTuple):
-    """last(activation(first(x))), or gated: last(activation(gate(x)) * first(x)). All have a bias, or none has."""
+    """last(activation(first(x))), or gated: last(activation(gate(x)) * first(x)). All linears have a bias, or none has."""
 
     first: nn.Linear
     last: nn.Linear
@@ -122,7 +122,7 @@ class FFN(NamedTuple):
 
 
 def gather_experts(ffn: FFN, neurons_EN: Tensor, bias_share: float = 1.0) -> Experts:
-    """Experts whose e-th is made of the neurons neurons_EN[e] of the FFN.
+    """Experts of which the e-th consists of the FFN's neurons neurons_EN[e].
 
     Each has `bias_share` times the last bias. The parameters are copies, on the FFN's device and in its dtype.
     """
@@ -145,14 +145,14 @@ def gather_experts(ffn: FFN, neurons_EN: Tensor, bias_share: float = 1.0) -> Exp
 def copy_ffn(ffn: FFN, num_experts: int) -> Experts:
     """E full copies of the FFN. Use them with weights that sum to 1: `MoELayer(..., scale=1.0)`.
 
-    CHOICE: the last bias stays whole. DynMoE's code divides it by K, so its layer differs from the dense one at the start.
+    CHOICE: the last bias stays whole. DynMoE's code divides it by K, so its layer does not start equal to the dense one.
     """
     neurons_F = torch.arange(ffn.first.out_features, device=ffn.first.weight.device)
     return gather_experts(ffn, neurons_F.expand(num_experts, -1))
 
 
 def split_ffn(ffn: FFN, num_experts: int, top_k: int, split: str = "kmeans", seed: int = 0) -> Experts:
-    """The FFN's neurons in E equal parts (`split_neurons`), each with 1/K of the last bias.
+    """The FFN's neurons in E parts of equal size (`split_neurons`), each with 1/K of the last bias.
 
     Use them with weights that sum to K: `MoELayer(..., scale=top_k)`. ValueError if E does not divide the neurons.
     """
@@ -165,7 +165,7 @@ def split_ffn(ffn: FFN, num_experts: int, top_k: int, split: str = "kmeans", see
 
 @dataclass(frozen=True)
 class MoESpec:
-    """What becomes of which layers. Saved as `moe` in config.json. Bad values raise ValueError."""
+    """Which layers become MoE layers, and of which kind. Saved as `moe` in config.json. Bad values raise ValueError."""
 
     layers: str = "10"  # of the encoder or language model, from 0: indices as "1,3,5" | every-second: 1,3,5,... | all
     num_experts: int = 8
@@ -173,16 +173,16 @@ class MoESpec:
     experts: str = "copy"  # copy | split
     split: str = "kmeans"  # kmeans | random | contiguous: how `experts="split"` groups the neurons
     router: str = "linear"  # linear (stgc.Router) | another of lab.moe.baselines.ROUTERS
-    num_clusters: int = 128  # router="embedding": of instructions
+    num_clusters: int = 128  # of instructions, for router="embedding"
     normalize: bool = True  # the K weights sum to 1 (split: to K) | off: they are the routing scores
-    seed: int = 0  # of the routers and the groups
+    seed: int = 0  # of the routers and of the split
 
     def __post_init__(self):
         kinds = {"layers": str, "num_experts": int, "top_k": int, "num_clusters": int, "normalize": bool, "seed": int}
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 like = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind.__name__}, as {like!r}")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind.__name__}, such as {like!r}")
         choices = {"experts": ("copy", "split"), "split": SPLITS, "router": (*baselines.ROUTERS,)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -192,9 +192,9 @@ class MoESpec:
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """The layers that "10", "1,3,5", "every-second" (1, 3, 5, ...) or "all" names, counted from 0, in order.
+    """The layers named by "10", "1,3,5", "every-second" (1, 3, 5, ...) or "all", counted from 0, in order.
 
-    ValueError for anything else, for an index outside of 0 to num_layers - 1 (it names the range), and for no layer at all.
+    ValueError for any other text, for an index outside of 0 to num_layers - 1, and for no layer at all.
     """
     if text == "all":
         return tuple(range(num_layers))
@@ -212,7 +212,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-# The Auto classes of transformers refuse a model type that they do not know: they must not fill in random FFNs.
+# Own model types, so that the Auto classes of transformers refuse the model: they would fill in random FFNs.
 class MoefiedBertConfig(BertConfig):
     model_type = "moefied-bert"
 
@@ -249,10 +249,10 @@ MOEFIED = {config.model_type.removeprefix("moefied-"): config for config in MOEF
 
 
 def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
-    """The spec with its layers as indices, once it is known to fit a model of this config. No weights are needed for that.
+    """Checks that the spec fits a model with this config, and returns it with its layers as indices. Needs no weights.
 
     The layers of a LLaVA are those of its language model. ValueError for a model that is neither BERT-like nor a LLaVA, a
-    BERT as a decoder, a chunked FFN, layers out of range, or a split that is not even.
+    BERT that is a decoder, a chunked FFN, layers out of range, or a split into unequal parts.
     """
     kind = getattr(config, "model_type", None)
     if kind not in MOEFIED:
@@ -263,7 +263,7 @@ def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
         raise ValueError(f"this {kind} is a decoder (is_decoder=True), and its causal mask hides padding; only encoders fit")
     if getattr(config, "chunk_size_feed_forward", 0):
         raise ValueError(
-            f"chunk_size_feed_forward={config.chunk_size_feed_forward} cuts a batch before the router: set it to 0"
+            f"chunk_size_feed_forward={config.chunk_size_feed_forward} splits a batch before the router: set it to 0"
         )
     if spec.experts == "split":
         split_neurons(torch.empty(text.intermediate_size, 0), spec.num_experts, "contiguous")
@@ -271,7 +271,7 @@ def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
 
 
 def spec_of(config: PreTrainedConfig, model_flag: str, **options) -> MoESpec:
-    """The spec of these options, checked against the dense model's config. UserError names a script's flag."""
+    """The spec with these options, checked against the dense model's config. UserError names the flag."""
     try:
         return check_spec(MoESpec(**options), config)
     except ValueError as error:
@@ -285,9 +285,9 @@ MASKED = -1e3  # an additive mask below this hides a position in every dtype: ex
 
 
 def keep_mask(attention_mask: Tensor) -> Tensor:
-    """keep_BL, True for real tokens, from what a layer of transformers 5 hands to its attention.
+    """keep_BL, True for real tokens, from the mask that a layer of transformers 5 gives to its attention.
 
-    sdpa: (B, 1, L, L), True where a query attends to a key. eager: the same as a float that is added to the scores. flash:
+    sdpa: (B, 1, L, L), True where a query attends to a key. eager: the same, as floats that are added to the scores. flash:
     (B, L), True for tokens. A token that no query attends to is padding. ValueError for other masks (flex_attention).
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
@@ -299,10 +299,11 @@ def keep_mask(attention_mask: Tensor) -> Tensor:
 
 
 class PassMask:
-    """Forward pre-hook of a layer's attention that tells the MoE layer behind it which tokens are padding.
+    """Forward pre-hook of a layer's attention that passes the padding mask to the MoE layer behind it.
 
-    On the attention, not on the layer: transformers checkpoints a layer's `forward`, and a recomputation would not run the
-    layer's own hooks. An object that holds its MoE layer, so that copies and pickles of a model refer to their own.
+    It is on the attention, not on the layer: transformers checkpoints a layer's `forward`, and a recomputation would skip
+    the layer's own hooks. It is an object with a reference to its MoE layer, so a copy of a model refers to the copied
+    layer.
     """
 
     def __init__(self, layer: MoELayer):
@@ -315,7 +316,7 @@ class PassMask:
             mask = keep_mask(mask)
             if mask.shape[1] < x_BLD.shape[1]:
                 raise ValueError(f"attention mask for {mask.shape[1]} tokens, layer with {x_BLD.shape[1]}")
-            mask = mask[:, -x_BLD.shape[1] :].expand(x_BLD.shape[:2])  # before them: a cache, or a prefix
+            mask = mask[:, -x_BLD.shape[1] :].expand(x_BLD.shape[:2])  # tokens before these: a cache, or a prefix
         self.layer.mask = mask
 
 
@@ -323,10 +324,10 @@ class PassMask:
 
 
 def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
-    """The MoE layer of a spec for an FFN, on its device and in its dtype.
+    """The MoE layer for an FFN under a spec, on the FFN's device and in its dtype.
 
-    The router's numbers come from torch's default generator on the CPU, so that a seed means the same on every device. For
-    `split` a linear router starts as MoEfication's parameter centres: each part's mean of normalised rows.
+    The router is drawn from torch's default generator on the CPU, so a seed gives the same router on every device. For
+    `split` a linear router starts at MoEfication's parameter centres: the mean of the normalised rows of each part.
     """
     shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters)
     router = baselines.make_router(spec.router, *shape, device="cpu", dtype=torch.float32).to(ffn.first.weight)
@@ -347,7 +348,7 @@ DECODER_FFNS = (  # names of first, last, activation and gate in the `mlp` of a 
 
 
 def decoder_ffn(layer: nn.Module) -> FFN:
-    """The FFN of a decoder's layer. ValueError where it is none of those we know."""
+    """The FFN of a decoder's layer. ValueError for an unknown kind."""
     mlp = getattr(layer, "mlp", None)
     for names in DECODER_FFNS:
         parts = [getattr(mlp, name, None) for name in names if name]
@@ -358,8 +359,8 @@ def decoder_ffn(layer: nn.Module) -> FFN:
 
 
 def install(model: PreTrainedModel, spec: MoESpec) -> None:
-    """Replace the FFN of each layer of a checked spec; dropout, residual and LayerNorm of the library stay as they are."""
-    with torch.random.fork_rng(devices=[]):  # only the CPU's generator is used, and torch's global state is left alone
+    """Replaces the FFN in each layer of a checked spec. The library's dropout, residual and LayerNorm stay unchanged."""
+    with torch.random.fork_rng(devices=[]):  # the routers use the CPU's generator; its state is restored
         torch.default_generator.manual_seed(spec.seed)
         for i in parse_layers(spec.layers, model.config.get_text_config().num_hidden_layers):
             if isinstance(model.config, LlavaConfig):
@@ -377,20 +378,21 @@ def install(model: PreTrainedModel, spec: MoESpec) -> None:
 
 
 def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
-    """Turn layers of a BERT-like encoder, with any head, or of a LLaVA's language model into MoE layers, in place.
+    """Turns layers of a BERT-like encoder, with any head, or of a LLaVA's language model into MoE layers, in place.
 
-    Padding is taken from the attention mask and not routed. With `copy` and normalised weights the model computes what it
-    computed before. Returns the model; its config becomes one of its own that records the spec as `moe`. Raises what
-    `check_spec` raises.
+    Padding is known from the attention mask and is not routed. With `copy` and normalised weights the model's outputs do not
+    change. Returns the model. It gets a config of its own, with the spec as `moe`. Raises the errors of `check_spec`.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no model of transformers; supported model types: {', '.join(MOEFIED)}")
+        raise ValueError(
+            f"{type(model).__name__} is not a model of transformers; supported model types: {', '.join(MOEFIED)}"
+        )
     dense = model.config
     spec = check_spec(spec, dense)
     install(model, spec)
-    config = copy.deepcopy(dense)  # another model may share the old one
+    config = copy.deepcopy(dense)  # another model may share the old config
     config.__class__ = MOEFIED[dense.model_type]
-    config.model_type = config.__class__.model_type  # one that was read from a file has the old one as its own attribute
+    config.model_type = config.__class__.model_type  # a config read from a file has the old type as its own attribute
     config.moe = asdict(spec)
     for module in model.modules():
         if getattr(module, "config", None) is dense:
@@ -402,10 +404,10 @@ def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
 
 
 def load_moefied(folder: str | Path) -> PreTrainedModel:
-    """A moefied model from a local folder that its `save_pretrained` wrote: same class, tensors and dtypes, in eval mode.
+    """A moefied model from a folder that `save_pretrained` wrote: same class, tensors and dtypes, in eval mode.
 
-    Reads config.json and model.safetensors and nothing else. One-line ValueError for a folder that is missing, damaged, or
-    of something else.
+    Reads only config.json and model.safetensors. One-line ValueError if the folder is missing, damaged, or of another kind
+    of model.
     """
     folder = Path(folder)
     try:
@@ -419,18 +421,18 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         model_class = getattr(transformers, (saved["architectures"] or ["none"])[0], None)
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             raise ValueError(f"its architecture, {saved['architectures']}, is not in transformers")
-        with no_init_weights():  # every one is read; drawing random ones first would take most of the time
+        with no_init_weights():  # all weights are read: drawing random ones first would take most of the time
             model = model_class(config)
         model.tie_weights()
-        install(model, replace(spec, split="contiguous"))  # which neuron went where is in the weights
+        install(model, replace(spec, split="contiguous"))  # the weights are in their final order already
         own = model.state_dict(keep_vars=True)
         saved_tensors = load_file(folder / "model.safetensors")
-        if any("language_model.model." in name for name in saved_tensors):  # of transformers before 5
+        if any("language_model.model." in name for name in saved_tensors):  # written by transformers before 5
             raise ValueError("its tensors have other names: use save_pretrained(folder, save_original_format=False)")
         for name, value in saved_tensors.items():
             if name in own:
                 own[name].data = own[name].data.to(value.dtype)
-        load_model(model, folder / "model.safetensors")  # strict; copies, so the file may be replaced later
+        load_model(model, folder / "model.safetensors")  # strict; it copies, so the file may be replaced later
     except (
         OSError,
         ValueError,
@@ -447,8 +449,8 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
 
 
 def load_either(folder: Path, dense_class: type) -> PreTrainedModel:
-    """A moefied model, or a dense one of `dense_class` (of transformers), from this folder alone, in eval mode. Whatever its
-    damage raises, ValueError where weights are missing, which transformers would draw at random."""
+    """A moefied model, or a dense one of `dense_class` (of transformers), from this folder only, in eval mode. ValueError if
+    weights are missing, which transformers would draw at random; other damage raises what the libraries raise."""
     if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
         return load_moefied(folder)
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
@@ -462,14 +464,14 @@ def load_either(folder: Path, dense_class: type) -> PreTrainedModel:
 
 
 class Parameters(NamedTuple):
-    """How many numbers a model has, and how many of them one token meets (embedding tables count as met)."""
+    """The number of a model's parameters, and of those that one token uses (embedding tables count as used)."""
 
     total: int
     active: int
 
 
 def count_parameters(model: nn.Module) -> Parameters:
-    """Total, and active per token: without the experts that Top-K leaves out of an `stgc.MoELayer`. Tied ones count once."""
+    """Total, and active per token, which excludes the experts that Top-K leaves out. Tied parameters count once."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in model.modules():

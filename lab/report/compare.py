@@ -1,13 +1,13 @@
-"""Variants side by side, from records alone: paired differences over seeds, and the paper's table with ours below.
+"""Comparison of variants, from records alone: paired differences over seeds, and the paper's table with our rows below.
 
-A seed fixes the data order and the initial weights, so variants are compared seed by seed, in a 95 % t-interval of the mean
-difference. Each interval stands alone: of twenty, one misses by chance. All functions take `select`:
+A seed fixes the data order and the initial weights, so variants are compared seed by seed, by a 95 % t-interval of the mean
+difference. The intervals are not corrected for their number: one of twenty misses by chance. All functions take `select`:
 
   best   the best epoch on dev, and per variant the learning rate whose best epochs have the highest mean score. This is how
-         the published rows were made. It picks the luckiest of several on the set it is then measured on, so it flatters.
-  last   the last epoch. Nothing is selected: several learning rates are rows of their own, each against its own baseline.
+         the published rows were made. It selects on the set that it reports, so it is biased upward.
+  last   the last epoch. Nothing is selected: each learning rate has its own rows, with its own baseline.
 
-Runs that were measured once, at their end, on test data, have no `best`: for their records there is only `last`.
+Runs that were measured only once, at their end, on test data, have no `best`: their records support only `last`.
 """
 
 from math import sqrt
@@ -19,7 +19,7 @@ from scipy.stats import t as student
 from lab.report.readme import spread
 
 BASELINE = "none"
-FIRST = ("dense", BASELINE)  # the rows that come before the others
+FIRST = ("dense", BASELINE)  # the rows at the top
 COLUMNS = {"cola": "CoLA", "mrpc": "MRPC", "qnli": "QNLI", "mnli": "MNLI", "rte": "RTE"}
 PUBLISHED = {  # the paper's GLUE table: the five columns, then Avg
     "MoE-8Top2 (DynMoE's)": (64.5, 90.2, 92.4, 86.7, 74.9, 81.7),
@@ -30,10 +30,10 @@ PUBLISHED = {  # the paper's GLUE table: the five columns, then Avg
 
 
 class Paired(NamedTuple):
-    """Another variant minus the baseline, over the seeds that both have."""
+    """A variant minus the baseline, over the seeds that both have."""
 
     mean: float
-    low: float | None  # 95 % t-interval; None where the seeds give none
+    low: float | None  # 95 % t-interval; None if the seeds give none
     high: float | None
     wins: int
     ties: int
@@ -47,11 +47,11 @@ class Paired(NamedTuple):
 
 
 def paired(baseline: dict[int, float], other: dict[int, float]) -> Paired:
-    """seed -> score of two variants, in any unit, as the mean of their differences and its interval.
+    """The mean difference of two variants and its interval. Both are given as seed -> score, in any unit.
 
-    Differences below 1e-9 are ties. One seed gives no interval; nor do several whose differences are equal and not 0:
-    dev scores come in steps of one example, so a spread of 0 is chance and would make any gap certain. All ties are the
-    interval [0, 0]. ValueError where no seed is shared.
+    Differences below 1e-9 are ties. One seed gives no interval. Several seeds with equal differences other than 0 give none
+    either: dev scores change in steps of one example, so a spread of 0 is chance and would make any difference look
+    certain. If all are ties, the interval is [0, 0]. ValueError if no seed is shared.
     """
     shared = sorted(baseline.keys() & other.keys())
     if not shared:
@@ -68,13 +68,13 @@ def paired(baseline: dict[int, float], other: dict[int, float]) -> Paired:
 
 
 class Row(NamedTuple):
-    """One variant as it is printed: all its seeds, at one learning rate."""
+    """A row of a table: all seeds of a variant at one learning rate."""
 
     variant: str
     lr: float
-    label: str  # the variant, with its rate where the record tried several
+    label: str  # the variant, with its learning rate if the record has several
     scores: dict[int, dict[str, float]]  # seed -> metrics in [0, 1], Matthews in [-1, 1]
-    collapsed: set[int]  # seeds that answer one class
+    collapsed: set[int]  # seeds whose model predicts only one class
 
     def of(self, metric: str) -> dict[int, float]:
         """seed -> the metric in %."""
@@ -82,21 +82,21 @@ class Row(NamedTuple):
 
 
 def in_order(variants) -> list[str]:
-    """Each variant once: `dense` and the baseline, then the others as they come."""
+    """Each variant once: `dense` and the baseline first, then the others in the given order."""
     return sorted(dict.fromkeys(variants), key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 def has_best(record: dict) -> bool:
-    """Whether the runs chose a best epoch, on dev; without one they were measured on test data, once."""
+    """Whether the runs selected a best epoch on dev. Otherwise they were measured once, on test data."""
     return all("best" in run for run in record["runs"])
 
 
 def select_rows(record: dict, select: str) -> list[Row]:
     """The rows of a record; see the module's docstring for `select`.
 
-    `best` chooses among the rates with the most of the variant's seeds (all of them, unless runs are missing); of equal
-    ones the lowest. `last` orders by rate first. ValueError for another `select`, `best` where a run has none, no runs, or a
-    run that is there twice.
+    `best` selects among the learning rates with the most seeds of the variant (all rates, unless runs are missing), and the
+    lowest of equal ones. `last` sorts by rate first. ValueError for an unknown `select`, for `best` if a run has none, for
+    no runs, and for a run that occurs twice.
     """
     if select not in ("best", "last"):
         raise ValueError(f"select={select!r}: use best or last")
@@ -124,9 +124,8 @@ def select_rows(record: dict, select: str) -> list[Row]:
 
 
 def metric_names(record: dict) -> list[str]:
-    """The task's metrics; `score`, their mean, only where it is not one of them (accuracy of RTE, or matched of MNLI).
-
-    An entry that is no number is none of them.
+    """The task's metrics. `score`, their mean, is included only if it differs from all of them: for RTE it is the accuracy,
+    for MNLI the matched accuracy. Entries that are not numbers are left out.
     """
     entries = [run[select] for run in record["runs"] for select in ("best", "last") if select in run]
     names = [name for name, value in entries[0].items() if isinstance(value, (int, float))]
@@ -135,7 +134,7 @@ def metric_names(record: dict) -> list[str]:
 
 
 def layout(lines: list[list[str]]) -> str:
-    """Cells as aligned columns; the first line is the header. Empty columns are left out."""
+    """Aligns cells in columns. The first line is the header. Empty columns are left out."""
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     lines = [list(line) for line in zip(*columns, strict=True)]
     widths = [max(map(len, column)) for column in columns]
@@ -145,8 +144,8 @@ def layout(lines: list[list[str]]) -> str:
 def comparison_table(record: dict, select: str = "best") -> str:
     """Per metric and variant, in %: mean ± sample standard deviation, difference from `none`, seeds won, verdict.
 
-    The line above the table says which selection it prints. Differences are left out where there is nothing to compare
-    with: no `none`, no other variant, no shared seed.
+    The line above the table names the selection. Differences need `none`, another variant and a shared seed; otherwise they
+    are left out.
     """
     rows = select_rows(record, select)
     bases = [row for row in rows if row.variant == BASELINE]  # under `last` one per learning rate
@@ -171,17 +170,17 @@ def comparison_table(record: dict, select: str = "best") -> str:
 
 
 def seeds_note(record: dict) -> list[str]:
-    """What to print below a comparison whose differences have no spread; nothing below others."""
+    """A note below a comparison that has only one seed; empty for others."""
     seeds, variants = ({run[key] for run in record["runs"]} for key in ("seed", "variant"))
     few = len(seeds) == 1 < len(variants)
     return ["one seed: any difference above may be chance; --seeds 0 1 2 gives it an interval"] if few else []
 
 
 def paper_table(records: list[dict], select: str = "best") -> str:
-    """The paper's GLUE table, published rows first, ours below; scores in % (Matthews, mean of accuracy and F1, accuracy).
+    """The paper's GLUE table: published rows, then ours. Scores in % (Matthews, mean of accuracy and F1, accuracy).
 
-    A task without a record of all its data is "-", and so is Avg then. Records of other or partial data (qnli-12k, toy-rte;
-    `--max-train-samples`) are listed below it with their scores. ValueError where two records would fill the same column.
+    A task without a record on all its data is "-", and then Avg is, too. Records of other or partial data (qnli-12k,
+    toy-rte, `--max-train-samples`) are listed below with their scores. ValueError if two records would fill the same column.
     """
     ours: dict[str, dict[str, list[float]]] = {}  # row -> task -> scores
     notes: dict[bool, list[str]] = {True: [], False: []}
@@ -209,5 +208,5 @@ def paper_table(records: list[dict], select: str = "best") -> str:
     text += ["Published: BERT-large, best epoch and learning rate on dev; a std published there is the population one."]
     text += [f"Ours: {how}; ± is the sample std.", "", *notes[True]]
     if notes[False]:
-        text += ["", "Other or partial data, not to be held against these columns:", "", *notes[False]]
+        text += ["", "Other or partial data, not comparable with these columns:", "", *notes[False]]
     return "\n".join(text).rstrip()

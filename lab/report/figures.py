@@ -1,11 +1,11 @@
-"""Figures drawn from a run's records alone.
+"""Figures, drawn only from the records of runs.
 
   python -m lab.report.figures FOLDER              draws a run's figures again
   python -m lab.report.figures FOLDER FOLDER ...   several runs side by side, as comparison.png in their common parent folder
   python -m lab.report.figures --idea FILE.png     the picture of README.md, which shows no run
   python -m lab.report.figures --tutorial FOLDER   the pictures of tutorial.md, which show no run
 
-Variants differ by line style and marker as well as by colour, so that a grey print stays readable.
+Variants differ in line style and marker as well as in colour, so that a grey print stays readable.
 """
 
 import argparse
@@ -37,7 +37,8 @@ PANELS = [
     ("load", "share of pairs\non the busiest expert"),
     ("eval_score", "dev score"),
 ]
-SHADES = ["#ffffff", "#9ecae1", "#fdd49e", "#6a8caf", "#d9d9d9", "#c994c7", "#a1d99b", "#8c8c8c"]  # of experts: black on all
+# of experts; black text is readable on each
+SHADES = ["#ffffff", "#9ecae1", "#fdd49e", "#6a8caf", "#d9d9d9", "#c994c7", "#a1d99b", "#8c8c8c"]
 HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
 MARKS = {True: ("\u2713 right", "-", "#2e86ab", 1.2), False: ("\u2717 wrong", (0, (4, 2)), "#d1495b", 2.6)}
 
@@ -52,7 +53,7 @@ def read_curves(folder: Path) -> dict[str, list[list[dict]]]:
 
 
 def value_of(line: dict, key: str) -> float | None:
-    """A plotted value of a log line; `load` is the busiest expert's share, averaged over the MoE layers."""
+    """A plotted value of a log line. `load` is the share of the busiest expert, averaged over the MoE layers."""
     if key != "load":
         return line.get(key)
     loads = [max(layer["load"]) for layer in line.get("layers", []) if "load" in layer]
@@ -66,15 +67,16 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """Mean over a moving window of a twentieth of the run: single batches are too noisy to read."""
+    """Moving average over a twentieth of the run, since single batches are noisy."""
     window = max(1, len(values) // 20)
     padded = np.pad(np.asarray(values, dtype=float), (window // 2, window - 1 - window // 2), mode="edge")
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 
 
 def plot_run(folder: Path, title: str) -> Path:
-    """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, a thick one for
-    the mean of each variant's seeds. What no run has logged gets no panel. Returns the path of the PNG, `curves.png`."""
+    """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, and a thick line
+    for the mean over a variant's seeds. Values that no run has logged get no panel. Returns the path of the PNG,
+    `curves.png`."""
     curves = read_curves(folder)
     lines = [line for runs in curves.values() for lines in runs for line in lines]
     panels = [panel for panel in PANELS if panel[0] == "loss" or any(value_of(line, panel[0]) is not None for line in lines)]
@@ -104,14 +106,14 @@ def plot_run(folder: Path, title: str) -> Path:
 
 
 def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> Path:
-    """A panel per record: a point per seed over its variants, the points of a seed joined by a thin line, since variants are
-    compared seed by seed; a short bar at each variant's mean; hollow where a run collapsed. `select`: see `compare`.
-    Under `last` rows of several learning rates stand side by side, joined within a rate. Scores are of dev where best epochs
-    were chosen on it, else of test. Writes folder/comparison.png."""
+    """One panel per record, with a point per variant and seed. A thin line joins the points of a seed, since variants are
+    compared seed by seed. A short bar marks the mean of a variant, a hollow point a collapsed run. `select`: see `compare`.
+    Under `last`, several learning rates are side by side, with lines within a rate. Scores are on dev if best epochs were
+    selected there, otherwise on test. Writes folder/comparison.png."""
     what = "dev" if any(map(has_best, records)) else "test"
     panels = [select_rows(record, select) for record in records]
     widths = [1 + 0.75 * len(rows) for rows in panels]
-    size = (2.2 + sum(widths), 3.6)  # the legend stands to the right
+    size = (2.2 + sum(widths), 3.6)  # plus the legend at the right
     figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False, constrained_layout=True)
     seeds = sorted({seed for rows in panels for row in rows for seed in row.scores})
     styles = dict(zip(seeds, cycle(STYLES)))
@@ -147,9 +149,9 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> 
 
 
 def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str = "") -> Path:
-    """Where tokens go, from lab.vision.routes.summary: a row per modality, pictures first. Left a bar per MoE layer, divided
-    into the experts' shares of first choices; right the most frequent pathways. `names`: the layers', in their order; None
-    counts them from 0."""
+    """Where tokens go, from lab.vision.routes.summary: one row per modality, pictures first. Left: one bar per MoE layer,
+    divided into the experts' shares of first choices. Right: the most frequent pathways. `names`: names of the layers, in
+    order; None numbers them from 0."""
     names = names or [f"layer {i}" for i in range(len(summary["layers"]))]
     if not summary["modalities"]:
         raise ValueError("no token's route was recorded")
@@ -169,7 +171,7 @@ def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str =
         for e, face, hatch in zip(experts, cycle(SHADES), cycle(HATCHES)):
             bars = {"color": face, "hatch": hatch, "edgecolor": "#1b1b1b", "linewidth": 0.8, "label": f"expert {e}"}
             left.bar(range(len(names)), share_ME[:, e], 0.72, start_ME[:, e], **bars)
-            for x in np.flatnonzero(share_ME[:, e] >= 0.07):  # below there is no room
+            for x in np.flatnonzero(share_ME[:, e] >= 0.07):  # smaller shares have no room for a label
                 middle, box = start_ME[x, e] + share_ME[x, e] / 2, {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
                 left.text(x, middle, f"{100 * share_ME[x, e]:.0f}", ha="center", va="center", fontsize=9, bbox=box)
         for e in experts[1:]:
@@ -198,23 +200,25 @@ def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str =
 
 
 def cut(mark: str, text: str, lines: int) -> list[str]:
-    """A text behind a mark, wrapped for a cell of a sheet, in so many lines at most."""
+    """A mark and a text, wrapped for a cell of a sheet and cut after `lines` lines."""
     whole = " ".join([mark, *text.split()])
     return textwrap.wrap(whole, 34, subsequent_indent="   ", max_lines=lines, placeholder=" \u2026")
 
 
 def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
-    """Test pictures (uint8, or floats in [0, 1]), each with its kind, question, the model's answer, and the right one where
-    that is wrong. rows: dicts of question, answer, expected, right, kind, and `image`, the picture's number or None; without
-    that, they go in step. Right and wrong differ by symbol and frame as well as by colour; long texts are cut."""
+    """Test pictures (uint8, or floats in [0, 1]), each with its kind, question, the model's answer, and the expected answer
+    if the model is wrong. rows: dicts with question, answer, expected, right, kind and optionally `image`, the picture's
+    number or None; without it, row i has picture i. Right and wrong differ in symbol, frame and colour. Long texts are
+    cut."""
     if not rows or not all("image" in row for row in rows) and len(images_N3SS) != len(rows):
-        raise ValueError(f"{len(images_N3SS)} pictures for {len(rows)} rows: a sheet needs rows, and to know their pictures")
+        raise ValueError(f"{len(images_N3SS)} pictures for {len(rows)} rows: give each row a picture, or `image`")
     texts = []
     for row in rows:
         lines = [*cut("Q:", row["question"].replace("<image>", ""), 4), *cut("A:", row["answer"], 3)]
         texts.append(lines + ([] if row["right"] else cut("Right:", row["expected"], 3)))
     columns = min(4, len(rows))
-    wide, head, side, deep = 2.45, 0.4, 1.8, 0.25 + 0.172 * max(map(len, texts))  # inches: a cell, and its parts downwards
+    wide, head, side = 2.45, 0.4, 1.8  # inches: a cell's width, the height of its title, the side of its picture
+    deep = 0.25 + 0.172 * max(map(len, texts))  # the height of its text
     tall = head + side + deep
     shape = (-(-len(rows) // columns), columns)
     figure, axes = plt.subplots(*shape, figsize=(wide * shape[1], tall * shape[0]), squeeze=False)
@@ -242,7 +246,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
 
 
 def draw_idea(path: Path) -> None:
-    """The method in one picture: gradients of the tokens on one expert, their mean, and which of them conflict with it."""
+    """Draws the method: gradients of the tokens on one expert, their mean, and those that conflict with it."""
     rng = np.random.default_rng(3)
     angles = np.concatenate([rng.normal(0.55, 0.45, 9), [2.45, 2.9, -1.75]])
     grads = rng.uniform(0.55, 1.0, len(angles))[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -277,7 +281,7 @@ def draw_idea(path: Path) -> None:
     plt.close(figure)
 
 
-SIX_TOKENS = {  # of tutorial.md, section 6: expert -> token -> gradient
+SIX_TOKENS = {  # the example of tutorial.md, section 6: expert -> token -> gradient
     0: {"a": (3, 4), "b": (3, -4), "c": (4, -3), "d": (-4, 3)},
     1: {"e": (0, 10), "f": (3, -4)},
 }
@@ -289,7 +293,7 @@ def draw_arrow(axis, end, **style) -> None:
 
 
 def draw_six_tokens(path: Path) -> None:
-    """The tutorial's six tokens: their gradients on each expert, the mean, and which of them conflict with it."""
+    """Draws the tutorial's six tokens: their gradients on each expert, the mean, and those that conflict with it."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), constrained_layout=True)
     for axis, (expert, grads) in zip(axes, SIX_TOKENS.items(), strict=True):
         mean = np.mean(list(grads.values()), axis=0)
@@ -300,8 +304,8 @@ def draw_six_tokens(path: Path) -> None:
             colour, style = ("#d1495b", (0, (4, 2))) if cosine < 0 else ("#2e86ab", "-")
             draw_arrow(axis, grad, color=colour, linestyle=style, linewidth=1.8)
             text = {"ha": "center", "va": "center", "fontsize": 11, "color": colour}
-            beside = np.array(grad) * (1 + 1.25 / np.linalg.norm(grad)) + np.array([0.55 * np.sign(grad[0]), 0])
-            axis.text(*beside, f"{name}\n{cosine:.2f}", linespacing=0.95, **text)
+            place = np.array(grad) * (1 + 1.25 / np.linalg.norm(grad)) + np.array([0.55 * np.sign(grad[0]), 0])
+            axis.text(*place, f"{name}\n{cosine:.2f}", linespacing=0.95, **text)
         draw_arrow(axis, mean, color="#1b1b1b", linewidth=4.5)
         axis.text(*(mean + (0.35, 0.35)), "mean", fontsize=11, weight="bold")
         axis.set(xlim=(-7, 7), ylim=(-7, 12), aspect="equal", title=f"expert {expert}: gradients, cosines with the mean")
@@ -315,7 +319,8 @@ def draw_six_tokens(path: Path) -> None:
 
 
 def pushes(p: np.ndarray) -> dict[str, np.ndarray]:
-    """How hard three losses push the logit of a token's expert down, at its score p; 4 experts, the others' logits equal."""
+    """How strongly three losses push down the logit of a token's expert, at its score p. 4 experts; the other logits are
+    equal."""
     return {
         "CE(-z, e): eq. 8, 14": 1 - 1 / (1 + 9 * p / (1 - p)),  # 1 - softmax(-z)_e; exp(z_e - others) is 3p / (1 - p)
         "squared score: eq. 13": 2 * p**2 * (1 - p),
@@ -324,7 +329,7 @@ def pushes(p: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def draw_push(path: Path) -> None:
-    """`pushes` over all scores."""
+    """Draws `pushes` over the scores."""
     p = np.linspace(0.001, 0.999, 400)
     places = [(0.55, 0.86), (0.42, 0.08), (0.55, 0.49)]
     figure, axis = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
@@ -339,7 +344,7 @@ def draw_push(path: Path) -> None:
 
 
 def draw_taps(path: Path) -> None:
-    """An MoE layer from left to right, the backward from right to left, and the two taps where gradients are looked at."""
+    """Draws an MoE layer from left to right, the backward from right to left, and the two taps where gradients are read."""
     figure, axis = plt.subplots(figsize=(11, 3.3), constrained_layout=True)
     names = ["tokens x", "router:\nTop-K", "sort pairs\nby expert", "first\nlinear", "act", "last\nlinear", "times\nweight"]
     names += ["add up", "main\nloss"]

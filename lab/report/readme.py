@@ -1,6 +1,6 @@
-"""The tables of README.md, from the records in results/: `python -m lab.report` writes them anew between their marks.
+"""The tables of README.md, from the records in results/: `python -m lab.report` writes them again between their marks.
 
-A gap within the spread is no difference: no cell is emphasised, and what collapsed or failed stays in the table.
+A gap within the spread is reported as no difference. No cell is emphasised, and collapsed runs stay in the table.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 from lab.run.runs import ROOT
 from lab.vision.instructions import KINDS
 
-RENAMED = {"lab.peer": "lab.bench.peer"}  # modules that a record's command names as they were called then
+RENAMED = {"lab.peer": "lab.bench.peer"}  # old name of a module in recorded commands -> its name now
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -20,7 +20,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def score_rows(record: dict) -> list[dict]:
-    """One row per variant and learning rate of a run's record; scores in %."""
+    """One row per variant and learning rate of a record. Scores in %."""
     rows, rates = [], {run["lr"] for run in record["runs"]}
     for variant, lr in dict.fromkeys((run["variant"], run["lr"]) for run in record["runs"]):
         runs = [run for run in record["runs"] if (run["variant"], run["lr"]) == (variant, lr)]
@@ -36,7 +36,7 @@ def score_rows(record: dict) -> list[dict]:
 
 
 def merge(records: list[dict]) -> list[dict]:
-    """Records that differ in seeds and folder only become one, with the runs of all."""
+    """Merges records that differ only in seeds and folder."""
     merged: dict[str, dict] = {}
     for record in records:
         apart = ("seeds", "output_dir", "overwrite", "resume")
@@ -53,13 +53,13 @@ def fold(title: str, lines: list[str]) -> list[str]:
 
 
 def folded(commands: list[str]) -> str:
-    """The commands that made a table, folded away."""
+    """The commands that made a table, in a fold."""
     return "\n".join(fold("the commands", [f"    {one}" for one in commands])[:-1])
 
 
 def results_table(records: list[dict]) -> str:
-    """Markdown: dev scores of recorded runs, and the commands that made them. What compares variants on real data comes
-    first; single variants and toys are folded away."""
+    """Markdown: dev scores of recorded runs, and the commands that made them. Comparisons on real data come first. Single
+    variants and toys are in a fold."""
     head = ["| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |", "| --- " * 7 + "|"]
     shown, hidden, commands = [], [], []
     for record in merge(records):
@@ -79,7 +79,7 @@ def results_table(records: list[dict]) -> str:
 
 
 def bench_table(record: dict) -> str:
-    """Markdown: step time and memory against the variant that the record calls its base."""
+    """Markdown: step time and memory relative to the base of the record."""
     lines = ["| variant | step time | middle half of the rounds | peak memory |", "| --- | --- | --- | --- |"]
     for name, row in record["variants"].items():
         low, high = row["ratio_quartiles"]
@@ -88,7 +88,7 @@ def bench_table(record: dict) -> str:
 
 
 def peer_table(record: dict) -> str:
-    """Markdown: samples per second of training beside transformers' Trainer."""
+    """Markdown: samples per second of training, and their ratio to transformers' Trainer."""
     lines = ["| loop | samples per second, median | against the Trainer, median and each round |", "| --- | --- | --- |"]
     for name, ratio in record["ratio"].items():
         rounds = ", ".join(f"{row[name] / row['Trainer, dense']:.2f}" for row in record["rounds"])
@@ -97,7 +97,8 @@ def peer_table(record: dict) -> str:
 
 
 def lvlm_table(records: list[dict]) -> str:
-    """Markdown: exact match in % of the toy LVLM over seeds, stage II and its blind baselines above stage III's variants."""
+    """Markdown: exact match of the toy LVLM in %, over seeds: stage II, its blind baselines, then the variants of stage
+    III."""
     names = {"score": "all", **{kind: kind for kind in KINDS}, "vqa, clean": "clean vqa"}
     lines = [f"| run | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
     for record in merge(records):
@@ -113,7 +114,7 @@ def lvlm_table(records: list[dict]) -> str:
 
 
 def sections() -> dict[str, str]:
-    """Marker -> generated text."""
+    """Mark -> generated text."""
     found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").rglob("results.json"))]
     pictures = [record for record in found if "stages" in record]
     texts = {"results": results_table([record for record in found if "stages" not in record])}
@@ -127,7 +128,7 @@ def sections() -> dict[str, str]:
 
 
 def render(readme: str) -> str:
-    """README.md with each generated section, between <!-- NAME --> and <!-- /NAME -->, as results/ has it."""
+    """README.md with every generated section, between <!-- NAME --> and <!-- /NAME -->, made from results/."""
     for name, text in sections().items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if start in readme:
@@ -141,4 +142,4 @@ def main() -> None:
     path = ROOT / "README.md"
     before = path.read_text()
     path.write_text(render(before))
-    print(f"{'as it was' if path.read_text() == before else 'written'}: {path}")
+    print(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")

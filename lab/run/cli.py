@@ -12,19 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
-GO_ON = "the same command with --resume goes on"
+CONTINUE = "the same command with --resume continues"
 
 
 class UserError(Exception):
-    """Bad input. The message names the flag and the fix; the script prints it as one line and exits with 2."""
+    """Bad input. The message names the flag and the fix. The script prints it as one line and exits with code 2."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on (a loss that is NaN). The message names the step and a way out; exit code 1."""
+    """A run that cannot continue, such as one with a NaN loss. The message names the step and the fix. Exit code 1."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. The message says what is saved and how to go on; exit code 130."""
+    """Ctrl-C or SIGTERM. The message says what is saved and how to continue. Exit code 130."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown where there is one to show, and the description's line breaks kept."""
+    """Shows a default where there is one, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         hidden = action.default is None or action.default is False or action.default == []
@@ -62,8 +62,8 @@ def number(convert: type, low: float, high: float | None = None) -> Callable[[st
 
 
 def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
-    """Runs a script's main; bad input, failures and Ctrl-C become one line on stderr (of one process) and an exit code.
-    `resumes`: it trains, and the same command with --resume goes on."""
+    """Runs a script's main. Bad input, failures and Ctrl-C become an exit code and one line on stderr, from one process.
+    `resumes`: the script trains, and the same command with --resume continues."""
     try:
         main()
         return
@@ -76,22 +76,22 @@ def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
-        line, code = f"stopped: {error}; free the disk{', then ' + GO_ON if resumes else ''}", FAILED
+        line, code = f"stopped: {error}; free the disk{', then ' + CONTINUE if resumes else ''}", FAILED
     except KeyboardInterrupt:
-        line, code = f"interrupted{'; finished runs are kept, ' + GO_ON if resumes else ''}", INTERRUPTED
+        line, code = f"interrupted{'; finished runs are kept, ' + CONTINUE if resumes else ''}", INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
         print(f"{prog}: {line}", file=sys.stderr)
     sys.exit(code)
 
 
 def is_offline() -> bool:
-    """Whether the Hugging Face libraries were told to stay offline."""
+    """Whether the environment sets the Hugging Face libraries to offline mode."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def hub_is_reachable(seconds: float = 6.0) -> bool:
-    """Whether the model and data hub answers at all. Where it does not, the Hugging Face libraries are told to use their
-    cache only, which they otherwise find out after minutes of retries. Call it before they are imported."""
+    """Whether the model and data hub answers. If it does not, this sets the Hugging Face libraries to offline mode, so that
+    they use their cache at once instead of retrying for minutes. Call it before they are imported."""
     if is_offline():
         return False
     answers = []
@@ -118,12 +118,12 @@ GLUE_WAYS = "give local folders (--model DIR --data-dir DIR), or try the whole p
 
 
 def offline_message(what: str, name: str, ways: str) -> str:
-    """What to do where the hub cannot be reached and `name` was never fetched."""
+    """The error message for a `name` that is not in the cache while the hub cannot be reached."""
     return f"{what} {name} is not in the local cache and the Hugging Face hub cannot be reached: {ways}"
 
 
 def model_is_cached(name: str) -> bool:
-    """Whether the hub's cache on this disk knows the model: a look at one folder, without importing anything heavy."""
+    """Whether the hub's cache on this disk has the model. Only looks for a folder and imports nothing heavy."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"
     return (Path(cache).expanduser() / f"models--{name.replace('/', '--')}").is_dir()

@@ -11,14 +11,14 @@ from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message
 
 
 def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS):
-    """Runs `load`; where the hub or its cache cannot give `name`, UserError names the ways on."""
+    """Runs `load`. UserError if neither the hub nor its cache has `name`; the message adds `ways`, what to do then."""
     try:
         return load()
-    except (OSError, ValueError, HTTPError, DatasetGenerationError, SafetensorError) as error:  # absent, cut off, damaged
+    except (OSError, ValueError, HTTPError, DatasetGenerationError, SafetensorError) as error:  # absent, truncated, damaged
         if is_offline() and not Path(name).is_dir():
             raise UserError(offline_message(what, name, ways)) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        again = "a download that broke off goes on where it stopped when the command is run again"
+        again = "if a download was interrupted, run the command again to continue it"
         if Path(name).is_dir():
             again = "save or fetch it again"
         raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None

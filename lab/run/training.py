@@ -1,4 +1,4 @@
-"""The bookkeeping around a training loop that stays visible in the script: resume, log, checkpoints, interruptions.
+"""The bookkeeping around a training loop: resume, log, checkpoints, interruptions. The loop itself stays in the script.
 
     with Training(args, folder, "ce-s0", accelerator, model, optimizer, schedule, steps, stgc) as run:
         while run.at.epoch <= epochs:
@@ -11,8 +11,8 @@
                 run.step_done(main_loss, samples)
             run.epoch_done()
 
-A run that is killed anywhere and resumed ends bit for bit as one that never stopped, provided that the order of an epoch's
-batches depends on the epoch alone.
+A run that is killed at any point and resumed gives the same result, bit for bit, as a run that never stopped. This requires
+that the order of the batches in an epoch depends on the epoch alone.
 """
 
 import time
@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.run.cli import GO_ON, Interrupted
+from lab.run.cli import CONTINUE, Interrupted
 from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon for the matrices, its AdamW for all other parameters, as one optimizer at one rate, without weight decay.
+    """torch's Muon for the matrices and its AdamW for all other parameters: one optimizer, one rate, no weight decay.
 
-    Muon's update is as large as AdamW's would be (torch's "match_rms_adamw", from Moonlight, arXiv:2502.16982).
+    Muon's updates are scaled to the size of AdamW's: torch's "match_rms_adamw", from Moonlight, arXiv:2502.16982.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class MuonAdamW(torch.optim.Optimizer):
         adamw = torch.optim.AdamW(others, lr, betas, weight_decay=0.0)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self.parts = muon, adamw
-        self.share()
+        self.share_state()
 
-    def share(self) -> None:
-        """Groups and state are this one's, so that schedules and checkpoints see one optimizer."""
+    def share_state(self) -> None:
+        """Makes both parts use the groups and state of this object, so schedules and checkpoints see one optimizer."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self.share()
+        self.share_state()
 
     def step(self, closure=None):
         loss = None if closure is None else closure()
@@ -60,29 +60,29 @@ class MuonAdamW(torch.optim.Optimizer):
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors and random numbers."""
+    """How far a run is: the part of a checkpoint that is neither tensors nor random numbers."""
 
-    epoch: int = 1  # the one that goes on
-    batch: int = 0  # done of it
+    epoch: int = 1  # the current one
+    batch: int = 0  # batches done in it
     step: int = 0
     samples: int = 0
     seconds: float = 0.0  # of training, without evaluation
     losses: list[float] = field(default_factory=list)  # since the last logged step
     lines: int = 0  # of the curve
-    stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until the next judged step
-    kept: dict = field(default_factory=dict)  # the script's own, of what JSON has: scores so far
+    stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until it measures again
+    kept: dict = field(default_factory=dict)  # the script's own values, as JSON: scores so far
 
 
 class Training:
-    """One run of `steps` steps in all; see the module. Of `args` it reads flags of lab.run.options.add_run: log_steps,
-    save_steps, report_to, resume. It also writes a checkpoint after each epoch."""
+    """One run of `steps` steps in total, see the module. It reads these flags of lab.run.options.add_run from `args`:
+    log_steps, save_steps, report_to, resume. It also writes a checkpoint after each epoch."""
 
     def __init__(self, args, folder: Path, name: str, accelerator, model, optimizer, schedule, steps: int, stgc=None):
         self.name, self.accelerator, self.stgc = name, accelerator, stgc
         self.steps, self.log_steps, self.save_steps = steps, args.log_steps, args.save_steps
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
-        if accelerator.scaler:  # one for all runs of the process: each begins as if alone
+        if accelerator.scaler:  # all runs of a process share it: reset it for each run
             accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
         board = folder / "tensorboard" / name if args.report_to == "tensorboard" else None
         self.checkpoints = Checkpoints(folder / CHECKPOINTS / name, accelerator, model, optimizer, schedule)
@@ -106,23 +106,23 @@ class Training:
             self.stgc.detach()
 
     def grad_scale(self) -> float:
-        """The loss scale of fp16, which two passes need; 1 otherwise."""
+        """The loss scale of fp16, which the two-pass mode needs; 1 otherwise."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
     def batches(self, loader: Iterable) -> Iterator[dict]:
-        """The batches of the epoch that are still to do."""
+        """The remaining batches of the epoch."""
         left = self.accelerator.skip_first_batches(loader, self.at.batch) if self.at.batch else loader
         self.start = time.perf_counter()
         for batch in left:
-            if self.resumed:  # not before the first batch is made
+            if self.resumed:  # after the first batch is made, since making it may draw numbers
                 self.checkpoints.restore_random()
                 self.resumed = False
             yield batch
         self.at.seconds += time.perf_counter() - self.start
 
     def step_done(self, main_loss: torch.Tensor, samples: int) -> None:
-        """Logs and saves where it is time to. `samples`: of all processes. Interrupted after Ctrl-C, when all is saved;
-        RunFailed for a loss that is not finite."""
+        """Logs and saves if this step is due. `samples`: in all processes together. Raises Interrupted after Ctrl-C, once
+        everything is saved, and RunFailed for a loss that is not finite."""
         at = self.at
         self.losses.append(main_loss.detach())
         at.step, at.batch, at.samples = at.step + 1, at.batch + 1, at.samples + samples
@@ -130,32 +130,33 @@ class Training:
         if due or at.step == self.steps:
             values, self.losses = check_losses(self.losses, at.step, self.accelerator), []
             line = {"step": at.step, "epoch": at.epoch, "loss": sum(values) / len(values)}
-            line |= stats_line(self.stgc.stats()) if self.stgc and due else {}  # else the baseline's latest counted twice
+            if self.stgc and due:  # not at a last step that is not due: the baseline's last measurement would count twice
+                line |= stats_line(self.stgc.stats())
             shown = {"conflict": line["conflict_ratio"]} if "conflict_ratio" in line else {}
             self.log.step(line, loss=line["loss"], **shown)
         else:
             self.log.step()
-        stopped = self.stop.agreed(at.step)
+        stopped = self.stop.should_stop(at.step)
         if stopped or (self.save_steps and at.step % self.save_steps == 0):
             at.seconds += time.perf_counter() - self.start
             self.save()
             self.start = time.perf_counter()
         if stopped:
-            raise Interrupted(f"{self.name} is saved at step {at.step}; {GO_ON} there")
+            raise Interrupted(f"{self.name} is saved at step {at.step}; {CONTINUE} there")
 
     def epoch_done(self, scores: dict | None = None, **shown) -> None:
-        """Writes the epoch's scores to the curve and, with `shown`, to the terminal; the next epoch begins."""
+        """Writes the epoch's scores to the curve and, with `shown`, to the terminal. Then starts the next epoch."""
         at = self.at
         if scores is not None:
             self.log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in scores.items()})
             shown |= {"epoch": at.epoch, "step": at.step}
-            for key in ("loss", "conflict_ratio"):  # the latest of each
+            for key in ("loss", "conflict_ratio"):  # the latest value of each
                 shown |= next(({key: line[key]} for line in reversed(self.log.lines) if key in line), {})
-            self.log.say(**shown, **scores)
+            self.log.print_line(**shown, **scores)
         at.epoch, at.batch = at.epoch + 1, 0
         self.save()
-        if self.stop.agreed(0):  # it came while evaluating
-            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {GO_ON} there")
+        if self.stop.should_stop(0):  # the signal came during the evaluation
+            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {CONTINUE} there")
 
     def save(self) -> None:
         self.at.losses = check_losses(self.losses, self.at.step, self.accelerator)
@@ -165,7 +166,7 @@ class Training:
         self.checkpoints.save(self.at.step, asdict(self.at))
 
     def summary(self) -> dict:
-        """What every run's entry in results.json has."""
+        """The values that every run has in results.json."""
         return {
             "conflict_ratio": self.log.tenths("conflict_ratio"),
             "consistency": self.log.tenths("consistency"),

@@ -1,6 +1,6 @@
 """GLUE for `glue_moefy.py`: a task's data from the hub or from local Parquet files, checked, tokenised, in batches.
 
-Nothing is taken silently: every way in which data can be wrong is a UserError that names the flag and the fix.
+Wrong data are never accepted silently. Each kind raises a UserError that names the flag and the fix.
 """
 
 from collections.abc import Callable
@@ -26,18 +26,18 @@ HUB = "nyu-mll/glue"
 
 @dataclass
 class Source:
-    """Where a run's model and data come from: the hub, folders, or the toy."""
+    """The model and the data of a run, from the hub, from folders, or generated."""
 
-    name: str  # of the run: rte, qnli-12k (a part of the data), toy-rte
+    name: str  # of the run: rte, toy-rte, or qnli-12k for a part of the data
     kind: str  # hub | folder | toy
     config: object  # the dense model's, of transformers
-    load_model: Callable[[], torch.nn.Module]  # the dense classifier, its head drawn from the global seed
+    load_model: Callable[[], torch.nn.Module]  # the dense classifier, with a head drawn from the global seed
     tokenizer: object
     splits: dict[str, datasets.Dataset]  # train and the task's dev splits, checked
 
 
 def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datasets.Dataset]:
-    """The splits train and dev, checked. UserError names what is wrong with them."""
+    """The train and dev splits, checked. UserError names the fault."""
     wanted = ("train", *task.dev)
     if data_dir is None:
         where = HUB
@@ -53,24 +53,24 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
         try:
             dataset = {split: load_dataset("parquet", data_files=found, split="train") for split, found in files.items()}
         except (OSError, ValueError, DatasetGenerationError) as error:
-            raise UserError(f"{where} is no readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
+            raise UserError(f"{where} is not readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
     for split in wanted:
         check_split(dataset[split], split, task, where)
     return {split: dataset[split] for split in wanted}
 
 
 def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -> None:
-    """Columns, rows, labels and texts of a split: UserError. Blank texts and absent classes are no error, but are told."""
+    """Checks columns, rows, labels and texts of a split. UserError. Blank texts and absent classes only print a note."""
     needed = (*task.columns, "label")
     for column in needed:
         if column not in dataset.column_names:
             raise UserError(f"{where}: {split} has no column {column!r}; it needs {', '.join(needed)}")
     if not len(dataset):
-        raise UserError(f"{where}: {split} has no rows; give one example at least")
+        raise UserError(f"{where}: {split} has no rows; give at least one example")
     kind = dataset.features["label"]
     labels = dataset["label"][:]
     if None in labels:
-        raise UserError(f"{where}: {split} has no label in row {labels.index(None)}; label it, or take it out")
+        raise UserError(f"{where}: {split} has no label in row {labels.index(None)}; add a label, or remove the row")
     if not (pyarrow.types.is_integer(kind.pa_type) or (task.num_labels == 1 and pyarrow.types.is_floating(kind.pa_type))):
         wanted = "a number" if task.num_labels == 1 else f"an integer, 0 to {task.num_labels - 1}"
         raise UserError(f"{where}: {split} has labels of type {kind.dtype}; make each {wanted}")
@@ -81,7 +81,7 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
         texts = dataset[column][:]
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise UserError(f"{where}: {split} has no text in column {column!r}, row {row}; write one, or take it out")
+                raise UserError(f"{where}: {split} has no text in column {column!r}, row {row}; add one, or remove the row")
         if blank := sum(not text.strip() for text in texts):
             print(f"note: {blank} of {len(texts)} texts in {split}, column {column}, are blank; they are kept")
     if task.num_labels > 1 and (absent := classes - set(labels)):
@@ -89,13 +89,13 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
 
 
 def load_model(name: str, num_labels: int, config_only: bool = False):
-    """The dense classifier (its head drawn from the global seed), or only its config. UserError."""
+    """The dense classifier, with a head drawn from the global seed, or only its config. UserError."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"--model {name} has no config.json: give a folder that save_pretrained wrote, or a hub name")
     if config_only:
         load = partial(AutoConfig.from_pretrained, name, num_labels=num_labels)
     else:
-        # mismatched: a head of other classes, for which a new one is drawn
+        # ignore_mismatched_sizes: a head for another number of classes is replaced by a new one
         options = {"num_labels": num_labels, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         load = partial(AutoModelForSequenceClassification.from_pretrained, name, output_loading_info=True, **options)
     loaded = from_hub("the model", "--model", name, load)
@@ -104,7 +104,7 @@ def load_model(name: str, num_labels: int, config_only: bool = False):
     model, info = loaded
     encoder = f"{model.base_model_prefix}."
     if absent := [key for key in info["missing_keys"] if key.startswith(encoder) and "pooler" not in key]:
-        raise UserError(f"--model {name}: its weights lack {min(absent)}, which would be random; give another checkpoint")
+        raise UserError(f"--model {name}: its weights lack {min(absent)}, which would stay random; give another checkpoint")
     return model
 
 
@@ -119,14 +119,14 @@ def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Sour
 
 
 def run_name(name: str, task: Task, rows: int, dev_rows: int) -> str:
-    """The task's name; with other rows than the official sets, one that cannot be taken for it: qnli-12k, rte-dev100."""
+    """The task's name, or for other rows than the official sets a name that shows it: qnli-12k, rte-dev100."""
     if rows != task.rows:
         return f"{name}-{rows}" if rows < 1000 else f"{name}-{round(rows / 1000)}k"
     return name if dev_rows == task.dev_rows else f"{name}-dev{dev_rows}"
 
 
 def label_names(dataset: datasets.Dataset, task: Task) -> list[str] | None:
-    """The classes' names; None for a regression."""
+    """The names of the classes; None for a regression."""
     if task.num_labels == 1:
         return None
     feature = dataset.features["label"]
@@ -135,12 +135,12 @@ def label_names(dataset: datasets.Dataset, task: Task) -> list[str] | None:
 
 
 def tokenize(splits: dict[str, datasets.Dataset], task: Task, tokenizer, max_length: int) -> dict[str, datasets.Dataset]:
-    """input_ids, attention_mask, labels (and token_type_ids where the model has them); batches are padded, not this.
+    """Splits with input_ids, attention_mask, labels, and token_type_ids if the model has them. Not padded: batches are.
 
-    `datasets` keeps the result on disk, under a hash of the data and of `encode_rows` with its arguments.
+    `datasets` caches the result on disk, under a hash of the data, of `encode_rows` and of its arguments.
     """
     encode = partial(encode_rows, columns=task.columns, tokenizer=tokenizer, max_length=max_length)
-    encode({column: ["x"] for column in task.columns})  # sets the truncation in the tokenizer, so that its hash stays
+    encode({column: ["x"] for column in task.columns})  # sets the tokenizer's truncation before it is hashed
     encoded = {}
     for split, dataset in splits.items():
         dataset = dataset.rename_column("label", "labels")
@@ -156,17 +156,17 @@ def encode_rows(rows: dict, columns: tuple[str, ...], tokenizer, max_length: int
 
 
 def token_counts(encoded: dict) -> dict[str, list[int]]:
-    """How many tokens each example of each split has."""
+    """The number of tokens of each example, by split."""
     return {split: [len(ids) for ids in dataset["input_ids"]] for split, dataset in encoded.items()}
 
 
 def make_loaders(
     encoded: dict, lengths: dict[str, list[int]], tokenizer, batch_size: int
 ) -> tuple[DataLoader, dict[str, DataLoader], torch.Generator]:
-    """Train batches of similar length, dev batches by length, both padded per batch; and what draws the training order.
+    """A train loader with batches of similar length, dev loaders sorted by length, and the generator of the training order.
 
-    The order of an epoch is a function of the generator's state at its start alone: seed it there, and a resumed run sees
-    the same batches. The loaders have generators of their own, so that no one else's random numbers depend on them.
+    Batches are padded one by one. The order of an epoch depends only on the generator's state at its start: seed it there,
+    and a resumed run sees the same batches. The loaders have their own generators, so they draw no global random numbers.
     """
     collate = DataCollatorWithPadding(tokenizer)
     order = torch.Generator()

@@ -1,4 +1,4 @@
-"""GLUE's metrics as an evaluate.Metric over scikit-learn: `evaluate.load` would download a script."""
+"""GLUE's metrics as an evaluate.Metric that uses scikit-learn, since `evaluate.load` would download a script."""
 
 import datasets
 import evaluate
@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 def correlation(of):
-    """A correlation as a score: 0 where one side is constant, which scipy calls undefined."""
+    """A correlation as a score. It is 0 if one side is constant, where scipy returns NaN."""
     return lambda references, predictions: (
         0.0 if np.ptp(predictions) * np.ptp(references) == 0 else of(references, predictions)[0]
     )
@@ -24,13 +24,13 @@ SCORES = {
 
 
 class GlueMetric(evaluate.Metric):
-    """The named scores of a task, and `score`, their mean: what the field's tables print. In [0, 1]; Matthews and the
-    correlations in [-1, 1]. Classes are ids; numbers of a regression are floats."""
+    """The named scores of a task, and `score`, their mean, as tables in the literature print it. In [0, 1]; Matthews and the
+    correlations in [-1, 1]. Classes are given as ids, the values of a regression as floats."""
 
     def __init__(self, names: tuple[str, ...]):
         unknown = set(names) - SCORES.keys()
         if unknown:
-            raise ValueError(f"unknown metrics {sorted(unknown)}; there are {sorted(SCORES)}")
+            raise ValueError(f"unknown metrics {sorted(unknown)}; known: {sorted(SCORES)}")
         self.score_names = names
         super().__init__(keep_in_memory=True)
 

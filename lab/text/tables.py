@@ -1,7 +1,7 @@
-"""Files of sentences, a row per example, read and written without changing a character: csv, tsv, jsonl and parquet.
+"""Files of sentences, one example per row, read and written without any change of the text: csv, tsv, jsonl and parquet.
 
-CHOICE: text is read by the standard library, not by the builders of `datasets`. Those shift the columns of a csv whose rows
-have a comma too many, fill up rows that are too short, and turn a sentence "2020-01-01" of a jsonl into a date, silently.
+CHOICE: text is read by the standard library, not by the builders of `datasets`. Those silently shift the
+columns of a csv row with a comma too many, fill up short rows, and turn a sentence "2020-01-01" into a date.
 """
 
 import csv
@@ -13,15 +13,15 @@ from pyarrow.parquet import ParquetFile, write_table
 
 from lab.run.cli import UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # .json: JSON lines too
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # .json also means JSON lines
 Rows = list[dict] | pyarrow.Table
 
 
 def read_rows(file: Path) -> Rows:
-    """Every row, as it is: no text of a csv or tsv becomes a number or a gap. ValueError for a row that does not fit.
+    """All rows. No text of a csv or tsv becomes a number or a missing value. ValueError for a row that does not fit.
 
-    A tsv is what GLUE's are: a quote is a character like others, and no field holds a tab or a line break. A blank line is
-    a row where csv or tsv have a single column, and else nothing.
+    A tsv has GLUE's format: a quote has no special meaning, and no field contains a tab or a line break. A blank line is a
+    row if the csv or tsv has one column, and is skipped otherwise.
     """
     kind, rows = file.suffix.lower(), []
     if kind == ".parquet":
@@ -32,7 +32,7 @@ def read_rows(file: Path) -> Rows:
                 try:
                     rows += [{**json.loads(line)}] if line.strip() else []
                 except (ValueError, TypeError):
-                    raise ValueError(f"line {number} is no JSON object, and each line must be one") from None
+                    raise ValueError(f"line {number} is not a JSON object, and each line must be one") from None
             return rows
         table = csv.reader(lines, strict=True) if kind == ".csv" else (line.rstrip("\r\n").split("\t") for line in lines)
         header = next(table, [])
@@ -47,7 +47,7 @@ def read_rows(file: Path) -> Rows:
 
 
 def load_rows(file: Path, columns: list[str], new: list[str]) -> tuple[Rows, list[list[str]]]:
-    """The rows of a file, and their sentences, a list for each of `columns`. `new`: names that the columns must not have.
+    """The rows of a file, and one list of sentences per name in `columns`. `new`: column names that must not exist yet.
 
     UserError for a file that is missing, unreadable or empty, and for a row without text in one of `columns`.
     """
@@ -59,15 +59,15 @@ def load_rows(file: Path, columns: list[str], new: list[str]) -> tuple[Rows, lis
     try:
         rows = read_rows(file)
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
-        raise UserError(f"{where} cannot be read as {file.suffix} ({str(error).splitlines()[0]}): mend it") from error
+        raise UserError(f"{where} cannot be read as {file.suffix} ({str(error).splitlines()[0]}): fix it") from error
     if not len(rows):
-        raise UserError(f"{where} has no rows: it needs one per example and, in csv and tsv, a header above them")
+        raise UserError(f"{where} has no rows: it needs one per example and, in csv and tsv, a header line")
     arrow = isinstance(rows, pyarrow.Table)
     found = rows.column_names if arrow else list(dict.fromkeys(name for row in rows for name in row))
     if not set(columns) <= set(found):
         raise UserError(f"{where}: the model needs the columns {', '.join(columns)}; the file has {', '.join(found)}")
     if set(new) & set(found):
-        raise UserError(f"{where} has a column {min(set(new) & set(found))} already: rename or remove it")
+        raise UserError(f"{where} already has a column {min(set(new) & set(found))}: rename or remove it")
     sentences = [rows[name].to_pylist() if arrow else [row.get(name) for row in rows] for name in columns]
     for name, texts in zip(columns, sentences):
         for number, text in enumerate(texts, start=1):
@@ -78,16 +78,16 @@ def load_rows(file: Path, columns: list[str], new: list[str]) -> tuple[Rows, lis
 
 
 def write_rows(target: Path, kind: str, rows: Rows, new: dict[str, list]) -> None:
-    """The rows with new columns behind their own. `kind` is the suffix of the format, as the target may have another."""
+    """Writes the rows with new columns added at the end. `kind`: the format's suffix; the target may have another suffix."""
     if isinstance(rows, pyarrow.Table):
         for name, values in new.items():
             rows = rows.append_column(name, [values])
         return write_table(rows, target)
     rows = [row | dict(zip(new, values)) for row, values in zip(rows, zip(*new.values()))]
     table = [rows[0].keys(), *(row.values() for row in rows)]
-    with open(target, "w", encoding="utf-8", newline="", errors="backslashreplace") as out:  # \ud800 is how JSON writes it
+    with open(target, "w", encoding="utf-8", newline="", errors="backslashreplace") as out:  # \ud800, as in JSON
         if kind == ".csv":
-            # all text quoted: else Python 3.11 writes a text with a lone carriage return as it is, and it reads as two rows
+            # quotes all text: otherwise Python 3.11 writes a lone carriage return unquoted, which is read as a new row
             csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(table)
         elif kind == ".tsv":
             out.writelines("\t".join(map(str, fields)) + "\n" for fields in table)

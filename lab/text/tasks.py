@@ -1,22 +1,22 @@
-"""The tasks of GLUE, one row each. Standard library only, so that --help answers at once."""
+"""The tasks of GLUE. Standard library only, so that --help answers at once."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's data look like, and how it is scored."""
+    """The data format of a task, and how it is scored."""
 
     columns: tuple[str, ...]  # one sentence or two
     metrics: tuple[str, ...]  # their mean is the score
     rows: int  # of the official training set
-    dev_rows: int  # of the official (first) dev set: a run on fewer of either gets a name of its own
-    num_labels: int = 2  # 1: a regression
-    dev: tuple[str, ...] = ("validation",)  # the first is the score's; a second one's metrics end in _mm
+    dev_rows: int  # of the official (first) dev set; a run on another number of rows gets another name
+    num_labels: int = 2  # 1 means a regression
+    dev: tuple[str, ...] = ("validation",)  # the first gives the score; the metrics of a second one end in _mm
     epochs: int = 10  # at most
 
 
-# Epochs as in DynMoE's runs; the others of their size alike.
+# Epochs as in DynMoE's runs; other tasks get the epochs of a task of similar size.
 TASKS = {
     "cola": Task(("sentence",), ("matthews",), 8551, 1043),
     "mrpc": Task(("sentence1", "sentence2"), ("accuracy", "f1"), 3668, 408),
@@ -30,4 +30,4 @@ TASKS = {
     "stsb": Task(("sentence1", "sentence2"), ("pearson", "spearman"), 5749, 1500, num_labels=1),
     "wnli": Task(("sentence1", "sentence2"), ("accuracy",), 635, 71),
 }
-PAPER = ("cola", "mrpc", "qnli", "mnli", "rte")  # the columns of its table
+PAPER = ("cola", "mrpc", "qnli", "mnli", "rte")  # the columns of the paper's table

@@ -1,7 +1,7 @@
-"""Generated sentence pairs and a tiny BERT, for `glue_moefy.py --toy`: the whole path with nothing downloaded.
+"""Generated sentence pairs and a tiny BERT, for `glue_moefy.py --toy`: the whole experiment without a download.
 
-The pairs have the columns of RTE and several kinds of inference, so that a Mixture-of-Experts has mixed work. They are not
-GLUE, and what is measured on them is named "toy-rte" everywhere.
+The pairs have the columns of RTE and need several kinds of inference, so that a Mixture-of-Experts has mixed work. They are
+not GLUE: every result on them is named "toy-rte".
 """
 
 import copy
@@ -77,28 +77,29 @@ def roles(rng: random.Random, entailed: bool) -> tuple[str, str]:
 
 
 def counting(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """There were seven cats in the garden. => There were at least six cats. (A bound is as often too high as not.)"""
+    """There were seven cats in the garden. => There were at least six cats. (The bound is too high in half of the cases.)"""
     bound, animal = rng.choice([5, 6, 7, 8]), rng.choice(ANIMALS)
     seen = bound + (rng.choice([0, 1, 2]) if entailed else rng.choice([-3, -2, -1]))
     return f"there were {NUMBERS[seen]} {animal}s {rng.choice(PLACES)}", f"there were at least {NUMBERS[bound]} {animal}s"
 
 
 def order(rng: random.Random, entailed: bool) -> tuple[str, str]:
-    """Anna came before Ben and Carla came after Ben. => Anna came before Carla. (Two steps: the hard kind.)"""
+    """Anna came before Ben and Carla came after Ben. => Anna came before Carla. (Two steps, the hardest kind.)"""
     first, middle, last = rng.sample(NAMES, 3)
-    told, asked = [(first, middle), (middle, last)], (first, last) if entailed else (last, first)
-    rng.shuffle(told)
-    say = [rng.choice([f"{one} came before {two}", f"{two} came after {one}"]) for one, two in (*told, asked)]
+    given = [(first, middle), (middle, last)]
+    asked = (first, last) if entailed else (last, first)
+    rng.shuffle(given)
+    say = [rng.choice([f"{one} came before {two}", f"{two} came after {one}"]) for one, two in (*given, asked)]
     return f"{say[0]} and {say[1]}", say[2]
 
 
 KINDS = [colour, hypernym, synonym, negation, roles, counting, order]
 LABELS = ["entailment", "not_entailment"]
-PATIENCE = 1000  # that many repetitions in a row: a kind has no new pair to give
+PATIENCE = 1000  # after so many repeated pairs in a row a kind counts as exhausted
 
 
 def sentence_pairs(seed: int) -> Iterator[tuple[str, str, bool]]:
-    """Endless (premise, hypothesis, entailed): the labels alternate, the kinds take turns. Pairs come again."""
+    """Yields (premise, hypothesis, entailed) without end: labels alternate, kinds take turns, pairs repeat."""
     rng = random.Random(seed)
     for turn in count():
         entailed = turn % 2 == 0
@@ -107,9 +108,9 @@ def sentence_pairs(seed: int) -> Iterator[tuple[str, str, bool]]:
 
 
 def make_pairs(columns: tuple[str, str], num_train: int = 3000, num_dev: int = 400, seed: int = 0) -> DatasetDict:
-    """Splits train and validation with RTE's columns and labels, shuffled, half of each entailed. No pair comes twice.
+    """Splits train and validation with RTE's columns and labels, shuffled, half of each entailed. No pair occurs twice.
 
-    The hypothesis is drawn the same way for both labels: who reads it alone is left with guessing.
+    The hypothesis is drawn in the same way for both labels, so it says nothing about the label by itself.
     """
     rng, seen, splits = random.Random(seed), set(), {}
     strings = {name: Value("string") for name in columns}
@@ -134,7 +135,7 @@ def make_pairs(columns: tuple[str, str], num_train: int = 3000, num_dev: int = 4
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """One token per word of the texts, and BERT's [CLS] a [SEP] b [SEP] with its token types."""
+    """One token per word of the texts, in BERT's format [CLS] a [SEP] b [SEP] with its token types."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = sorted({word for text in texts for word in text.lower().replace(".", " .").split()})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="[UNK]"))
@@ -148,8 +149,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_bert(tokenizer) -> BertForTokenClassification:
-    """A tiny BERT with a yes or no per token, untrained: its queries start as its keys, so that equal words attend to each
-    other from the first step on. Drawn apart, they find that out after hundreds of steps, if at all."""
+    """A tiny, untrained BERT that classifies tokens into two classes. Its query weights start equal to its key weights, so
+    that equal words attend to each other from the first step. Drawn independently, they learn this after hundreds of steps,
+    or never."""
     model = BertForTokenClassification(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -170,17 +172,17 @@ def make_bert(tokenizer) -> BertForTokenClassification:
 
 
 def replace_words(batch: dict, other: dict) -> dict:
-    """Half of the second sentence's tokens give way to those at the same place in `other`. The labels: 1 where a token
-    changed, 0 where it is as it was, -100 (not judged) in the first sentence."""
+    """Replaces half of the second sentence's tokens by those at the same place in `other`. Labels: 1 for a changed token, 0
+    for an unchanged one, -100 (no loss) in the first sentence."""
     ids, judged = batch["input_ids"], batch["token_type_ids"] == 1
     mixed = torch.where(judged & (torch.rand(ids.shape) < 0.5), other["input_ids"], ids)
     return {**batch, "input_ids": mixed, "labels": (mixed != ids).long().masked_fill(~judged, -100)}
 
 
 def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = 500, seed: int = 0):
-    """A tiny BERT after a brief replaced-token detection, ELECTRA's objective, on generated pairs in which the second
-    sentence follows from the first, none of them in `splits`. The replacements come from pairs of the same two lengths.
-    Returns the classifier, its head not yet trained, and the tokenizer."""
+    """Pretrains a tiny BERT briefly with replaced-token detection, ELECTRA's objective. The texts are generated pairs whose
+    second sentence follows from the first; none is in `splits`. Replacements come from pairs with the same two lengths.
+    Returns the classifier, whose head is not trained yet, and the tokenizer."""
     own = {pair for split in splits.values() for pair in zip(split[columns[0]], split[columns[1]], strict=True)}
     tokenizer = make_tokenizer([sentence for pair in own for sentence in pair])
     stream = ((a, b) for a, b, entailed in sentence_pairs(seed + 1) if entailed and (a, b) not in own)
@@ -206,7 +208,7 @@ def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = 500, se
 
 
 def with_new_head(pretrained: BertForSequenceClassification) -> BertForSequenceClassification:
-    """A copy whose pooler and classifier are drawn anew from torch's generator, as a head on a downloaded model is."""
+    """A copy with a new pooler and classifier from torch's generator, like the new head of a downloaded model."""
     model = copy.deepcopy(pretrained)
     for linear in (model.bert.pooler.dense, model.classifier):
         torch.nn.init.normal_(linear.weight, std=model.config.initializer_range)

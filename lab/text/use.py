@@ -1,10 +1,10 @@
-"""What a saved model is for: predictions for a file of sentences, and the routing of its example sentences, token by token.
+"""Use of a saved model: predictions for a file of sentences, and the routing of example sentences, token by token.
 
     print(predict(run, "pairs.csv"))    # writes pairs.predictions.csv
     print(inspect(run))
 
-A model folder holds what `save_pretrained` of model and tokenizer wrote, and task.json: the card that says what the model
-reads and answers. Nothing in it is unpickled or run as code.
+A model folder holds the files that `save_pretrained` of model and tokenizer wrote, and a card, task.json, which describes
+the model's inputs and answers. Nothing in the folder is unpickled or run as code.
 
   1 Card  2 Saved models  3 Predict  4 Inspect
 """
@@ -41,14 +41,14 @@ def is_names(texts, *lengths: int) -> bool:
 
 @dataclass(frozen=True)
 class TaskCard:
-    """What a saved model reads and answers. Bad values raise ValueError."""
+    """The inputs and answers of a saved model. Bad values raise ValueError."""
 
     task: str
     columns: list[str]  # one sentence or two
-    num_labels: int  # 1: a regression
+    num_labels: int  # 1 means a regression
     max_length: int  # in tokens; longer inputs are cut
-    labels: list[str] | None  # names of the classes; None where they have none, and for a regression
-    examples: list[dict]  # from dev: the columns' text, and `label`
+    labels: list[str] | None  # names of the classes; None if they have none, and for a regression
+    examples: list[dict]  # rows of dev: the text of each column, and `label`
 
     def __post_init__(self):
         good = {
@@ -57,26 +57,26 @@ class TaskCard:
             "num_labels": type(self.num_labels) is int and self.num_labels > 0,
             "max_length": type(self.max_length) is int and self.max_length > 0,
             "labels": self.labels is None or (self.num_labels != 1 and is_names(self.labels, self.num_labels)),
-            "examples": all(map(self.has, self.examples)),
+            "examples": all(map(self.fits, self.examples)),
         }
         if not all(good.values()):
             bad = min(good, key=good.get)
-            raise ValueError(f"it cannot have {bad}={getattr(self, bad)!r:.60}")
+            raise ValueError(f"invalid {bad}={getattr(self, bad)!r:.60}")
 
-    def has(self, row: dict) -> bool:
-        """Whether a row fits as an example."""
+    def fits(self, row: dict) -> bool:
+        """Whether a row is a valid example."""
         numbers = {1: (int, float)}.get(self.num_labels, (int,))
         fits = type(row.get("label")) in numbers and (self.num_labels == 1 or 0 <= row["label"] < self.num_labels)
         return fits and all(isinstance(row.get(name), str) for name in self.columns)
 
 
 def write_task_card(folder: Path, task: str, columns, num_labels: int, max_length: int, labels, examples) -> None:
-    """Saves the card beside a saved model. ValueError for one that would not be read back."""
+    """Writes the card into the folder of a saved model. ValueError for values that `read_task_card` would refuse."""
     write_json(Path(folder) / CARD, asdict(TaskCard(task, columns, num_labels, max_length, labels, examples)))
 
 
 def read_task_card(folder: Path, flag: str = "--run") -> TaskCard:
-    """The card of a model folder; UserError where it is missing or damaged."""
+    """The card of a model folder. UserError if it is missing or damaged."""
     try:
         return TaskCard(**json.loads((folder / CARD).read_text()))
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def read_task_card(folder: Path, flag: str = "--run") -> TaskCard:
 
 
 def find_model(run: str | Path, flag: str = "--run") -> Path:
-    """The model folder that `run` is, or the only one in it. UserError for none and for several, which it lists."""
+    """`run` itself if it is a model folder, otherwise the only one in it. UserError for none or several, which it lists."""
     run = Path(run).expanduser()
     if not run.is_dir():
         raise UserError(f"{flag} {run}: no such folder; give the output folder of a run, or a model folder in it")
@@ -102,11 +102,11 @@ def find_model(run: str | Path, flag: str = "--run") -> Path:
 
 
 def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, object, TaskCard]:
-    """Model (moefied or dense, in eval mode), tokenizer and card, from this folder alone. UserError for a damaged one."""
+    """Model (moefied or dense, in eval mode), tokenizer and card, read from this folder only. UserError if it is damaged."""
     card, local = read_task_card(folder, flag), {"local_files_only": True, "trust_remote_code": False}
     try:
         for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
-            if not (folder / name).is_file():  # transformers would make up an empty vocabulary
+            if not (folder / name).is_file():  # transformers would create an empty vocabulary
                 raise ValueError(f"it has no {name}")
         model = moefication.load_either(folder, AutoModelForSequenceClassification)
         if not type(model).__name__.endswith("ForSequenceClassification") or model.config.num_labels != card.num_labels:
@@ -114,7 +114,7 @@ def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, obje
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, **local)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
+    except Exception as error:  # damaged files raise anything: tokenizers raises bare Exceptions only
         reason = " ".join(str(error).split())
         raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again with --save-model") from error
     return model, tokenizer, card
@@ -125,7 +125,7 @@ def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, obje
 
 @torch.no_grad()
 def compute_logits(model, tokenizer, encoded, batch_size: int, device) -> Tensor:
-    """logits_NC in the order of the encoded inputs. Batches hold inputs of similar length, the longest first."""
+    """logits_NC in the order of the inputs. Batches are made of inputs of similar length, the longest first."""
     inputs = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
     collate, logits_NC = DataCollatorWithPadding(tokenizer), torch.empty(len(inputs), model.config.num_labels)
@@ -137,11 +137,11 @@ def compute_logits(model, tokenizer, encoded, batch_size: int, device) -> Tensor
 
 
 def predict(run: str | Path, file: str | Path, output: str | Path | None = None, batch_size: int = 32, device="cpu") -> str:
-    """Writes the rows of `file` with `prediction` and the classes' probabilities, in the same format, and says where.
+    """Writes the rows of `file` with `prediction` and the classes' probabilities, in the same format. Returns the message.
 
-    The default output is NAME.predictions.SUFFIX beside the file; no file is ever replaced. UserError for whatever is wrong
-    with run, file or output, and then nothing is written. Empty sentences and words that the vocabulary lacks are predicted
-    like others, and counted.
+    The default output is NAME.predictions.SUFFIX in the folder of the file. An existing file is never replaced. UserError
+    for anything wrong with run, file or output; then nothing is written. Empty sentences and unknown words are predicted
+    like others; the message counts them.
     """
     folder, file = find_model(run), Path(file).expanduser()
     card = read_task_card(folder)
@@ -155,12 +155,12 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
         raise UserError(f"--output {target} exists already: remove it, or name another file with --output")
     temporary = target.with_name(target.name + ".tmp")
     try:
-        temporary.touch()  # before all the work
+        temporary.touch()  # fails now rather than after the work
         model, tokenizer, card = load_saved(folder)
         encoded = tokenizer(*sentences, truncation=True, max_length=card.max_length)
         logits_NC = compute_logits(model, tokenizer, encoded, batch_size, device)
         if not logits_NC.isfinite().all():
-            raise UserError(f"--run {folder}: this model's answers are not finite; train another")
+            raise UserError(f"--run {folder}: this model's outputs are not finite; train another")
         if card.num_labels == 1:
             new = {"prediction": logits_NC[:, 0].tolist()}
         else:
@@ -187,14 +187,14 @@ WIDTH, TOKEN, BAR = 100, 20, 28  # columns of the terminal, of a token at most, 
 
 
 def inspect(run: str | Path, device="cpu") -> str:
-    """Routing and conflicts of the card's examples, for a terminal: answers, then token by token, then each layer's sums.
+    """A text for the terminal with routing and conflicts of the card's examples: answers, then each token, then each layer.
 
-    All examples are one batch, as a conflict is relative to a mean gradient. UserError for a model without MoE layer.
+    All examples form one batch, since a conflict is relative to a mean gradient. UserError for a model without MoE layers.
     """
     folder = find_model(run, "--inspect")
     model, tokenizer, card = load_saved(folder, "--inspect")
     if not any(isinstance(module, MoELayer) for module in model.modules()):
-        raise UserError(f"--inspect {folder} is a dense model: it has no MoE layer that routes; --predict works with it")
+        raise UserError(f"--inspect {folder} is a dense model without MoE layers; only --predict works with it")
     if not card.examples:
         raise UserError(f"--inspect {folder}: {CARD} has no examples; train again with --save-model")
     texts = [[row[name] for row in card.examples] for name in card.columns]
@@ -206,7 +206,7 @@ def inspect(run: str | Path, device="cpu") -> str:
     for layer in stgc.layers:
         layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0].detach()}))
     out = model(**batch, labels=labels)
-    stgc.loss(out.loss)  # two passes: the backward that judges the tokens happens here
+    stgc.loss(out.loss)  # two passes: the backward that finds the conflicts happens here
 
     keep_BL = batch["attention_mask"].bool()
     tokens = [tokenizer.convert_ids_to_tokens(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], keep_BL)]
@@ -216,7 +216,7 @@ def inspect(run: str | Path, device="cpu") -> str:
         sums, blocks = [*sums, found[0]], [*blocks, *found[1:]]
     intro = [
         f"{card.task}: {len(tokens)} dev examples, {sum(map(len, tokens))} tokens, MoE layers: {len(stgc.layers)}",
-        "  All are one batch: conflicts are relative to its mean gradients, and differ in another batch.",
+        "  They form one batch: conflicts are relative to its mean gradients and differ in another batch.",
         *explain_marks("\n".join(blocks[len(tokens) :])),
     ]
     if any(isinstance(layer.router, CosineRouter) for layer in stgc.layers):
@@ -225,7 +225,7 @@ def inspect(run: str | Path, device="cpu") -> str:
 
 
 def explain_marks(text: str) -> list[str]:
-    """What the cells of a token mean, by the first of each kind in the text."""
+    """Explains the cells of a token, with the first cell of each kind in the text."""
     lines, conflict = [], "in conflict: its gradient has cosine {2} with the mean of that expert's tokens"
     for pattern, ending in (
         (r"(\d+) (\d\.\d\d)(?! [!-])", ""),
@@ -238,12 +238,12 @@ def explain_marks(text: str) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Without anything that could steer the terminal."""
+    """The text without control characters, which could change the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def describe_example(card: TaskCard, number: int, logits_C: Tensor) -> str:
-    """Gold label and answer, and the text."""
+    """Gold label, answer and text of an example."""
     row = card.examples[number]
     if card.num_labels == 1:
         answer = f"gold {row['label']:.2f}, predicted {logits_C[0]:.2f}"
@@ -258,7 +258,7 @@ def describe_example(card: TaskCard, number: int, logits_C: Tensor) -> str:
 
 
 def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, verdict: Verdict, tokens) -> list[str]:
-    """A block with the layer's experts, and behind it one per example with a line per token."""
+    """A block of lines on the layer's experts, followed by one block per example with a line per token."""
     with torch.no_grad():
         routing = layer.routing(x_BLD.flatten(0, -2))
     keep_T, size = keep_BL.flatten(), layer.experts.num_experts

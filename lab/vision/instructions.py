@@ -1,4 +1,4 @@
-"""Pictures with instructions: what `toy_lvlm.py` trains on, wherever they come from, as tokens, and when an answer is right.
+"""Instructions on pictures, the training data of `toy_lvlm.py`, as tokens and batches; and which answers are right.
 
 Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.
 
@@ -17,25 +17,25 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerFast
 
-IMAGE = "<image>"  # marks the picture's place in a question
+IMAGE = "<image>"  # stands for the picture in a question
 KINDS = ("caption", "vqa", "choice", "ocr", "region")
 
 # ---- 1. Instructions ----
 
 
-Turns = tuple[tuple[str, str | None], ...]  # of a conversation: (question, answer); `<image>` stands in one question
+Turns = tuple[tuple[str, str | None], ...]  # of a conversation: (question, answer); one question contains `<image>`
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One conversation about one picture, or about none."""
+    """One conversation, about one picture or without a picture."""
 
     turns: Turns
-    image: int | None  # row of the pictures
+    image: int | None  # row of images_N3SS
     kind: str  # one of KINDS
-    part: str = ""  # what is asked within the kind: colour, count, box, ...
-    where: str = ""  # condition of a test: clean, cluttered, new pairs, ...
-    accept: tuple[str, ...] = ()  # right answers beside the last turn's
+    part: str = ""  # the subject within the kind: colour, count, box, ...
+    where: str = ""  # test condition: clean, cluttered, new pairs, ...
+    accept: tuple[str, ...] = ()  # further right answers to the last question
 
 
 class InstructionSet(NamedTuple):
@@ -51,7 +51,8 @@ IGNORED = -100  # a label that has no loss
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the texts: any text has tokens, frequent words have one. Digits stay apart."""
+    """A byte-level BPE tokenizer trained on the texts: any text can be encoded, a frequent word is one token, so is a
+    digit."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -66,21 +67,21 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
 
 
 class Encoded(NamedTuple):
-    """One conversation in tokens, all lists of one length."""
+    """One conversation as tokens. All lists have the same length."""
 
     input_ids: list[int]
-    labels: list[int]  # the token itself in answers and behind them, IGNORED elsewhere
-    asked: list[bool]  # the question's tokens, without the picture's
+    labels: list[int]  # the token itself in an answer and its <eos>, IGNORED elsewhere
+    asked: list[bool]  # True for the question's tokens, without the picture's
 
 
 def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list[Encoded]:
-    """`USER: question ASSISTANT: answer <eos>` for each turn, `<image>` as so many tokens. An answer that is None is what
-    the model is to write: the tokens end before it."""
+    """`USER: question ASSISTANT: answer <eos>` for each turn, with `<image>` repeated image_tokens times. If the last answer
+    is None, the tokens end before it: it is for the model to generate."""
     image_id, end = tokenizer.convert_tokens_to_ids(IMAGE), [tokenizer.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("")["input_ids"] else []
     turns = [turn for conversation in conversations for turn in conversation]
     texts = [(f"{USER} {question} {ASSISTANT}", f" {answer}" if answer is not None else "") for question, answer in turns]
-    different = list(dict.fromkeys(text for pair in texts for text in pair))  # of generated ones a small part
+    different = list(dict.fromkeys(text for pair in texts for text in pair))  # far fewer than all, if generated
     tokens_of = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
     encoded, pairs = [], iter(texts)
     for conversation in conversations:
@@ -104,7 +105,7 @@ def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list
 
 
 class Pixels(NamedTuple):
-    """What a vision tower expects of a picture."""
+    """The size and normalisation of the pictures that a vision tower expects."""
 
     size: int  # side in pixels
     mean: tuple[float, float, float]  # of the channels, in [0, 1]
@@ -117,19 +118,20 @@ class Pixels(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Conversations that begin with the same tokens, up to their picture's last: these are there once."""
+    """Conversations with the same tokens up to the last one of their picture. This prefix is stored once."""
 
-    rows: list[int]  # of the instructions
+    rows: list[int]  # indices of the instructions
     prefix: Encoded
     rests: list[Encoded]
 
 
 def make_packs(data: InstructionSet, encoded: Sequence[Encoded], image_id: int, max_length: int, share=True) -> list[Pack]:
-    """Conversations about one picture as packs of at most max_length tokens, in the order of the first; a longer one, and
-    any if not `share`, is a pack of its own. In a pack none sees another: their logits are those of single ones.
+    """Packs of conversations about the same picture, with at most max_length tokens each, ordered by their first
+    conversation. A longer conversation is a pack of its own; without `share`, each is. Conversations in a pack are masked
+    from each other, so their logits equal those of single conversations.
 
-    DIFFERS: a picture's token is judged once, with the sum of what all conversations of its pack want of it; the paper
-    judges it in each conversation anew.
+    DIFFERS: a picture's token is judged once per pack, with the sum of its gradients over the pack's conversations. The
+    paper judges it once per conversation.
     """
     packs, opened = [], {}
     for row, (instruction, one) in enumerate(zip(data.instructions, encoded, strict=True)):
@@ -147,10 +149,11 @@ def make_packs(data: InstructionSet, encoded: Sequence[Encoded], image_id: int, 
 
 
 class Collate:
-    """Packs to a batch for LlavaForConditionalGeneration, padded on the right; on the left for `prompts`, which are single.
+    """Makes a batch for LlavaForConditionalGeneration from packs. Pads on the right, or on the left for `prompts`, which
+    must be packs of one conversation.
 
-    Beside the model's own arguments a batch has `keep`, its real tokens, `asked`, the questions', and `rows`, the first
-    instruction of each pack: the script takes them out.
+    In addition to the model's arguments a batch has `keep`, which marks real tokens, `asked`, which marks the questions'
+    tokens, and `rows`, the first instruction of each pack. The script removes these three.
     """
 
     def __init__(self, data: InstructionSet, packs: list[Pack], pixels: Pixels, pad_id: int, prompts: bool = False):
@@ -174,7 +177,7 @@ class Collate:
             "asked": padded([[part.asked for part in row] for row in parts], False),
             "rows": torch.tensor([pack.rows[0] for pack in packs]),
         }
-        # 0: what all of the row's tokens behind it see; 1, 2, ...: what the same conversation sees; -1: padding
+        # 0: the prefix, which all later tokens of the row attend to; 1, 2, ...: the conversations; -1: padding
         group_BL = padded([[[i] * len(part.input_ids) for i, part in enumerate(row)] for row in parts], -1)
         batch["keep"] = group_BL >= 0
         if self.prompts:
@@ -187,7 +190,7 @@ class Collate:
             query_BL1, key_B1L = group_BL.unsqueeze(2), group_BL.unsqueeze(1)
             sees_BLL = ((query_BL1 == key_B1L) | (key_B1L == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
             sees_BLL &= key_B1L >= 0
-            sees_BLL[:, :, 0] |= group_BL < 0  # padding sees one token, for a softmax over none is NaN; none sees padding
+            sees_BLL[:, :, 0] |= group_BL < 0  # padding attends to one token, since a softmax over none is NaN
             batch["attention_mask"] = sees_BLL.unsqueeze(1)
         pictures = [self.data.instructions[pack.rows[0]].image for pack in packs]
         shown = torch.tensor([picture for picture in pictures if picture is not None], dtype=torch.long)
@@ -197,10 +200,10 @@ class Collate:
 
 
 class Unpacked:
-    """Batches of the same conversations as a Collate of packs, one by one: for routers that choose by sample."""
+    """Batches with the same conversations as a Collate of packs, but not packed: for routers that route whole samples."""
 
     def __init__(self, packs: Collate, singles: Collate):
-        self.packs, self.singles = packs, singles  # singles: of all conversations, in their order
+        self.packs, self.singles = packs, singles  # singles: a Collate of all conversations, in order
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -210,7 +213,7 @@ class Unpacked:
 
 
 class Shuffled(Sampler):
-    """`count` rows of `size`: whole shufflings one after another, the same ones for the same seed."""
+    """`count` indices below `size`: one random permutation after another, determined by the seed."""
 
     def __init__(self, size: int, count: int, seed: int):
         self.size, self.count, self.seed = size, count, seed
@@ -226,12 +229,12 @@ class Shuffled(Sampler):
 
 # ---- 4. Right and wrong ----
 
-OVERLAP = 0.5  # a box is right when it shares this much of the union with the true one
+OVERLAP = 0.5  # a box is right from this intersection over union on
 
 
 def is_right(instruction: Instruction, answer: str) -> bool:
-    """Exact match up to case, spaces and a final stop, with the answer or with one that is accepted beside it (a relation
-    can be right in two ways). A box is right where its intersection over union with the true one is 0.5 or more."""
+    """Exact match, up to case, spaces and a final full stop, with the answer or with another accepted one (a relation can
+    have two right answers). A box is right if its intersection over union with the true box is at least 0.5."""
     expected = instruction.turns[-1][1]
     if instruction.kind == "region" and instruction.part == "box":
         return overlap(answer, expected) >= OVERLAP
@@ -243,7 +246,7 @@ def plain(text: str) -> str:
 
 
 def overlap(one: str, other: str) -> float:
-    """Intersection over union of two boxes "x1 y1 x2 y2"; 0 where one is none."""
+    """Intersection over union of two boxes "x1 y1 x2 y2". 0 if a text is not a box."""
     try:
         (a, b, c, d), (e, f, g, h) = ([float(word) for word in text.replace(",", " ").split()] for text in (one, other))
     except ValueError:
@@ -265,8 +268,8 @@ def score(instructions: Sequence[Instruction], right: Sequence[bool]) -> dict[st
 
 
 def majority(train: Sequence[Instruction], test: Sequence[Instruction]) -> list[str]:
-    """What one answers who does not see the picture: the training's most frequent answer to that very question, or, where it
-    was never asked, to questions of its kind and part."""
+    """Answers of a blind baseline: the most frequent training answer to the same question or, for a new question, to all
+    questions of its kind and part."""
     counts: dict[tuple, Counter] = {}
     for one in train:
         question, answer = one.turns[-1]

@@ -1,12 +1,15 @@
-"""A user's own pictures and conversations, in LLaVA's format, for `toy_lvlm.py`. Nothing is left out or changed silently.
+"""Pictures and conversations of the user, in LLaVA's format, for `toy_lvlm.py`. Nothing is left out or changed silently.
 
 The file is a JSON list, or JSON lines, of entries: {"image": "dogs/7.png", "conversations": [{"from": "human", "value":
-"<image>\\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}. Without "image" an entry is text only. `<image>` marks the
-picture's place in the first question. Optional: "id", "kind" (one of KINDS), "accept" (right answers beside the last one).
+"<image>\\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}. Without "image" an entry is text only. `<image>` stands for
+the picture in the first question. Optional: "id", "kind" (one of KINDS), "accept" (further right answers to the last
+question).
 
-CHOICE: without "kind" an entry is "vqa" where its last answer is one word, else "caption".
-CHOICE: a question without `<image>` gets it in front, where LLaVA puts it, and the run says so. LLaVA trains blind there.
-DIFFERS: LLaVA makes one `<image>` of several, and moves it to the front of its turn; here several are a fault, one stays.
+CHOICE: without "kind" an entry is "vqa" if its last answer is one word, otherwise "caption".
+CHOICE: a question without `<image>` gets it in front, where LLaVA puts it, and the run reports it. LLaVA would train without
+the picture there.
+DIFFERS: LLaVA makes one `<image>` of several and moves it to the front of its turn. Here several are an error, and one stays
+in its place.
 
 Shapes: N pictures, S a picture's side in pixels.   1 Problems  2 Entries  3 Pictures  4 Loading
 """
@@ -27,10 +30,10 @@ from tqdm.auto import tqdm
 from lab.run.cli import UserError
 from lab.vision.instructions import IMAGE, KINDS, Instruction, InstructionSet
 
-NAMED = 3  # entries of each kind of problem that a message names
+NAMED = 3  # entries that a message names for each kind of problem
 CLIP_MEAN = (122, 116, 104)  # image_mean of openai/clip-vit-large-patch14-336 x 255, as LLaVA pads
-MEMORY_SHARE = 0.8  # of the free memory, for pictures; the rest is the model's
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which Pillow has Ghostscript run
+MEMORY_SHARE = 0.8  # of the free memory, for the pictures; the rest is for the model
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: for it, Pillow runs Ghostscript
 
 # ---- 1. Problems ----
 
@@ -40,32 +43,33 @@ class BadEntry(Exception):
 
 
 class Problems:
-    """What is wrong with entries: ("train.json entry 17", "kind of problem: detail"). All files and all steps share one."""
+    """Collects problems of entries as ("train.json entry 17", "kind of problem: detail"), for all files and all steps."""
 
     def __init__(self, max_bad: int):
-        self.max_bad, self.total = max_bad, 0  # total: entries of all files; who reads one adds to it
-        self.left_out: list[tuple[str, str]] = []  # all of them, in the order found
-        self.changed: list[tuple[str, str]] = []  # used, but not as given: not bad
-        self.places: dict[str, list[str]] = {}  # flag -> where each instruction of that set stood, for later steps
-        self.shared = 0  # pictures of --eval-data that --data has too, under whatever name
+        self.max_bad, self.total = max_bad, 0  # total: entries of all files; each reader adds to it
+        self.left_out: list[tuple[str, str]] = []  # in the order found
+        self.changed: list[tuple[str, str]] = []  # used in a changed form; not counted as bad
+        self.places: dict[str, list[str]] = {}  # flag -> the place of each instruction in its file, for later steps
+        self.shared = 0  # pictures of --eval-data that are also in --data, under any name
 
     def add(self, where: str, what: str) -> None:
-        """Leaves an entry out. UserError when there are more than `max_bad`."""
+        """Leaves an entry out. UserError if there are now more than `max_bad`."""
         self.left_out.append((where, what))
         if len(self.left_out) > self.max_bad:
-            raise UserError(f"--max-bad {self.max_bad}: {by_kind(self.left_out)}; mend or remove these, or allow more")
+            raise UserError(f"--max-bad {self.max_bad}: {by_kind(self.left_out)}; fix or remove these, or allow more")
 
     def summary(self) -> str:
-        """One line, or "" where every entry is used as it is."""
-        told = ((self.left_out, "left out"), (self.changed, "changed"))
-        lines = [f"{len(own)} of {self.total} entries {how}: {by_kind(own)}" for own, how in told if own]
+        """One line, or "" if every entry is used unchanged."""
+        lists = ((self.left_out, "left out"), (self.changed, "changed"))
+        lines = [f"{len(own)} of {self.total} entries {how}: {by_kind(own)}" for own, how in lists if own]
         if self.shared:
-            lines.append(f"{self.shared} pictures of --eval-data are in --data too: their answers may be known by heart")
+            lines.append(f"{self.shared} pictures of --eval-data are in --data too: the model may know their answers")
         return ". ".join(lines)
 
 
 def by_kind(problems: list[tuple[str, str]]) -> str:
-    """2 x picture not found (train.json entry 3: 'a.png'; dev.json line 8: 'b.png'); 1 x blank text (...). NAMED of each."""
+    """2 x picture not found (train.json entry 3: 'a.png'; dev.json line 8: 'b.png'); 1 x blank text (...). Names NAMED
+    entries of each kind."""
     groups: dict[str, list[str]] = {}
     for where, what in problems:
         kind, _, detail = what.partition(": ")
@@ -77,26 +81,26 @@ def by_kind(problems: list[tuple[str, str]]) -> str:
 
 
 def read_entries(path: Path, flag: str) -> list[tuple[str, object]]:
-    """Entries, not looked at yet, each behind where it stands: "train.json entry 17 (id 'a7')", from 1. UserError."""
+    """The unchecked entries, each with its place before it: "train.json entry 17 (id 'a7')", counted from 1. UserError."""
     where, entries = "", []
     try:
         text = path.read_text(encoding="utf-8-sig")
         if is_list := text.lstrip().startswith("["):
             entries = list(enumerate(json.loads(text), start=1))
         else:
-            for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split at a U+2028 in a text
+            for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at a U+2028
                 where = f"line {number}: "
                 entries += [(number, json.loads(line))] if line.strip() else []
-    except (OSError, ValueError, RecursionError) as error:  # no UTF-8 and no JSON are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # wrong UTF-8 and wrong JSON are ValueErrors
         raise UserError(f"{flag} {path} is neither a JSON list nor JSON lines ({where}{error}): give one") from None
     if not entries:
-        raise UserError(f"{flag} {path} has no entries: give one at least")
+        raise UserError(f"{flag} {path} has no entries: give at least one")
     ids = [f" (id {entry['id']!r:.40})" if isinstance(entry, dict) and "id" in entry else "" for _, entry in entries]
     return [(f"{path} {'entry' if is_list else 'line'} {number}{own}", entry) for (number, entry), own in zip(entries, ids)]
 
 
 def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instruction, bool]:
-    """The picture's file, the instruction (its `image` still None), and whether `<image>` had to be put in. BadEntry."""
+    """The picture's file, the instruction (with `image` None), and whether `<image>` was inserted. BadEntry."""
     if not isinstance(entry, dict):
         raise BadEntry(f"not an object: a {type(entry).__name__}")
     entry = {"accept": []} | {key: value for key, value in entry.items() if value is not None}
@@ -110,7 +114,7 @@ def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instru
     texts = [check_text(turn.get("value"), f"turn {number}") for number, turn in enumerate(turns, start=1)]
     accept = tuple(check_text(text, f"accept {number}") for number, text in enumerate(entry["accept"], start=1))
     if any(IMAGE in text for text in (*texts[1:], *accept)):
-        raise BadEntry(f"{IMAGE} outside the first question: it may only stand there")
+        raise BadEntry(f"{IMAGE} outside the first question: it may only be there")
     if (markers := texts[0].count(IMAGE)) > (picture is not None):
         raise BadEntry(f"{IMAGE} without a picture" if picture is None else f"several {IMAGE}: {markers}, for one picture")
     kind = entry.get("kind", "caption" if len(texts[-1].split()) > 1 else "vqa")
@@ -123,22 +127,22 @@ def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instru
 
 
 def check_text(text: object, which: str) -> str:
-    """The text without white space around it. BadEntry."""
+    """The text, stripped. BadEntry."""
     if not isinstance(text, str):
         raise BadEntry(f"text of the wrong type: {which} is a {type(text).__name__}")
-    if not text.strip() or text.encode(errors="ignore").decode() != text:  # half a surrogate pair, which no tokenizer takes
+    if not text.strip() or text.encode(errors="ignore").decode() != text:  # half a surrogate pair: no tokenizer accepts it
         raise BadEntry(f"{'broken Unicode' if text.strip() else 'blank text'}: {which}")
     return text.strip()
 
 
 def find_picture(picture: str, folder: Path | None) -> Path:
-    """The file in the folder. A link there may lead out of it: the folder is the user's own, a path may be not. BadEntry."""
+    """The file in the folder. Links may lead out of the folder, which the user made; paths in the data may not. BadEntry."""
     if folder is None:
-        raise UserError("--image-dir is missing: give the folder that the pictures' paths start from")
-    path = PureWindowsPath(picture)  # knows / and \, roots and drives, on any system
+        raise UserError("--image-dir is missing: give the folder that the pictures' paths are relative to")
+    path = PureWindowsPath(picture)  # understands / and \, roots and drives on any system
     if path.drive or path.root or ".." in path.parts:
         raise BadEntry(f"path outside --image-dir: {picture!r:.80}")
-    if not os.path.isfile(folder / picture):  # False too for what cannot be a path
+    if not os.path.isfile(folder / picture):  # also False for a text that cannot be a path
         raise BadEntry(f"picture not found: {picture!r:.80}" + ", as URLs are not fetched" * ("://" in picture))
     return folder / picture
 
@@ -148,24 +152,24 @@ def find_picture(picture: str, folder: Path | None) -> Path:
 
 def read_picture(file: Path, size: int) -> Tensor:
     """uint8 (3, S, S): the whole picture, upright, transparency on white, centred on a square of CLIP's mean colour.
-    DIFFERS: LLaVA pads and then scales; scaled first, a very long picture needs no huge square. BadEntry."""
+    DIFFERS: LLaVA pads and then scales. Scaling first avoids a huge square for a very long picture. BadEntry."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit on pixels
             with Image.open(file, formats=FORMATS) as opened:
-                image = ImageOps.exif_transpose(opened)  # decodes all of it: a truncated file fails here
+                image = ImageOps.exif_transpose(opened)  # decodes the whole file: a truncated one fails here
         if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))  # convert() would clip at 255
         if image.mode in ("I", "F"):  # 32 bits
-            raise ValueError(f"mode {image.mode} has no known white, save it as RGB")
-        if max(image.size) >= 2 * size * min(image.size):  # pad() would return nothing of it
-            raise ValueError("it is so thin that nothing of it is left when scaled")
+            raise ValueError(f"mode {image.mode} does not define white, save it as RGB")
+        if max(image.size) >= 2 * size * min(image.size):  # pad() would scale it to nothing
+            raise ValueError("it is so thin that scaling leaves nothing")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         square = ImageOps.pad(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC, CLIP_MEAN)
     except FileNotFoundError:
         raise BadEntry(f"picture not found: {str(file)!r}") from None
-    except Exception as error:  # decoders raise about anything on damaged files
+    except Exception as error:  # decoders raise almost anything on damaged files
         raise BadEntry(f"picture cannot be read as {', '.join(FORMATS)}: {str(file)!r}, {error!r:.120}") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
@@ -174,10 +178,11 @@ def read_picture(file: Path, size: int) -> Tensor:
 
 
 def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--data") -> InstructionSet:
-    """Good entries in the file's order, each picture once; `problems` has the rest. `image_dir` None: no pictures."""
+    """The good entries in the file's order, each picture once. The others go to `problems`. `image_dir` None: no
+    pictures."""
     path, folder = Path(path).expanduser(), None if image_dir is None else Path(image_dir).expanduser()
     if folder and not folder.is_dir():
-        raise UserError(f"--image-dir {folder}: no such folder; give the one that holds the pictures of {flag}")
+        raise UserError(f"--image-dir {folder}: no such folder; give the one with the pictures of {flag}")
     entries, earlier, checked = read_entries(path, flag), len(problems.left_out), []
     problems.total += len(entries)
     for where, entry in entries:
@@ -202,5 +207,5 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
             problems.places[flag].append(where)
             problems.changed += [(where, f"no {IMAGE}, so it was put before the first question")] * put_in
     if not instructions:
-        raise UserError(f"{flag} {path} has no entry that can be used: {by_kind(problems.left_out[earlier:])}; mend them")
+        raise UserError(f"{flag} {path} has no entry that can be used: {by_kind(problems.left_out[earlier:])}; fix them")
     return InstructionSet(images_N3SS[: len(rows)], instructions)

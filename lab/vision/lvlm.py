@@ -57,7 +57,7 @@ PATCH = 32  # a cell of lab.vision.scenes: with smaller patches the language mod
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and tests on, and how it becomes tokens and pixels."""
+    """The data of a run, its tokenizer and its pixel format."""
 
     name: str
     train: InstructionSet
@@ -65,8 +65,8 @@ class Data:
     captions: tuple[list[str], list[str]]  # of the pictures of train and test, for a CLIP
     tokenizer: object
     pixels: Pixels
-    image_tokens: int  # of a picture
-    encoded: list[Encoded]  # train
+    image_tokens: int  # per picture
+    encoded: list[Encoded]  # of train
 
     @property
     def image_id(self) -> int:
@@ -78,7 +78,7 @@ class Data:
 
 
 def captions_of(data: InstructionSet) -> list[str]:
-    """A text for each picture: the answer to its first caption instruction, else its first question and answer."""
+    """One text per picture: the answer to its first caption instruction, or else its first question and answer."""
     texts: dict[int, str] = {}
     for one in sorted(data.instructions, key=lambda one: one.kind != "caption"):
         question, answer = one.turns[0]
@@ -88,7 +88,9 @@ def captions_of(data: InstructionSet) -> list[str]:
 
 
 def hold_out(data: InstructionSet, places: list[str], seed: int) -> tuple[list[InstructionSet], list[list[str]]]:
-    """A tenth of the pictures (and of what has none), one at least, with all their instructions, for testing."""
+    """Holds out a tenth of the pictures for testing, at least one, with all their instructions. Text-only instructions count
+        as
+    pictures of their own."""
     units = sorted({(one.image is None, i if one.image is None else one.image) for i, one in enumerate(data.instructions)})
     random.Random(seed).shuffle(units)
     chosen = set(units[: max(1, len(units) // 10)])
@@ -98,19 +100,19 @@ def hold_out(data: InstructionSet, places: list[str], seed: int) -> tuple[list[I
         parts[held].append(one)
         where[held].append(places[i])
     if not parts[0]:
-        raise UserError("--data: one picture alone cannot be both trained and tested on; give more, or --eval-data")
+        raise UserError("--data: one picture cannot be both trained and tested on; give more, or --eval-data")
     return [select(data.images_N3SS, part) for part in parts], list(where)
 
 
 def select(images_N3SS: Tensor, instructions: Sequence[Instruction]) -> InstructionSet:
-    """The instructions with their pictures alone."""
+    """The instructions, with only the pictures that they use."""
     used = sorted({one.image for one in instructions if one.image is not None})
     rows = {picture: row for row, picture in enumerate(used)}
     return InstructionSet(images_N3SS[used], [replace(one, image=rows.get(one.image)) for one in instructions])
 
 
 def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Data:
-    """Generated scenes, or the user's own. `clip` and `tokenizer`: of pretrained parts, else None. UserError."""
+    """Generated scenes, or the user's data. `clip` and `tokenizer`: of pretrained parts, otherwise None. UserError."""
     pixels = Pixels(SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if clip is None else clip_pixels(args.clip, clip)
     places: list[list[str]] = [[], []]
     if args.data:
@@ -142,12 +144,12 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
                 problems.add(where, f"too long: {len(one.input_ids)} tokens with picture and answer, --max-length is less")
         encoded.append([one for one, good in zip(found, fits) if good])
         if not encoded[-1]:
-            raise UserError(f"--max-length {args.max_length}: no conversation is as short as that; raise it")
+            raise UserError(f"--max-length {args.max_length}: every conversation is longer; raise it")
         sets[number] = select(own.images_N3SS, [one for one, good in zip(own.instructions, fits) if good])
         if not any(one.image is not None for one in sets[number].instructions):
             flag = "--eval-data" if args.eval_data and number else "--data"
             raise UserError(
-                f"{flag}: no {('training', 'test')[number]} conversation has a picture; this model is made for some"
+                f"{flag}: no {('training', 'test')[number]} conversation has a picture, and this model needs pictures"
             )
     captions = tuple(map(captions_of, sets))
     return Data(name, *sets, captions, tokenizer, pixels, image_tokens, encoded[0])
@@ -170,7 +172,7 @@ def embed_questions(model: PreTrainedModel, input_ids: Tensor, asked: Tensor) ->
 
 
 def question_values(model: PreTrainedModel, input_ids: Tensor, asked: Tensor) -> dict:
-    """Those of them that are known without the task: what an answer may be generated from."""
+    """Those of `sample_values` that are known without the task, for generating an answer."""
     values = {"instruction_BL": asked}
     router = next((module for module in model.modules() if isinstance(module, baselines.EmbeddingRouter)), None)
     if router:
@@ -190,19 +192,20 @@ def special_ids(tokenizer) -> dict:
 
 
 def caption_end(tokenizer) -> int:
-    """The token at whose place CLIP reads a caption. transformers takes 2 for old checkpoints' and then reads elsewhere."""
+    """The token at which CLIP pools a caption. transformers treats the id 2 as that of an old checkpoint and pools
+    elsewhere."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id != 2 else len(tokenizer)
 
 
 def make_clip(tokenizer) -> CLIPModel:
-    """A tiny CLIP, untrained: four layers for pictures, two for texts, width 128."""
+    """A tiny, untrained CLIP: four layers for pictures, two for texts, width 128."""
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
     end, layers = caption_end(tokenizer), {"num_hidden_layers": 2, "max_position_embeddings": 77}
     text = shape | layers | {"vocab_size": max(len(tokenizer), end + 1)} | special_ids(tokenizer) | {"eos_token_id": end}
     vision = shape | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
-    # larger than what a patch gives: from 0.02, the usual start, a frozen CLIP hardly says where in the picture a thing is;
-    # from 0.5, place makes a twelfth of its tokens' variance, and the language model is late to look it up
+    # larger than a patch embedding. With std 0.02, the usual start, the features of a frozen CLIP hardly encode where in the
+    # picture a thing is. With 0.5, place is a twelfth of its tokens' variance, and the language model learns late to use it.
     nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=1.0)
     return clip
 
@@ -247,8 +250,8 @@ class CollateClip:
 
 @torch.no_grad()
 def retrieval(clip: CLIPModel, collate: CollateClip, group: int = 64) -> tuple[float, int]:
-    """Share of the pictures whose own caption is the nearest among a group's, and the group's size; a smaller last group is
-    left out."""
+    """Share of pictures whose own caption is the nearest in their group, and the group's size. A smaller last group is left
+    out."""
     clip.eval()
     size = min(group, len(collate.ids))
     starts = range(0, len(collate.ids) - size + 1, size)
@@ -263,19 +266,19 @@ SMALL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "initializer_range": 0.08,  # as 0.02 is to larger widths: from there it takes hundreds of steps to attend to anything
+    "initializer_range": 0.08,  # with 0.02, as for larger widths, attention is learnt hundreds of steps later
     "tie_word_embeddings": True,
 }
 
 
 def make_lm(tokenizer, max_length: int) -> LlamaForCausalLM:
-    """A small decoder, untrained: four layers of width 128, SwiGLU, no biases."""
+    """A small, untrained decoder: four layers of width 128, SwiGLU, no biases."""
     size = {"vocab_size": len(tokenizer), "max_position_embeddings": max(512, 2 * max_length)}
     return LlamaForCausalLM(LlamaConfig(**SMALL, **size, **special_ids(tokenizer)))
 
 
 def load_lm(name: str) -> tuple[PreTrainedModel, object]:
-    """A pretrained decoder and its tokenizer, which gets `<image>`, and a padding token where it has none. UserError."""
+    """A pretrained decoder and its tokenizer, to which `<image>` is added, and a padding token if it has none. UserError."""
     ways = "give a folder (--lm DIR), or leave --lm out: a small one is trained"
     tokenizer = from_hub("the tokenizer", "--lm", name, lambda: AutoTokenizer.from_pretrained(name), ways)
     load = partial(AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32)
@@ -286,7 +289,7 @@ def load_lm(name: str) -> tuple[PreTrainedModel, object]:
         tokenizer.add_special_tokens({"pad_token": PAD})
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     if len(tokenizer) > lm.config.vocab_size:
-        torch.manual_seed(0)  # the new rows are drawn
+        torch.manual_seed(0)  # the new rows are random
         lm.resize_token_embeddings(len(tokenizer))
     return lm, tokenizer
 
@@ -295,7 +298,8 @@ def load_lm(name: str) -> tuple[PreTrainedModel, object]:
 
 
 def join(clip: CLIPModel, lm: PreTrainedModel, data: Data) -> LlavaForConditionalGeneration:
-    """transformers' LLaVA of both, with a new two-layer projector behind CLIP's last layer but one, as in MoE-LLaVA."""
+    """transformers' LLaVA from both, with a new two-layer projector on the features of CLIP's second to last layer, as in
+    MoE-LLaVA."""
     config = LlavaConfig(
         vision_config=clip.config.vision_config,
         text_config=lm.config,
@@ -311,20 +315,20 @@ def join(clip: CLIPModel, lm: PreTrainedModel, data: Data) -> LlavaForConditiona
 
 
 def trainable(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
-    """All but CLIP, which stays frozen; tied ones once."""
+    """All parameters except those of CLIP, which stays frozen. Tied ones once."""
     frozen = {id(parameter) for parameter in model.model.vision_tower.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in frozen]
 
 
 def split_matrices(model: PreTrainedModel, trained: Sequence[nn.Parameter]) -> tuple[list, list]:
-    """Those of the trained parameters that are a linear layer's matrix, without the token tables; and the others."""
+    """The trained parameters in two lists: the matrices of linear layers, without the token tables, and the others."""
     tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - tables
     return [p for p in trained if id(p) in linear], [p for p in trained if id(p) not in linear]
 
 
 def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moefication.MoESpec:
-    """What becomes of which layers of the language model. UserError."""
+    """The MoE spec for the language model. UserError."""
     text = LlamaConfig(**SMALL) if lm is None else lm.config
     vision = {} if clip is None else {"vision_config": clip.config.vision_config}
     try:
@@ -333,7 +337,7 @@ def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moef
             scaled = [name for name in ("final_logit_softcapping", "logits_scaling") if getattr(text, name, None)]
             if lm.get_output_embeddings().bias is not None or scaled:
                 raise ValueError(
-                    f"its head has {scaled[0] if scaled else 'a bias'}, which LLaVA's has not; take another model"
+                    f"its head has {scaled[0] if scaled else 'a bias'}, which a LLaVA does not support; use another model"
                 )
     except (ValueError, AttributeError) as error:
         raise UserError(f"--lm: {error}") from None
@@ -341,7 +345,7 @@ def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moef
 
 
 def cluster_questions(model: PreTrainedModel, data: Data, num_clusters: int, seed: int) -> Tensor:
-    """centres_CD of the training's questions."""
+    """centres_CD of the training questions."""
     found = {tuple(id for id, asked in zip(one.input_ids, one.asked) if asked): None for one in data.encoded}
     table_VD = model.get_input_embeddings().weight.detach()
     return baselines.cluster_instructions(torch.stack([table_VD[list(ids)].mean(0) for ids in found]), num_clusters, seed)
@@ -349,7 +353,7 @@ def cluster_questions(model: PreTrainedModel, data: Data, num_clusters: int, see
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, samples, batch: dict, tokenizer, max_new_tokens: int) -> Tensor:
-    """new_BL: what the model writes to the prompts of a batch of `Collate`, greedily; `samples`: its Samples, or None."""
+    """new_BL: the model's greedy answers to a batch of prompts from `Collate`. `samples`: the model's Samples, or None."""
     batch = {key: value.to(model.device) for key, value in batch.items()}
     keep, asked = batch.pop("keep"), batch.pop("asked")
     if samples:
@@ -360,7 +364,7 @@ def generate(model: PreTrainedModel, samples, batch: dict, tokenizer, max_new_to
 
 
 def ask(model: PreTrainedModel, tokenizer, card: "Card", images_N3SS: Tensor, question: str) -> str:
-    """The answer to one question, about the picture if there is one."""
+    """The answer to one question, about the picture if one is given."""
     question = question.replace(IMAGE, " ").strip()
     text = f"{IMAGE}\n{question}" if len(images_N3SS) else question
     data = InstructionSet(images_N3SS, [Instruction(((text, None),), 0 if len(images_N3SS) else None, "vqa")])
@@ -378,15 +382,15 @@ CARD = "lvlm.json"
 
 
 def save(model: PreTrainedModel, folder: Path, data: Data) -> None:
-    """Weights and tokenizer in transformers' format, and a card that says what a picture is to it."""
-    model.save_pretrained(folder, save_original_format=False)  # under the names that the model has
+    """Saves weights and tokenizer in transformers' format, and a card with the format of pictures."""
+    model.save_pretrained(folder, save_original_format=False)  # under the model's own parameter names
     data.tokenizer.save_pretrained(folder)
     write_json(folder / CARD, asdict(Card(*data.pixels, data.image_tokens)))
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a saved model expects of a picture. Bad values raise ValueError."""
+    """The format of pictures that a saved model expects. Bad values raise ValueError."""
 
     size: int
     mean: tuple[float, float, float]
@@ -397,7 +401,7 @@ class Card:
         whole = all(type(value) is int and 0 < value < 10_000 for value in (self.size, self.image_tokens))
         triples = all(len(value) == 3 and all(type(v) is float for v in value) for value in (self.mean, self.std))
         if not (whole and triples and 0 not in self.std):
-            raise ValueError(f"{CARD} cannot have {asdict(self)}")
+            raise ValueError(f"{CARD} has invalid values: {asdict(self)}")
 
     @property
     def pixels(self) -> Pixels:
@@ -405,7 +409,7 @@ class Card:
 
 
 def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
-    """Model (moefied or dense, in eval mode), tokenizer and card, from this folder alone. UserError for a damaged one."""
+    """Model (moefied or dense, in eval mode), tokenizer and card, read from this folder only. UserError if it is damaged."""
     try:
         for name in ("config.json", "tokenizer.json", CARD):
             if not (folder / name).is_file():
@@ -415,7 +419,7 @@ def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) > model.config.get_text_config().vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the model")
-    except Exception as error:  # damaged files raise anything: tokenizers has nothing but bare Exceptions
+    except Exception as error:  # damaged files raise anything: tokenizers raises bare Exceptions only
         reason = textwrap.shorten(str(error), 300)
         raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again") from error
     return model, tokenizer, card

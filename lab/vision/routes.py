@@ -1,9 +1,9 @@
-"""Which expert each token went to, in every MoE layer: expert load by modality, and the tokens' paths through the layers.
+"""The experts of each token in every MoE layer: expert load by modality, and the tokens' paths through the layers.
 
     with record_routes(model) as routes:
         model(**batch)
-        routes.add(modality_BL, keep_BL)  # after each forward: 0 text, 1 picture; True for real tokens
-    record["routes"] = summary(routes)  # lab.report.figures.plot_routes draws it
+        routes.add(modality_BL, keep_BL)  # after each forward. 0 is text, 1 picture; True for real tokens
+    record["routes"] = summary(routes)  # for lab.report.figures.plot_routes
 
 N real tokens of all forwards   M MoE layers   K choices per token   E experts   B, L  batch and length of a forward
 """
@@ -23,7 +23,7 @@ MODALITIES = ("text", "picture")  # what 0 and 1 stand for
 
 
 class Routes:
-    """The choices of all tokens added so far. Layers stand in the order of `model.named_modules()`, as STGC's do."""
+    """The choices of all tokens added so far. Layers are in the order of `model.named_modules()`, as in STGC."""
 
     def __init__(self, layers: dict[str, MoELayer]):
         sizes = {(layer.experts.num_experts, layer.top_k) for layer in layers.values()}
@@ -36,16 +36,16 @@ class Routes:
     all_NMK = property(lambda self: torch.cat([ids for ids, _ in self.parts]), doc="Ids, largest weight first; int16.")
     modality_N = property(lambda self: torch.cat([kinds for _, kinds in self.parts]), doc="Index in MODALITIES; int8.")
 
-    def note(self, i: int, watch, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor):
-        """A forward of layer i; what watched it before us watches on."""
+    def on_forward(self, i: int, watch, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor):
+        """Stores the routing of a forward of layer i, then calls `watch`, which watched the layer before."""
         order_TK = routing.weights_TK.argsort(dim=-1, descending=True, stable=True)
         self.forwards[i].append((routing.expert_ids_TK.gather(1, order_TK), keep_T))
         return None if watch is None else watch(x_TD, routing, pairs, keep_T)
 
     def add(self, modality_BL: Tensor, keep_BL: Tensor) -> None:
-        """Keep the real tokens of the forward since the last add; keep_BL may leave out others too, such as prompts. Which
-        of several forwards counts is not guessed: a generate loop adds what is new after each, or drops all but the one that
-        counts. RuntimeError unless each layer ran once; ValueError for tensors that do not fit that forward."""
+        """Adds the tokens of the forward since the last add; keep_BL may also leave out real tokens, such as a prompt's.
+        Call it, or `drop`, after each forward, also in a generate loop. RuntimeError unless each layer ran exactly once
+        since the last call; ValueError for tensors that do not fit the forward."""
         modality_T, keep_T = modality_BL.detach().flatten().cpu(), keep_BL.detach().flatten().cpu().bool()
         if len(modality_T) != len(keep_T) or not ((modality_T == 0) | (modality_T == 1)).all():
             raise ValueError(f"modality must be 0 or 1 for each of the {len(keep_T)} tokens of keep")
@@ -61,26 +61,27 @@ class Routes:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the forwards since the last add."""
+        """Discards the forwards since the last add."""
         self.forwards = [[] for _ in self.names]
 
     def by_modality(self) -> dict[str, Tensor]:
-        """all_NMK of each modality that has tokens."""
+        """all_NMK split by modality, without modalities that have no token."""
         parts = {name: self.all_NMK[self.modality_N == number] for number, name in enumerate(MODALITIES)}
         return {name: ids_NMK for name, ids_NMK in parts.items() if len(ids_NMK)}
 
 
 @contextmanager
 def record_routes(model: nn.Module) -> Iterator[Routes]:
-    """Notes the routing that a forward really used: no router is called again, as it may hold a batch's state or draw noise.
+    """Records the routing that a forward used. It calls no router again, since a router may hold a batch's state or draw
+    noise.
 
-    An STGC object may watch along, if created and detached outside. Each process records its own tokens. RuntimeError at the
-    end if a forward was neither added nor dropped."""
+    An STGC object may be active if it is created before and detached after. Each process records its own tokens.
+    RuntimeError at the end if a forward was neither added nor dropped."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:
         raise ValueError("the model has no stgc.MoELayer whose routes could be recorded")
     routes, before = Routes(layers), [layer.watch for layer in layers.values()]
-    ours = [partial(routes.note, i, watch) for i, watch in enumerate(before)]
+    ours = [partial(routes.on_forward, i, watch) for i, watch in enumerate(before)]
     for layer, mine in zip(layers.values(), ours):
         layer.watch = mine
     try:
@@ -96,8 +97,8 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
 
 
 def load_by_modality(routes: Routes) -> dict[str, dict]:
-    """By modality: `tokens`, how many it has, and the experts' shares of their first choices, `first_ME`, which MoE-LLaVA
-    plots, and of all K choices, whatever the weights, `all_ME`; as lists, of which each row, a layer, sums to 1."""
+    """By modality: `tokens`, their number; `first_ME`, each expert's share of first choices, as plotted for MoE-LLaVA; and
+    `all_ME`, its share of all K choices, not weighted. The shares are lists with one row per layer, which sums to 1."""
 
     def share_ME(ids_NMK):
         count_ME = torch.stack([(ids_NMK == e).sum((0, 2)) for e in range(routes.num_experts)], dim=1)
@@ -108,10 +109,10 @@ def load_by_modality(routes: Routes) -> dict[str, dict]:
 
 
 def count_pathways(routes: Routes, top: int = 10) -> dict[str, list[tuple[tuple[int, ...], float]]]:
-    """By modality the most frequent paths, each a token's first choices through the layers, with their share of its tokens;
-    of equally frequent ones the smaller tuple is first. In (2, 2) the two are different experts, each of its own layer.
-    DIFFERS: the paper's figure 5 follows MoE-LLaVA: moellava/vis/vis3.py (00d3f2b) takes 12 principal components of the
-    matrix layers x tokens and cuts each one's range into E bins, its "expert ids": an illustration. Ours are counted."""
+    """By modality the most frequent paths and their share of the tokens. A path is a token's first choice in each layer, so
+    (2, 2) means expert 2 of the first layer and expert 2 of the second. Of equally frequent paths the smaller tuple comes
+    first. DIFFERS: the paper's figure 5 follows MoE-LLaVA: moellava/vis/vis3.py (00d3f2b) takes 12 principal components of
+    the matrix layers x tokens and divides the range of each into E bins, its "expert ids". Our paths are counted."""
     found = {}
     for name, ids_NMK in routes.by_modality().items():
         paths_PM, count_P = ids_NMK[:, :, 0].unique(dim=0, return_counts=True)
@@ -122,7 +123,7 @@ def count_pathways(routes: Routes, top: int = 10) -> dict[str, list[tuple[tuple[
 
 
 def summary(routes: Routes, top: int = 10) -> dict:
-    """Both as JSON, for a run's record: layers, num_experts, top_k, and by modality its load and pathways."""
+    """Load and pathways as JSON, for a run's record: layers, num_experts, top_k, and both by modality."""
     rows = load_by_modality(routes)
     for name, paths in count_pathways(routes, top).items():
         rows[name]["pathways"] = [{"path": list(path), "share": share} for path, share in paths]

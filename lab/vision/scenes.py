@@ -1,9 +1,9 @@
 """Generated pictures with instructions, for `toy_lvlm.py`: coloured shapes and written words, nothing downloaded.
 
-A picture shows up to four shapes, each near the middle of a cell of its own of a 2x2 grid, and in two of five pictures a
-word or a number, on light ground. What is asked about it comes in the kinds of `lab.vision.instructions`, so that a
-Mixture-of-Experts has mixed work. Some pairs of colour and shape are held out: training neither shows nor names them, and a
-third of the test pictures is about them.
+A picture shows up to four shapes on a light background, each near the middle of its own cell of a 2x2 grid. Two of five
+pictures also show a word or a number. The questions have the kinds of `lab.vision.instructions`, so that a
+Mixture-of-Experts has mixed work. Some pairs of colour and shape are held out: training never shows or names them, and a
+third of the test pictures contain one.
 
   1 Scenes  2 Random scenes  3 Pictures (N of them, S pixels a side)  4 Questions  5 Instructions
 """
@@ -28,8 +28,9 @@ from lab.vision.instructions import IMAGE, Instruction, InstructionSet
 
 HUES = "red d61820 yellow fada00 green 149632 cyan 00c8dc blue 2448e6 pink ff78be".split()
 COLOURS = {name: tuple(bytes.fromhex(code)) for name, code in zip(HUES[::2], HUES[1::2], strict=True)}
-CROSS = [0.33, 0.67, 0.67, 1, 1, 0.67, 0.67, 0.33, 0.33, 0, 0, 0.33]  # its corners' x; their y, three corners later
-OUTLINES = {  # corners, in units of the box
+# the x of its corners; the y are the same list, three corners later
+CROSS = [0.33, 0.67, 0.67, 1, 1, 0.67, 0.67, 0.33, 0.33, 0, 0, 0.33]
+OUTLINES = {  # corners, relative to the box
     "circle": [(0.5 + 0.5 * sin(pi * i / 24), 0.5 - 0.5 * cos(pi * i / 24)) for i in range(48)],
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
@@ -42,29 +43,29 @@ HELD_OUT = list(zip("blue yellow cyan red".split(), OUTLINES, strict=True))  # n
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape, or a text: then `shape` is "word" or "number", and `cell` an index of ROWS instead of CELLS."""
+    """A shape, or a text. For a text `shape` is "word" or "number", and `cell` is an index of ROWS instead of CELLS."""
 
     colour: str
     shape: str
-    size: str  # small or large; of a text ""
+    size: str  # small or large; "" for a text
     cell: int
-    box: tuple[float, float, float, float]  # left, top, right, bottom in units of the picture's side, as seen
+    box: tuple[float, float, float, float]  # left, top, right, bottom, relative to the picture's side
     text: str = ""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: shapes in reading order, and one text at most, in a row and a colour of its own."""
+    """The content of a picture: shapes in reading order, and at most one text, in its own row and colour."""
 
     shapes: tuple[Thing, ...]
     texts: tuple[Thing, ...] = ()
     where: str = "clean"  # or "cluttered", or "new pairs": clean, with a held-out pair
     background: tuple[int, int, int] = (242, 242, 242)
-    seed: int = 0  # of its clutter and of its options' order
+    seed: int = 0  # of its clutter and of the order of options
 
     @property
     def key(self) -> tuple[Thing, ...]:
-        """Equal for pictures of the same things, which may differ in jitter, background and clutter."""
+        """Equal for pictures of the same things. They may differ in jitter, background and clutter."""
         return tuple(replace(thing, box=None) for thing in self.shapes + self.texts)
 
 
@@ -76,7 +77,7 @@ def is_new(*things: Thing) -> bool:
 
 WORDS = "ant bed box bus cat cow cup dog egg fan fox hat ice jam key map owl pen pig sea sky sun tea zoo".split()
 SIDES = {"small": (0.26, 0.29), "large": (0.4, 0.44)}
-JITTER = 0.025  # things lie that near to the middle of their cell or row: to find them anywhere takes a tiny CLIP too long
+JITTER = 0.025  # distance from the middle of the cell or row: a tiny CLIP needs too long to find things anywhere
 BACKGROUNDS = [(242, 242, 242), (226, 222, 214), (214, 220, 228), (232, 238, 226), (228, 222, 236)]
 WHERE = {"train": ("clean", "cluttered"), "test": ("clean", "cluttered", "new pairs")}
 
@@ -89,7 +90,7 @@ def random_shape(colour: str, shape: str, cell: int, rng: random.Random) -> Thin
 
 
 def random_text(colour: str, row: int, rng: random.Random) -> Thing:
-    """Half of the texts are words; numbers have one or two digits equally often."""
+    """Half of the texts are words. The numbers have one or two digits, equally often."""
     word = rng.choice(WORDS) if rng.random() < 0.5 else str(rng.randrange(*rng.choice([(0, 10), (10, 100)])))
     *_, width, height = ink(word)
     x, y = (1 - width) / 2 + rng.uniform(-JITTER, JITTER), (row + 0.5) / 2 - height / 2 + rng.uniform(-JITTER, JITTER)
@@ -97,13 +98,14 @@ def random_text(colour: str, row: int, rng: random.Random) -> Thing:
 
 
 def some_of(words: Collection[str], num: int, rng: random.Random) -> list[str]:
-    """So many: half of the time all different, else of one to three, so that things share some."""
+    """`num` of the words. Half of the time all differ; otherwise one to three words repeat, so that things share
+    attributes."""
     words = rng.sample(list(words), len(words))
     return words[:num] if rng.random() < 0.5 else rng.choices(words[: rng.randint(1, 3)], k=num)
 
 
 def random_looks(num: int, colours: Collection[str], new: bool, rng: random.Random) -> list[tuple[str, str]]:
-    """Colour and shape of so many things; with a held-out pair among them if `new`, else without."""
+    """Colour and shape of `num` things, with at least one held-out pair if `new`, otherwise with none."""
     looks = []
     while len(looks) < num or any(look in HELD_OUT for look in looks) != (new and num > 0):
         looks = list(zip(*(some_of(words, num, rng) for words in (colours, OUTLINES)), strict=True))
@@ -111,7 +113,7 @@ def random_looks(num: int, colours: Collection[str], new: bool, rng: random.Rand
 
 
 def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset()) -> list[Scene]:
-    """The conditions of the split take turns. No scene has a key of `taken`; within a split, a key may come twice."""
+    """Scenes with the split's conditions in turn. None has a key in `taken`; within a split a key may repeat."""
     rng, scenes = random.Random(f"{split} {seed}"), []
     while len(scenes) < num:
         where, written, row = WHERE[split][len(scenes) % len(WHERE[split])], rng.random() < 0.4, rng.randrange(2)
@@ -129,22 +131,22 @@ def random_scenes(num: int, split: str, seed: int, taken: frozenset = frozenset(
 
 # ---- 3. Pictures ----
 
-SCALE = 3  # drawn that much larger and then reduced: smooth edges
-EM = 0.36  # the font's size in units of the picture's side: digits are 0.27 high
+SCALE = 3  # drawn so many times larger and then reduced, for smooth edges
+EM = 0.36  # font size, relative to the picture's side; digits are 0.27 high
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
 font = lru_cache(partial(ImageFont.truetype, FONT, layout_engine=ImageFont.Layout.BASIC))  # by its size in pixels
 
 
 @lru_cache(maxsize=2048)
 def ink(word: str) -> tuple[float, float, float, float]:
-    """Where the written word's ink begins, seen from where its pen does, and its width and height, as in a box."""
-    x, y, *_ = font(100).getbbox(word)  # left of the ink by the letter's bearing
+    """The word's ink: left and top relative to the pen's start, then width and height, relative to the picture's side."""
+    x, y, *_ = font(100).getbbox(word)  # starts before the ink by the letter's bearing
     left, top, right, bottom = font(100).getmask(word).getbbox()
     return tuple(EM / 100 * length for length in (x + left, y + top, right - left, bottom - top))
 
 
 def draw_clutter(pen: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
-    """Blobs and lines in greys near the background: seen, but no colour of a thing."""
+    """Blobs and lines in colours near the background: visible, but unlike the colour of any thing."""
     rng = random.Random(scene.seed)
     for draw in [pen.ellipse] * 4 + [partial(pen.line, width=max(1, side // 64))] * 5:
         shift = rng.choice([-1, 1]) * rng.randint(10, 26)
@@ -154,7 +156,7 @@ def draw_clutter(pen: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
 
 
 def draw_scene(scene: Scene, size: int = 64) -> torch.Tensor:
-    """The picture, uint8 of shape (3, size, size). Clutter lies behind the things, its noise on everything."""
+    """The picture, uint8 of shape (3, size, size). Clutter is behind the things, its noise on the whole picture."""
     side = SCALE * size
     image = Image.new("RGB", (side, side), scene.background)
     pen = ImageDraw.Draw(image)
@@ -175,9 +177,9 @@ def draw_scene(scene: Scene, size: int = 64) -> torch.Tensor:
 
 
 # ---- 4. Questions ----
-# Each function gives all that can be asked of its kind about a scene, but for the words that say how to answer.
+# Each function returns all questions of its kind about a scene, without the words that say how to answer.
 
-BOX = 32  # boxes are asked for as integers from 0 to BOX
+BOX = 32  # the coordinates of a box are integers from 0 to BOX
 LETTERS = "abc"  # of a choice's options
 
 
@@ -188,12 +190,13 @@ class Ask(NamedTuple):
     accept: tuple[str, ...] = ()
 
 
-# so places are asked for: with a quarter of the names shorter, one try did not learn them in 600 steps
+# questions about places use full names: with a quarter of the names shorter, one trial did not learn them in 600 steps
 WHOLE = "size colour shape"
 
 
 def named(scene: Scene, *ways: str) -> list[tuple[Thing, str]]:
-    """The shapes, each by the first way that fits no other: "the cross" before "the small cross". Some have none."""
+    """The shapes, each with the first name that fits no other shape: "the cross" before "the small cross". Some have
+    none."""
     called = {}
     for thing, way in product(scene.shapes, ways):
         words, *others = [[getattr(some, word) for word in way.split()] for some in (thing, *scene.shapes)]
@@ -203,7 +206,7 @@ def named(scene: Scene, *ways: str) -> list[tuple[Thing, str]]:
 
 
 def caption(scene: Scene) -> str:
-    """The one sentence for this scene. Shapes come by colour and name, not by place: so one has to look where each is."""
+    """The caption of this scene. Shapes are sorted by colour and name, not by place, so a model must look where each is."""
     shapes = sorted(scene.shapes, key=lambda thing: ([*COLOURS].index(thing.colour), [*OUTLINES].index(thing.shape)))
     parts = [f"a {thing.size} {thing.colour} {thing.shape} at the {CELLS[thing.cell]}" for thing in shapes]
     parts += [f"the {text.shape} {text.text} in {text.colour} at the {ROWS[text.cell]}" for text in scene.texts]
@@ -211,14 +214,14 @@ def caption(scene: Scene) -> str:
 
 
 def ask_attribute(scene: Scene, part: str) -> list[Ask]:
-    """The colour, shape or size of a thing that the other attributes single out; or the text's colour."""
+    """Asks for colour, shape or size of a thing that its other attributes identify, or for the text's colour."""
     ways = {"colour": ("shape", "size shape"), "shape": ("colour", "size colour"), "size": ("shape", "colour shape")}
     found = named(scene, *ways[part]) + [(text, f"the {text.shape}") for text in scene.texts if part == "colour"]
     return [Ask(f"what {part} is {it}?", getattr(thing, part), (thing,)) for thing, it in found]
 
 
 def ask_choice(scene: Scene, part: str) -> Iterator[Ask]:
-    """Three colours or shapes to choose from, those in the picture first in line. None makes a held-out pair in training."""
+    """Choices of three colours or shapes, preferably of the picture. In training no option makes a held-out pair."""
     rng = random.Random(f"{part} {scene.seed}")
     present = {getattr(thing, part) for thing in scene.shapes + scene.texts}
     for ask in ask_attribute(scene, part):
@@ -231,20 +234,20 @@ def ask_choice(scene: Scene, part: str) -> Iterator[Ask]:
 
 
 def ask_count(scene: Scene) -> list[Ask]:
-    """All shapes (if there are none only half the time, or 0 were a good guess), those of a colour, and those of a kind."""
+    """Counts of all shapes, of a colour, of a kind. Without shapes it asks half of the time, or 0 would be a good guess."""
     groups = {"shapes": scene.shapes} if scene.shapes or scene.seed % 2 else {}
     for word in [*COLOURS, *OUTLINES] if scene.shapes else []:
-        if all(text.colour != word for text in scene.texts):  # a text is no shape
+        if all(text.colour != word for text in scene.texts):  # a text is not a shape
             plural = f"{word} shapes" if word in COLOURS else f"{word}es" if word == "cross" else f"{word}s"
             groups[plural] = tuple(thing for thing in scene.shapes if word in (thing.colour, thing.shape))
     return [Ask(f"how many {plural} are there?", str(len(things)), things) for plural, things in groups.items()]
 
 
 def ask_yes_no(scene: Scene) -> list[Ask]:
-    """After a colour, a shape, or a colour and a shape. Of each, as many to say no to as yes, but one at least: first the
-    hard ones, where colour and shape are both there, apart."""
+    """Asks whether a colour, a shape, or a pair of both is there. Of each, as many answers are no as yes, and at least one.
+    Hard negatives come first: colour and shape are both there, but on different things."""
     written, rng, asks = {text.colour for text in scene.texts}, random.Random(f"no {scene.seed}"), []
-    for colours, kinds in (([""], OUTLINES), (set(COLOURS) - written, [""]), (COLOURS, OUTLINES)):  # a text is no shape
+    for colours, kinds in (([""], OUTLINES), (set(COLOURS) - written, [""]), (COLOURS, OUTLINES)):  # a text is not a shape
         yes, hard, easy = [], [], []
         for colour, kind in product(sorted(colours), kinds) if scene.shapes else ():
             fits = [(colour in ("", thing.colour), kind in ("", thing.shape)) for thing in scene.shapes]
@@ -258,7 +261,7 @@ def ask_yes_no(scene: Scene) -> list[Ask]:
 
 
 def ask_relation(scene: Scene) -> Iterator[Ask]:
-    """The way along the longer displacement; the other way is accepted where the cells differ in it too."""
+    """The direction along the larger displacement. The other one is accepted, too, if the cells differ in both."""
     for (one, it), (other, origin) in permutations(named(scene, WHOLE), 2):
         x, y = (one.box[i] + one.box[i + 2] - other.box[i] - other.box[i + 2] for i in (0, 1))
         ways = [(abs(x), "left" if x < 0 else "right"), (abs(y), "above" if y < 0 else "below")]
@@ -268,7 +271,7 @@ def ask_relation(scene: Scene) -> Iterator[Ask]:
 
 
 def ask_place(scene: Scene, part: str) -> Iterator[Ask]:
-    """The name of a shape's cell; or the box of a shape or of the text, as in "4 0 13 9"."""
+    """Asks for a shape's cell, or for the box of a shape or of the text, such as "4 0 13 9"."""
     for thing, it in named(scene, WHOLE) + [(text, f"the {text.shape}") for text in scene.texts if part == "box"]:
         answer = CELLS[thing.cell] if part == "cell" else " ".join(str(round(BOX * edge)) for edge in thing.box)
         yield Ask(f"where is {it}?", answer, (thing,))
@@ -276,7 +279,7 @@ def ask_place(scene: Scene, part: str) -> Iterator[Ask]:
 
 # ---- 5. Instructions ----
 
-ASKED = {  # kind: {part: (what can be asked, how to answer)}
+ASKED = {  # kind: {part: (questions about a scene, how to answer)}
     "caption": {"": (lambda scene: [Ask("describe the picture", caption(scene), scene.shapes)], "in one sentence.")},
     "vqa": {
         **{part: (partial(ask_attribute, part=part), "one word.") for part in ("colour", "shape", "size")},
@@ -288,15 +291,15 @@ ASKED = {  # kind: {part: (what can be asked, how to answer)}
     "ocr": {"": (lambda scene: [Ask("what is written?", text.text, ()) for text in scene.texts], "the text.")},
     "region": {part: (partial(ask_place, part=part), f"the {part}.") for part in ("cell", "box")},
 }
-NUM_ASKED = {"vqa": 6, "region": 4}  # of a picture, if there are that many different questions; of the other kinds 1
-OFTEN = {"cell": 3}  # times as often as the kind's other parts in the training: learnt last, and relations need it
-BARE = 0.3  # of the one-word questions of the training do not say how to answer, for people do not either
+NUM_ASKED = {"vqa": 6, "region": 4}  # questions per picture, if it has so many; 1 for the other kinds
+OFTEN = {"cell": 3}  # times as often in training as other parts of the kind: it is learnt last, and relations need it
+BARE = 0.3  # share of one-word training questions without the words that say how to answer, as people ask
 
 
 def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Counter) -> Iterator[Instruction]:
-    """NUM_ASKED of each kind that fits: of its parts the least used so far, and of that the least used answer. So both come
-    about equally often, but for OFTEN; and questions about a held-out pair go first. `used` counts by condition, and is
-    updated."""
+    """NUM_ASKED questions of each kind that fits the scene. It takes the part used least so far, and of that the answer used
+    least, so both occur about equally often, except for OFTEN. Questions about a held-out pair come first. `used` counts by
+    condition, and is updated."""
     often = OFTEN if split == "train" else {}
     for kind, parts in ASKED.items():
         asks = [
@@ -316,7 +319,7 @@ def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Cou
 
 
 def make_scenes(num_train: int, num_test: int, seed: int = 0, size: int = 64) -> dict[str, InstructionSet]:
-    """The splits train and test, of that many pictures, with no scene in common. Test does not depend on num_train."""
+    """The splits train and test, with so many pictures and no common scene. Test does not depend on num_train."""
     splits, test = {}, random_scenes(num_test, "test", seed)
     train = random_scenes(num_train, "train", seed, frozenset(scene.key for scene in test))
     for split, scenes in (("train", train), ("test", test)):
