@@ -32,9 +32,10 @@ def without_pictures(patch, *names) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def frozen():
+def swift():
     """What the imports made stays out of the garbage collector's sight: it is a million objects, and looking through them
     takes half a second, which every training run and many a test would ask for several times."""
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
     gc.collect()
     gc.freeze()
 
@@ -42,7 +43,7 @@ def frozen():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    torch.set_num_threads(1)
 
 
 class Net(nn.Module):

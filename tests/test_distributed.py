@@ -26,6 +26,9 @@ CASES = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 def net_and_halves():
     """As many labelled tokens in each half, so that the mean of their losses is the whole batch's; not as many real ones.
     The seed gives each half conflicts, and an expert that only one of the halves uses."""

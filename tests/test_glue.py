@@ -281,7 +281,8 @@ def test_variant_names_are_the_flags():
     assert options.variant_options("dense", args) is None and not options.VARIANT.fullmatch("dense-one")
 
 
-def test_several_learning_rates(words, tmp_path, pictures, capsys):
+def test_several_learning_rates(words, tmp_path, pictures, capsys, monkeypatch):
+    without_pictures(monkeypatch, "plot_run")
     run([*words, "--lrs", "1e-5", "1e-2", "--variants", "none,ce", "--epochs", "1"])
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(entry["variant"], entry["lr"]) for entry in record["runs"]] == [

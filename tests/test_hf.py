@@ -1024,6 +1024,7 @@ def halves() -> list[dict]:
     return [first, second | {"input_ids": second["input_ids"].roll(5, 1).flip(0).clamp(4) - 1, "labels": first["labels"]}]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, server):
     """Flags, statistics and averaged gradients of two processes are those of one with both batches."""
     start_processes(started, args=(str(tmp_path),), nprocs=2, start_method=METHOD)

@@ -13,6 +13,8 @@ from transformers import BertForSequenceClassification
 
 from lab.run.cli import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def launch(*command):
     """Starts two processes as `accelerate launch` does on GPUs: by torch's own launcher, which knows CPUs too."""
@@ -36,7 +38,6 @@ def curve(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(words, still, tmp_path):  # noqa: F811
     command = [*words, "--model", still, "--variants", "ce,ce-one", "--lr", "1e-3", "--log-steps", "1"]
     with launch(*command, "--output-dir", tmp_path / "two") as two:
@@ -64,7 +65,6 @@ torch.optim.AdamW.step = step
 """
 
 
-@pytest.mark.slow
 def test_resume_in_two_processes(words, tmp_path, server):  # noqa: F811
     """With dropout: each process has random numbers of its own, and gets them back."""
     command = [*words, "--save-steps", "2", "--save-model", "--epochs", "2"]

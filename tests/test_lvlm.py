@@ -65,7 +65,6 @@ def plain(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a finished run of every kind of variant."""
-    torch.set_num_threads(1)
     folder, draw = tmp_path_factory.mktemp("lvlm") / "whole", figures.plot_run
 
     def draw_all(folder, title):
@@ -153,7 +152,6 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("straight") / "out"
     command = [*WORDS, "--variants", "none,feature", "--save-steps", "2"]
     with pytest.MonkeyPatch.context() as patch:

@@ -62,6 +62,7 @@ def test_same_seed_same_scenes():
     assert all(len(one & other) < 5 for i, one in enumerate(captions) for other in captions[:i])
 
 
+@pytest.mark.slow
 def test_string_hashes_do_not_matter():
     """In another process the hashes of strings, and so the order of a set, are others."""
     code = "from tests.test_scenes import digest; print(digest(40, 30, 0))"

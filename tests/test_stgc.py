@@ -536,6 +536,7 @@ def test_conflict_loss_gradient(kind):
     """gradcheck with the mask fixed, and the closed forms. ce: onehot(e) - softmax(-z), so that a step lowers z_e."""
     logits_TE = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     target_TK, picked_TK = torch.randint(5, (6, 2)), torch.rand(6, 2) < 0.5
+
     def conflict_loss(logits_TE, mask_TK=picked_TK):
         return stgc_module.conflict_loss(logits_TE, target_TK, mask_TK, CONFLICT_LOSSES[kind])
 
