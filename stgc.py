@@ -274,7 +274,7 @@ def find_conflicts(grads: Sequence[Tensor], expert_ids: Tensor, num_experts: int
 
 # ---- 7. Losses ----
 CONFLICT_LOSSES = {  # logits_TE -> each token's loss on each expert
-    "ce": lambda logits_TE: -(-logits_TE).log_softmax(-1),  # PAPER eq. 8, 14: CE(-z_n, e). lowers z_e
+    "ce": lambda logits_TE: -(-logits_TE).log_softmax(-1),  # PAPER eq. 8 and 14: CE(-z_n, e), which lowers z_e
     "mse": lambda logits_TE: logits_TE.softmax(-1).square(),  # PAPER eq. 13: p_{n,e}^2
 }
 

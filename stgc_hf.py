@@ -7,9 +7,9 @@
     stgc.detach()                           # the model is exactly what it was
 
 A registered function of transformers' experts interface computes judged experts with taps on their linears (a fused gate
-and up projection counts as the two linears that it is), hooks on the routers take their raw logits; taps, flags and losses
-are those of stgc.py. What is not judged, evaluation and generation among it, runs the library's function that was chosen
-before.
+and up projection counts as the two linears that it is), hooks on the routers record their raw logits; taps, flags and
+losses are those of stgc_plus.py. What is not judged, such as evaluation and generation, runs the library's function that
+was chosen before.
 
 CHOICE: the losses act on softmax(z) of the raw logits z, also where the model scores with a sigmoid (deepseek_v3, glm4_moe,
 ...): ce still lowers the logit of the expert that the token leaves and raises the others', so the scores follow, but mse
@@ -244,7 +244,7 @@ class Layer:
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """out_TD. Where no token gradient is wanted, without gradients for one, the library's own function computes.
 
-        Raises RuntimeError where the router did not run on the same tokens before, or a frozen part makes judging moot.
+        Raises RuntimeError where the router did not run on the same tokens before, or frozen parts leave nothing to judge.
         """
         eager = type(self.experts).forward.__wrapped__
         library = partial(ALL_EXPERTS_FUNCTIONS.get_interface(self.before, eager), self.experts, x_TD, expert_ids_TK)
@@ -321,7 +321,7 @@ def find_routers(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 class ModelSTGC(STGC):
-    """`stgc.STGC` on the MoE layers of a model of transformers. `attach` makes it."""
+    """`stgc_plus.STGC` on the MoE layers of a model of transformers. `attach` makes it."""
 
     def __init__(self, model: nn.Module, config: STGCConfig):
         self.padding = Padding()
@@ -353,7 +353,7 @@ class ModelSTGC(STGC):
             old, routers = getattr(experts, "stgc_layer", None), find_routers(model, name)
             before = experts.config._experts_implementation if old is None else old.before
             if not routers:
-                raise ValueError(f"no router beside {name}: its class must be named in the model's _can_record_outputs")
+                raise ValueError(f"no router near {name}: its class must be named in the model's _can_record_outputs")
             if before == NAME:
                 raise ValueError("another attached model shares this config object: build each from copy.deepcopy(config)")
             w_out, spread = experts.down_proj, experts._is_expert_parallel or (getattr(model, "_tp_size", None) or 1) > 1
@@ -376,7 +376,7 @@ class ModelSTGC(STGC):
         if judged and not any(layer.experts_train for layer in judged):
             raise RuntimeError(
                 "the experts of all judged layers are frozen, so no tokens conflict in training them: unfreeze them (peft: "
-                "target_parameters=['experts.gate_up_proj', 'experts.down_proj']), be it without an optimizer"
+                "target_parameters=['experts.gate_up_proj', 'experts.down_proj']); they need not be in the optimizer"
             )
         return super().loss(main_loss, grad_scale)
 
@@ -391,10 +391,10 @@ class ModelSTGC(STGC):
 def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  # noqa: B008  (frozen)
     """STGC on a model of transformers, or on any module around one. Its parameters and outputs stay as they are.
 
-    Returns an object with `loss`, `stats`, `verdicts` and `detach`, those of stgc.STGC; a later one on the same model takes
-    its place. Raises ValueError for a model without a layer to watch, or whose config another attached model shares.
+    Returns an object with the `loss`, `stats`, `verdicts` and `detach` of stgc_plus.STGC; a later one on the same model
+    replaces it. Raises ValueError for a model without a layer to watch, or whose config another attached model shares.
     The forward or `loss` raises RuntimeError where router logits or experts get no gradient: frozen, or checkpointed with
-    use_reentrant=True. Each says the way on.
+    use_reentrant=True. Each message says what to do.
     """
     return ModelSTGC(model, config)
 
@@ -405,8 +405,8 @@ def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  #
 class TrainerMixin:
     """class MyTrainer(stgc_hf.TrainerMixin, Trainer): pass. Then MyTrainer(..., stgc_config=STGCConfig()).
 
-    Adds the losses in training, logs their means over the layers and the conflict statistics, and goes on at the right step
-    when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
+    Adds the losses in training, logs their means over the layers and the conflict statistics, and continues at the right
+    step when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
     """
 
     def __init__(self, *args, stgc_config: STGCConfig, **kwargs):

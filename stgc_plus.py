@@ -171,7 +171,7 @@ class ConflictTap(torch.autograd.Function):
         with torch.enable_grad():
             logits_TE = ctx.saved_tensors[0].detach().requires_grad_()
             (grad_TE,) = torch.autograd.grad(step.stgc.conflict_loss(step, logits_TE), logits_TE)
-        step.compared, step.by_others, step.grads = {}, {}, {}  # frees memory: the loss still references the step
+        step.compared, step.by_others, step.grads, step.weight_grads = {}, {}, {}, {}  # the loss still references the step
         return None, grad_loss * grad_TE, grad_x_SD, *weight_grads
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from forked import serve
 from torch import Tensor, nn
 
+import stgc_plus
 from stgc import MoELayer, Verdict
-from stgc_plus import STGC, Experts, STGCConfig
+from stgc_plus import STGC
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +69,11 @@ class Net(nn.Module):
         super().__setstate__(state | {"call": lambda layer, *inputs: layer(*inputs)})
 
 
-def make_net(num_layers=2, top_k=2, normalize=True, scale=1.0, d_ff=12, dtype=torch.float64, **experts) -> Net:
+def make_net(num_layers=2, top_k=2, normalize=True, scale=1.0, d_ff=12, dtype=torch.float64, of=stgc_plus, **experts) -> Net:
+    """`of`: the module whose Experts it has."""
     layers = []
     for _ in range(num_layers):
-        stacked = Experts(4, 8, d_ff, dtype=dtype, **experts)
+        stacked = of.Experts(4, 8, d_ff, dtype=dtype, **experts)
         layers.append(MoELayer(stacked, top_k=top_k, normalize=normalize, scale=scale))
         layers[-1].router.weight.data *= 4  # clear choices, far from a tie
     return Net(layers, classes=3)
@@ -111,9 +113,9 @@ def train_step(stgc: STGC, net: nn.Module, batch: Batch, loss_scale: float = 1.0
     return Run(total.item(), grads | {"x_TD": batch.x_TD.grad}, list(stgc.verdicts), stgc.stats())
 
 
-def run(net: nn.Module, batch: Batch, loss_scale: float = 1.0, **config) -> Run:
-    """The same with an STGC object that lives for this step only."""
-    stgc = STGC(net, STGCConfig(**config))
+def run(net: nn.Module, batch: Batch, loss_scale: float = 1.0, of=stgc_plus, **config) -> Run:
+    """The same with an STGC object, that of a module, which lives for this step only."""
+    stgc = of.STGC(net, of.STGCConfig(**config))
     result = train_step(stgc, net, batch, loss_scale)
     stgc.detach()
     return result

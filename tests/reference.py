@@ -154,6 +154,12 @@ class Judgement(NamedTuple):
     consistency: float
     consistency_std: float
     conflict_ratio: float
+    cos_TKL: Tensor  # the terms of the similarity, by linear
+    similarity_others_TK: Tensor  # extension: by the mean of the other pairs of the expert; always of bias gradients
+    judged_others_TK: Tensor
+    conflict_others_TK: Tensor
+    conflict_ratio_others: float
+    consistency_by_chance: float
     count_E: Tensor  # pairs on each expert
     load_E: Tensor  # the same as a fraction of all pairs: f_e of eq. 9
     bias_grads: dict[tuple[int, int], dict[str, Tensor]]  # (t, k) -> linear -> gradient, shape O
@@ -201,10 +207,24 @@ def judge_layer(layer: RefLayer, trace: Trace, main_loss: Tensor, tau: float, gr
     judged_by = bias_grads if gradients == "bias" else weight_grads
     judged = [pair for pair in expert_of if any(is_nonzero(judged_by[pair][name]) for name in linears)]
     gbar = {(e, name): mean_gradient(judged_by, e, name) for e in experts for name in linears}
-    similarity = {}  # eq. 12
+    similarity, cosines = {}, {}  # eq. 12
     for pair in judged:
-        similarity[pair] = mean([cos(judged_by[pair][name], gbar[expert_of[pair], name]) for name in linears])
+        cosines[pair] = [cos(judged_by[pair][name], gbar[expert_of[pair], name]) for name in linears]
+        similarity[pair] = mean(cosines[pair])
     conflict = [pair for pair in judged if similarity[pair] < tau]
+
+    similarity_others = {}  # extension: a pair without others, or whose others have no gradient, is not judged by them
+    for pair in expert_of:
+        others = [other for other in pairs_on[expert_of[pair]] if other != pair]
+        of_linear = []
+        for name in linears:
+            rest = sum((bias_grads[other][name] for other in others), torch.zeros_like(bias_grads[pair][name]))
+            of_linear.append((bias_grads[pair][name], rest))
+        if any(is_nonzero(own) and is_nonzero(rest) for own, rest in of_linear):
+            similarity_others[pair] = mean([cos(own, rest) for own, rest in of_linear])
+    conflict_others = [pair for pair in similarity_others if similarity_others[pair] < tau]
+    alone = [pair for pair in judged if pair not in similarity_others]
+    judged_on = [sum(expert_of[pair] == e for pair in judged) for e in experts]
 
     gain, target = {}, {}  # extension (design.md, Idea 3): the best expert, by g2, among those that the token is not on
     gbar_out = {e: mean_gradient(bias_grads, e, "out") for e in experts}
@@ -226,7 +246,7 @@ def judge_layer(layer: RefLayer, trace: Trace, main_loss: Tensor, tau: float, gr
 
     count_E = torch.tensor([len(pairs_on[e]) for e in experts], dtype=torch.float64)
 
-    def table(values: dict, default, dtype) -> Tensor:
+    def table(values: dict, default, dtype=torch.float64) -> Tensor:
         pairs_TK = [[values.get((t, k), default) for k in range(layer.top_k)] for t in range(len(trace.x_TD))]
         return torch.tensor(pairs_TK, dtype=dtype)
 
@@ -240,6 +260,12 @@ def judge_layer(layer: RefLayer, trace: Trace, main_loss: Tensor, tau: float, gr
         consistency=center,
         consistency_std=variance**0.5,
         conflict_ratio=len(conflict) / len(expert_of),
+        cos_TKL=table(cosines, [0.0] * len(linears)),
+        similarity_others_TK=table(similarity_others, 0.0),
+        judged_others_TK=table(dict.fromkeys(similarity_others, True), False, torch.bool),
+        conflict_others_TK=table(dict.fromkeys(conflict_others, True), False, torch.bool),
+        conflict_ratio_others=len(conflict_others) / (len(expert_of) - len(alone)),
+        consistency_by_chance=mean([1 / number for number in judged_on if number]) if judged else 0.0,
         count_E=count_E,
         load_E=count_E / len(expert_of),
         bias_grads=bias_grads,

@@ -40,7 +40,6 @@ def scripts(data, model, tmp_path_factory):  # noqa: F811
     bench = "-m lab.bench --rounds 3 --batch-size 2 --length 8 --threads 1 --device cpu --output".split()
     peer = "-m lab.bench.peer --rounds 1 --samples 16 --max-length 16 --moe-layers 1 --variants ce-one --output".split()
     commands = {
-        "demo": ["stgc.py"],
         "peer": [*peer, folder / "peer.json", "--model", model, "--data-dir", data],
         "bench": [*bench, folder / "bench.json", "--variants", "one pass", "two passes"],
     }
@@ -229,15 +228,6 @@ def test_cached_models_are_found_without_the_network(tmp_path, monkeypatch):
     assert not model_is_cached("a/b")
     (tmp_path / "hub" / "models--a--b").mkdir(parents=True)
     assert model_is_cached("a/b")
-
-
-@pytest.mark.slow
-def test_the_demo_shows_the_method_and_its_control(scripts):
-    rows = {line[:34].strip(): list(map(float, line[34:].split())) for line in scripts[1]("demo").splitlines()[1:5]}
-    before, ce = rows["without STGC: trained"], rows["then its router on ce alone"]
-    placebo = rows["then its router on placebo alone"]
-    assert ce[0] < before[0] - 0.05 and ce[1] > before[1] and ce[1] > placebo[1]
-    assert ce[2] > before[2]  # the conflict loss alone serves no task: the demo does not hide it
 
 
 @pytest.mark.parametrize("offline", ["1", "0"])

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -68,7 +69,7 @@ def oracle_case(name: str, gradients: str):
     return net, batch, ref, reference.judge(ref, *batch, config.get("tau", 0.0), gradients)
 
 
-def same_as_oracle(result, expected, passes: str, alpha: float, judged):
+def same_as_oracle(result, expected, passes: str, alpha: float, judged, of=stgc_plus):
     """Every number that STGC reports or leaves behind; the outputs themselves enter through the main loss."""
     names = {"router.weight": "router_ED", "head.weight": "head_CD", "experts.": ""}
     renamed = functools.partial(re.sub, "|".join(names), lambda match: names[match[0]])
@@ -84,9 +85,12 @@ def same_as_oracle(result, expected, passes: str, alpha: float, judged):
         close(verdict.similarity_TK, truth.similarity_TK)
         assert torch.equal(verdict.judged_TK, truth.judged_TK)
         assert torch.equal(verdict.conflict_TK, truth.conflict_TK)
-        for name in ("conflict_ratio", "consistency", "consistency_std"):
+        close(verdict.cos_TKL, truth.cos_TKL)
+        extended = ("consistency_by_chance", "conflict_ratio_others") if of is stgc_plus else ()
+        for name in ("conflict_ratio", "consistency", "consistency_std", *extended):
             close(row[name], getattr(truth, name))
-        close(row["judged_ratio"], truth.judged_TK.sum() / truth.count_E.sum())
+        if of is stgc_plus:
+            close(row["judged_ratio"], truth.judged_TK.sum() / truth.count_E.sum())
         close(row.get("conflict_loss", 0.0), expected.conflict_L[i])
 
 
@@ -104,6 +108,73 @@ def test_oracle(name, gradients, kind, monkeypatch):
             for verdict, truth in zip(result.verdicts, judgements, strict=True):
                 if verdict is not None and kind == "reroute":
                     assert torch.equal(verdict.target_TK[truth.conflict_TK], truth.target_TK[truth.conflict_TK])
+
+
+PAPER = [(name, kind) for name in NETS for kind in ("ce", "mse", "none") if "layers" not in NETS[name][1]]
+
+
+@pytest.mark.parametrize("name, kind", PAPER)
+def test_oracle_of_the_paper_alone(name, kind, monkeypatch):
+    """The same of stgc.py by itself: its own loop over slices, its own sums, two passes, bias gradients."""
+    options, config, seed = NETS[name]
+    _, batch, ref, judgements = oracle_case(name, "bias")
+    torch.manual_seed(seed)
+    net, config = make_net(**options, of=stgc_module), {"conflict_loss": kind, "alpha": 0.1} | config
+    monkeypatch.setattr(reference, "judge", lambda *_: judgements)
+    expected = reference.total_loss_and_grads(ref, *batch, **config)
+    result = run(net, batch, of=stgc_module, **config)
+    same_as_oracle(result, expected, "two", config["alpha"], None, of=stgc_module)
+
+
+@both_passes
+@pytest.mark.parametrize("name", NETS)
+def test_oracle_of_the_others(name, passes):
+    """leave_one_out: a pair against the other pairs of its expert, summed up one by one; the loss and its gradients."""
+    net, batch, ref, judgements = oracle_case(name, "bias")
+    config = {"router_only": True, "alpha": 0.1} | NETS[name][1]
+    result = run(net, batch, passes=passes, leave_one_out=True, **config)
+    for verdict, truth in zip(result.verdicts, judgements, strict=True):
+        if verdict is not None:
+            close(verdict.similarity_TK[truth.judged_others_TK], truth.similarity_others_TK[truth.judged_others_TK])
+            assert torch.equal(verdict.judged_TK, truth.judged_others_TK)
+            assert torch.equal(verdict.conflict_TK, truth.conflict_others_TK)
+    picked = [truth.conflict_others_TK for truth in judgements]
+    same_grads(
+        {key.replace("router.weight", "router_ED").replace("head.weight", "head_CD").replace("experts.", ""): grad
+         for key, grad in result.grads.items()},
+        reference.total_loss_and_grads(ref, *batch, picked=picked, **config).grads,
+    )  # fmt: skip
+    assert any((truth.conflict_others_TK != truth.conflict_TK).any() for truth in judgements)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6, 1e15])
+def test_others_keep_their_digits(scale):
+    """One gradient outweighs all others of its expert, in float32: G_e - g_n has no digit of theirs left, and a plain
+    subtraction gives a cosine of noise. A pair alone on its expert is not judged by others, nor counted."""
+    grads_SO, ids_S = torch.randn(60, 24), torch.randint(4, (60,)).sort().values
+    ids_S[-1] = 4  # alone
+    grads_SO[[3, 40]] *= scale  # on two experts
+    pairs = stgc_plus.Pairs(ids_S.unsqueeze(1), torch.ones(60, 1), 6)  # and an expert without pairs
+    one = stgc_module.compare_to_means(grads_SO[pairs.order_S], pairs)
+    alone = SimpleNamespace(group=None, num_processes=1, average=lambda tensor: tensor)
+    found = stgc_plus.compare_to_others(grads_SO[pairs.order_S], one, pairs, alone)
+    for n in range(59):
+        rest_O = (grads_SO.double() * ((ids_S == ids_S[n]) & (torch.arange(60) != n)).unsqueeze(1)).sum(0)
+        truth = F.cosine_similarity(grads_SO[n].double(), rest_O, dim=0)
+        close(found.cos_S[n], truth, rtol=1e-5, atol=2e-5)
+    assert found.norm_S[:59].all() and not found.norm_S[59]
+
+
+def test_unrelated_gradients_are_consistent_by_chance():
+    """1/N from the diagonal of the cosine matrix alone: an expectation, no bound, since g and -g give 0."""
+    grads_SO, ids_S = torch.randn(4000, 200, dtype=torch.float64), torch.arange(4000) % 400  # 10 pairs on each expert
+    pairs = stgc_plus.Pairs(ids_S.unsqueeze(1), torch.ones(4000, 1, dtype=torch.float64), 400)
+    found = stgc_module.compare_to_means(grads_SO[pairs.order_S], pairs)
+    assert abs(found.consistency_E.mean() - 1 / 10) < 0.002
+    opposed = stgc_module.find_conflicts([torch.tensor([[1.0, 2.0], [-1.0, -2.0]])], torch.zeros(2, dtype=torch.long), 1)
+    assert opposed.judged_TK.all() and not opposed.conflict_TK.any()
+    pairs = stgc_module.Pairs(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), 1)
+    assert stgc_module.compare_to_means(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), pairs).consistency_E == 0
 
 
 @both_gradients
@@ -702,7 +773,8 @@ def test_one_pass_keeps_no_token_gradients():
         total = stgc.loss(main_loss(net, batch))
         steps = [found for found in gc.get_objects() if isinstance(found, LayerStep) and found.stgc is stgc]
         total.backward()
-        assert len(steps) == len(net.layers) and not any(step.grads or step.compared for step in steps)
+        assert len(steps) == len(net.layers)
+        assert not any(step.grads or step.compared or step.by_others or step.weight_grads for step in steps)
         stgc.detach()
 
 

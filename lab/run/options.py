@@ -56,7 +56,7 @@ def spec_options(args) -> dict:
 
 
 def add_method(parser: Parser, beta: float, why_beta: str) -> None:
-    """Their meaning: see stgc.STGCConfig."""
+    """Their meaning: see stgc_plus.STGCConfig."""
     losses = ["none", "ce", "mse", "reroute"]
     parser.add_argument("--conflict-loss", choices=losses, default="ce", help="none: the MoE baseline")
     parser.add_argument(
