@@ -76,14 +76,29 @@ def is_patch(node) -> bool:
     return any(isinstance(owner, ast.Name) and owner.id == "stgc" for owner in owners)
 
 
-@pytest.mark.parametrize("script, rows, last", [("stgc.py", 8, "python stgc_plus.py"), ("stgc_plus.py", 5, "no gain")])
-def test_demos(script, rows, last, tmp_path):
-    """Each runs where nothing else of the project is (stgc_plus needs stgc alone), and shows the main loss in each row."""
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """Both at once where nothing else of the project is. Their processes, two rows of stgc.py, and whether it ran on then."""
+    folder, started = tmp_path_factory.mktemp("demos"), {}
     for name in ("stgc.py", "stgc_plus.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=CALM, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    header, *table, end = done.stdout.splitlines()
+        shutil.copy(ROOT / name, folder)
+    for name in ("stgc.py", "stgc_plus.py"):
+        command, pipe = [sys.executable, "-u", name], subprocess.PIPE
+        started[name] = subprocess.Popen(command, cwd=folder, env=CALM, stdout=pipe, stderr=pipe, text=True)
+    rows = [started["stgc.py"].stdout.readline() for _ in range(2)]
+    yield started, rows, started["stgc.py"].poll() is None
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, rows, last", [("stgc.py", 8, "python stgc_plus.py"), ("stgc_plus.py", 5, "no gain")])
+def test_demos(script, rows, last, demos):
+    """Each runs alone (stgc_plus needs stgc), and shows the main loss in each row."""
+    process = demos[0][script]
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    header, *table, end = ("".join(demos[1] if script == "stgc.py" else []) + stdout).splitlines()
     assert header.endswith("main loss") and len(table) == rows and last in end
     numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", row)] for row in table]
     if script == "stgc.py":  # the ratio falls and the consistency rises, and it does not hide what that costs
@@ -92,6 +107,7 @@ def test_demos(script, rows, last, tmp_path):
         assert all(row[0] < row[1] for row in numbers) and len({tuple(row) for row in numbers[:4]}) == 4
 
 
+@pytest.mark.slow
 def test_the_demo_and_its_control():
     """The conflict loss alone lowers the ratio, and raises the consistency more than the same loss on random pairs does."""
     torch.manual_seed(0)
@@ -111,13 +127,10 @@ def test_the_demo_and_its_control():
     assert ce[2] > before[2]  # the conflict loss alone serves no task: the demo does not hide it
 
 
-def test_the_demo_prints_as_it_goes():
+@pytest.mark.slow
+def test_the_demo_prints_as_it_goes(demos):
     """A row is there as soon as it is known, not at the end."""
-    command = [sys.executable, "-u", "stgc.py"]
-    with subprocess.Popen(command, cwd=ROOT, env=CALM, stdout=subprocess.PIPE, text=True) as process:
-        rows = [process.stdout.readline() for _ in range(2)]
-        still_running = process.poll() is None
-        process.kill()
+    _, rows, still_running = demos
     assert rows[1].startswith("without STGC") and still_running
 
 
