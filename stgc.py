@@ -238,9 +238,9 @@ class LayerStep:
         """Hook: compares the token gradients of a linear with their means."""
         self.compared[linear] = compare_to_means(grad_SO, self.pairs, self.stgc.average)
 
-    def judge(self) -> "Verdict":
+    def find_conflicts(self) -> "Verdict":
         """Hook: by the gradients of the biases."""
-        return judge_pairs([one for _, one in sorted(self.compared.items())], self.pairs, self.stgc.config.tau)
+        return flag_conflicts([one for _, one in sorted(self.compared.items())], self.pairs, self.stgc.config.tau)
 
 
 # ---- 6. Conflicts ----
@@ -254,7 +254,7 @@ class Verdict(NamedTuple):  # of one layer at one step, without a graph; pairs i
     target_TK: Tensor  # the expert that the loss names: the pair's own (stgc_plus can name another)
 
 
-def judge_pairs(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
+def flag_conflicts(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
     """The heart of the method. A pair without a gradient is never flagged, whatever tau is."""
     cos_LS, norm_LS = (torch.stack(rows) for rows in zip(*((one.cos_S, one.norm_S) for one in found)))
     similarity_S = cos_LS.mean(0)  # PAPER eq. 12: the mean of its linears' cosines
@@ -270,7 +270,7 @@ def find_conflicts(grads: Sequence[Tensor], expert_ids: Tensor, num_experts: int
     if (expert_ids >= num_experts).any():
         raise ValueError(f"expert_ids go up to {expert_ids.max()}, but there are {num_experts} experts, counted from 0")
     pairs = Pairs(expert_ids, widen((expert_ids >= 0).to(grads[0].dtype)), num_experts)
-    return judge_pairs([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
+    return flag_conflicts([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
 
 
 # ---- 7. Losses ----
@@ -376,7 +376,7 @@ class STGC:
         """After the comparisons in a layer: its flags and statistics, and its loss, differentiable in logits_TE."""
         if step.compared:  # the main loss reaches the layer
             with torch.no_grad():
-                verdict = self.verdicts[step.index] = step.judge()
+                verdict = self.verdicts[step.index] = step.find_conflicts()
                 self.numbers[step.index] |= self.statistics(step, verdict)
         if self.config.conflict_loss == "none" or not step.compared:
             return logits_TE.sum() * 0.0
