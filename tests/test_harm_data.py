@@ -133,6 +133,18 @@ def shards(task="rte", **second):
     return make
 
 
+def lost(root):
+    shards()(root)
+    (root / "rte" / "train-00001-of-00002.parquet").unlink()
+    return root
+
+
+def mixed(root):
+    for part in ("00000-of-00002", "00001-of-00002"):
+        put(root, "validation", part=part)
+    return both(root)
+
+
 def of(task="rte", **splits):
     return lambda root: both(root, task, **splits)
 
@@ -171,8 +183,9 @@ CASES = {
     "a folder that is a chained address": (beside("a::b", "b"), "rte", ""),
     "a folder with two stars": (beside("**", "x/y"), "rte", ""),
     "labels replaced in place": (replaced(label=[1, 0] * 4), "rte", ""),
-    "names replaced in place": (replaced(names=["x", "y"]), "rte", ""),
     "two files": (shards(start=3), "rte", ""),
+    "one of two files": (lost, "rte", "has 1 files rte/train-.*, named as files of 00002; fetch those"),
+    "files of two versions": (mixed, "rte", "has 3 files rte/validation-.*, named as files of 00001, 00002"),
     "a file that breaks off": (damaged(lambda old: old[:-9]), "rte", "train-.*is not readable Parquet"),
     "an empty file": (damaged(lambda old: b""), "rte", "train-.*is not readable Parquet"),
     "a folder in the place of a file": (damaged(), "rte", "train-.*is not readable Parquet"),

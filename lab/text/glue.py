@@ -52,6 +52,10 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
         for split, found in files.items():
             if not found:
                 raise UserError(f"{where} has no {name}/{split}-*.parquet: lay it out as {HUB} is on the hub")
+            counts = {match[1] for file in found if (match := re.search(r"-\d+-of-(\d+)$", file.stem))}
+            if counts and set(map(int, counts)) != {len(found)}:
+                fault = f"has {len(found)} files {name}/{split}-*, named as files of {', '.join(sorted(counts)):.40}"
+                raise UserError(f"{where} {fault}; fetch those that are missing, or remove those of another version")
         dataset = {split: read_split(found, where) for split, found in files.items()}
     splits = {split: dataset[split] for split in wanted}
     for split in wanted:
