@@ -21,7 +21,7 @@ Rows = list[dict] | pyarrow.Table
 def read_parquet(file: Path) -> tuple[pyarrow.Table, str]:
     """The table in exactly this file, and the hash of its content. ArrowInvalid for text that is not UTF-8, too.
 
-    CHOICE: the file is opened here: pyarrow takes a name with a colon as an address, `datasets` a name as a pattern.
+    The file is opened here: pyarrow takes a name with a colon as an address, `datasets` a name as a pattern.
     """
     content = file.read_bytes()
     table = ParquetFile(pyarrow.BufferReader(content)).read()
