@@ -18,6 +18,8 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -60,9 +62,9 @@ class Problems:
 
     def summary(self) -> str:
         """One line, or "" if every entry is used unchanged."""
-        lists = ((self.left_out, "left out"), (self.changed, "changed"))
-        counts = (len({where for where, _ in own}) for own, _ in lists)
-        lines = [f"{n} of {self.total} entries {how}: {by_kind(own)}" for n, (own, how) in zip(counts, lists) if own]
+        changed = len(list(groupby(self.changed, key=itemgetter(0))))  # an entry may be changed in two ways
+        lists = ((len(self.left_out), self.left_out, "left out"), (changed, self.changed, "changed"))
+        lines = [f"{count} of {self.total} entries {how}: {by_kind(own)}" for count, own, how in lists if own]
         if self.shared:
             lines.append(f"{self.shared} pictures of --eval-data are in --data too: the model may know their answers")
         return ". ".join(lines)
