@@ -18,6 +18,7 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PureWindowsPath
@@ -85,15 +86,13 @@ def by_kind(problems: list[tuple[str, str]]) -> str:
 ENTRY_KEYS, TURN_KEYS = {"image", "conversations", "id", "kind", "accept"}, {"from", "value"}
 
 
-def parse_json(text: str) -> object:
-    """The JSON value, where an object with a key given twice has that key's name under the key None."""
-    return json.loads(text, object_pairs_hook=name_repeated)
-
-
 def name_repeated(pairs: list[tuple[str, object]]) -> dict:
-    names = [name for name, _ in pairs]
-    repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    return dict(pairs) if repeated is None else {**dict(pairs), None: repeated}
+    """A JSON object as a dict. If a key is given twice, its name is under the key None."""
+    found, names = dict(pairs), [name for name, _ in pairs]
+    return found if len(found) == len(names) else {**found, None: max(names, key=names.count)}
+
+
+parse_json = partial(json.loads, object_pairs_hook=name_repeated)
 
 
 def read_entries(path: Path, flag: str) -> list[tuple[str, object]]:
