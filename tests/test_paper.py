@@ -78,7 +78,7 @@ def is_patch(node) -> bool:
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
-    """Both at once where nothing else of the project is. Their processes, two rows of stgc.py, and whether it ran on then."""
+    """Both at once where nothing else of the project is. Their processes, two rows of stgc.py, and whether it ran on."""
     folder, started = tmp_path_factory.mktemp("demos"), {}
     for name in ("stgc.py", "stgc_plus.py"):
         shutil.copy(ROOT / name, folder)
