@@ -78,7 +78,7 @@ def is_patch(node) -> bool:
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
-    """Both at once where nothing else of the project is. Their processes, two rows of stgc.py, and whether it ran on."""
+    """Both at once where nothing else of the project is: their processes, two rows of stgc.py, whether it ran on then."""
     folder, started = tmp_path_factory.mktemp("demos"), {}
     for name in ("stgc.py", "stgc_plus.py"):
         shutil.copy(ROOT / name, folder)
@@ -120,8 +120,8 @@ def test_the_demo_and_its_control():
         twin = copy.deepcopy(model)
         trainer = stgc_plus.STGC(twin, stgc_plus.STGCConfig(alpha=0.0, select=select))
         optimizer = torch.optim.AdamW(twin.moe.router.parameters(), 1e-2)
-        twin.fit(trainer, optimizer, 140)
-        found[select] = twin.fit(trainer, optimizer, 10)
+        twin.fit(trainer, optimizer, 140, alone=True)
+        found[select] = twin.fit(trainer, optimizer, 10, alone=True)
     ce, placebo = found["conflict"], found["random"]
     assert ce[0] < before[0] - 0.05 and ce[1] > before[1] and ce[1] > placebo[1]
     assert ce[2] > before[2]  # the conflict loss alone serves no task: the demo does not hide it
@@ -351,6 +351,15 @@ def test_find_conflicts_takes_any_shape():
         if alive:
             close(found.similarity_TK[t, k], sum(cosines) / 2, 1e-5, 1e-5)
             assert found.conflict_TK[t, k] == (found.similarity_TK[t, k] < 0.1)
+
+
+def test_expert_ids_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="up to 4, but there are 4 experts"):
+        stgc.find_conflicts([torch.randn(3, 8)], torch.tensor([0, 4, 1]), 4)
+    ids_TK = torch.tensor([[0, -1], [2, 1]])  # no pair: not in a loss either
+    found = stgc.find_conflicts([torch.randn(2, 2, 8)], ids_TK, 4, tau=3.0)
+    assert found.conflict_TK.tolist() == [[True, False], [True, True]]
+    assert stgc.conflict_loss(torch.zeros(2, 4), ids_TK, found.conflict_TK).item() == pytest.approx(math.log(4))
 
 
 def test_losses_take_plain_tensors():
