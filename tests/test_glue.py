@@ -246,6 +246,7 @@ def test_mnli_scores_its_two_halves_apart(words, tmp_path):
     assert last["accuracy"] == last["score"] != last["accuracy_mm"]  # whichever class it answers
 
 
+@pytest.mark.slow
 def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, pictures, capsys, monkeypatch):
     without_pictures(monkeypatch, "plot_run")
     for name in PAPER:
@@ -258,6 +259,7 @@ def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, p
     assert (tmp_path / "out" / "comparison.png").exists()
 
 
+@pytest.mark.slow
 def test_variants_differ_in_the_method_alone(words, tmp_path, pictures, capsys, monkeypatch):
     """Same seed: the same first loss whatever the variant; a dense BERT's too, as copies start as what they copy."""
     without_pictures(monkeypatch, "plot_run")
