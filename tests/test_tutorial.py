@@ -49,6 +49,7 @@ def test_every_fence_is_checked():
     assert len(re.findall(r"^\s*```", TEXT, re.M)) == 2 * len(FENCE.findall(TEXT))
 
 
+@pytest.mark.slow
 def test_code_runs_in_order(monkeypatch):
     """All python fences in one namespace, from the project's folder. A traceback has the tutorial's line numbers. Each
     numbered section prints something to look at, and no fence prints more than a screen."""
