@@ -65,6 +65,8 @@ def good(tmp_path_factory):
     save_run(root / "run", tokenizer, moefy(BertForSequenceClassification(BertConfig(**BERT)), SPEC))
     words = make_tokenizer(["what colour is it?", " red"])
     words.save_pretrained(root / "lm")
+    file = root / "lm" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<image>", "<other>"))  # a row for the picture is added
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **SMALL)).save_pretrained(root / "lm")
     CLIPModel(lvlm.make_clip(make_tokenizer(["red"])).config).save_pretrained(root / "clip")
     CLIPImageProcessorPil().save_pretrained(root / "clip")
@@ -127,7 +129,7 @@ def both(*edits):
     return lambda folder: [edit(folder) for edit in edits]
 
 
-def foreign_code(model_type, **auto_map):
+def foreign_code(model_type, names):
     """A module that leaves a file when it runs, which auto_map names."""
 
     def edit(folder):
@@ -180,10 +182,16 @@ def roberta(**values):
 TRAIN, RUN, CLIP, LM = "--model bert", "--run run", "--clip clip", "--lm lm"
 REFUSED = {
     # code and pickles
-    "code, glue": (TRAIN, foreign_code("evil", names=CODE), "needs code of its own, which is never run"),
-    "code, lm": (LM, foreign_code("evil", names=CODE), "needs code of its own, which is never run"),
-    "code, clip": (CLIP, foreign_code("evil", names=CODE), "needs code of its own, which is never run"),
-    "code, run": (RUN, foreign_code("evil", names=CODE), "needs code of its own, which is never run"),
+    "code, glue": (TRAIN, foreign_code("evil", CODE), "needs code of its own, which is never run"),
+    "code, lm": (LM, foreign_code("evil", CODE), "needs code of its own, which is never run"),
+    "code, clip": (CLIP, foreign_code("evil", CODE), "needs code of its own, which is never run"),
+    "code, run": (RUN, foreign_code("evil", CODE), "needs code of its own, which is never run"),
+    "code, lm's tokenizer": (
+        LM,
+        foreign_code("llama", [*CODE, "AutoTokenizer"]),
+        "needs code of its own, which is never run",
+    ),
+    "code, run's tokenizer": (RUN, foreign_code("moefied-bert", ["AutoTokenizer"]), "needs code of its own"),
     "a pickle, glue": (TRAIN, pickled(), "no model.safetensors, and pickled weights are never read"),
     "a pickle, lm": (LM, pickled(), "no model.safetensors, and pickled weights are never read"),
     "a pickle, clip": (CLIP, pickled(), "no model.safetensors, and pickled weights are never read"),
@@ -236,6 +244,7 @@ REFUSED = {
     "a CLIP as lm": (LM, change(model_type="clip"), "the language model .* cannot be loaded"),
     "a llama as clip": (CLIP, change(model_type="llama"), "it is a llama, not a CLIP"),
     "half a clip": (CLIP, change(model_type="clip_vision_model"), "it is a clip_vision_model, not a CLIP"),
+    "a config that is a list": (RUN, lambda folder: (folder / "config.json").write_text("[]"), "the config .* cannot be"),
     "an MoE as model": (TRAIN, change(model_type="moefied-bert"), "moefied-bert"),
 }
 
@@ -353,7 +362,7 @@ def old_run(root):
 
 def parts(root):
     lm, tokenizer = lvlm.load_lm(str(root / "lm"))
-    assert isinstance(lm, LlamaForCausalLM) and len(tokenizer) == lm.config.vocab_size
+    assert isinstance(lm, LlamaForCausalLM) and len(tokenizer) == lm.config.vocab_size == 277
     assert isinstance(lvlm.load_clip(str(root / "clip")), CLIPModel)
     nothing_ran(root)
 

@@ -457,8 +457,9 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
 
 def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
     """A moefied model, or a dense one of `dense_class` (of transformers), from a folder, in eval mode. UserError."""
-    kind, _ = saved.guard("the config", lambda: PreTrainedConfig.get_config_dict(saved.name, local_files_only=True))
-    if not str(kind.get("model_type")).startswith("moefied-"):
+    read = PreTrainedConfig.get_config_dict
+    kind = saved.guard("the config", lambda: read(saved.name, local_files_only=True)[0].get("model_type"))
+    if not str(kind).startswith("moefied-"):
         return saved.model("the model", dense_class, saved.config())
     saved.require("model.safetensors")
     model = saved.guard("the model", lambda: load_moefied(saved.name))

@@ -421,6 +421,6 @@ def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
     try:
         card = Card(**json.loads((folder / CARD).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        saved.refuse(f"its {CARD} cannot be read ({error!s:.120})")
+        saved.refuse(f"its {CARD} cannot be loaded ({error!s:.120})")
     model = moefication.load_either(saved, LlavaForConditionalGeneration)
     return model, saved.tokenizer(model.config), card
