@@ -136,6 +136,7 @@ class Job:
     spec: moefication.MoESpec
     encoded: dict
     lengths: dict  # of the encoded examples, in tokens
+    card: use.TaskCard  # of the models that are saved
     folder: Path
     accelerator: object
 
@@ -236,14 +237,22 @@ def save_model(job: Job, name: str, model) -> None:
     weights = job.accelerator.get_state_dict(model)
     if not job.accelerator.is_main_process:
         return
-    split = job.source.splits[job.task.dev[0]]
-    examples = [{key: split[i][key] for key in (*job.task.columns, "label")} for i in range(min(8, len(split)))]
-    labels = glue.label_names(split, job.task)
     with runs.replaced_folder(job.folder / f"model-{name}") as target:
         job.accelerator.unwrap_model(model).save_pretrained(target, state_dict=weights)
         job.source.tokenizer.save_pretrained(target)
-        shared = (job.task.columns, job.task.num_labels, job.args.max_length, labels, examples)
-        use.write_task_card(target, job.source.name, *shared)
+        use.write_task_card(target, **vars(job.card))
+
+
+def make_card(args, task: Task, source: glue.Source) -> use.TaskCard:
+    """The card of the models that are saved, made before the training. UserError for data that it refuses."""
+    split = source.splits[task.dev[0]]
+    examples = [{key: split[i][key] for key in (*task.columns, "label")} for i in range(min(8, len(split)))]
+    labels = glue.label_names(source.splits, task)
+    try:
+        return use.TaskCard(source.name, task.columns, task.num_labels, args.max_length, labels, examples)
+    except ValueError as error:
+        where = args.data_dir or glue.HUB
+        raise UserError(f"--data-dir {where}: a saved model's card would have {error}; rename the classes") from None
 
 
 def toy_source() -> glue.Source:
@@ -278,9 +287,12 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         source.splits[split] = dataset.select(range(min(len(dataset), limits[split] or len(dataset))))
     if not args.toy:
         source.name = glue.run_name(name, task, *(len(source.splits[split]) for split in ("train", task.dev[0])))
+    card = make_card(args, task, source)
+    if accelerator.is_main_process:
+        glue.print_copies(source.splits, task)
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    return Job(args, name, task, source, spec, encoded, glue.token_counts(encoded), folder, accelerator)
+    return Job(args, name, task, source, spec, encoded, glue.token_counts(encoded), card, folder, accelerator)
 
 
 def run_task(job: Job) -> dict:

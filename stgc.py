@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 
 # ---- 1. Config ----
@@ -93,7 +93,7 @@ class Pairs:  # sorted by expert, without a capacity (dropless); those of weight
         self.onehot_SE = (ids_S.unsqueeze(1) == torch.arange(num_experts, device=ids_S.device)).to(weights_TK.dtype)
         self.ends_E = self.onehot_SE.sum(0).long().cumsum(0)  # where each expert's pairs end
 
-    def gather(self, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+    def gather(self, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:  # Hook, as are `sums` and `dot`
         return x.index_select(0, index // copies)
 
     def dispatch(self, x_TD: Tensor) -> Tensor:  # x_SD: each pair's token
@@ -132,7 +132,7 @@ class Experts(nn.Module):
 
     @staticmethod
     def product(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pairs) -> Tensor:
-        """Hook: x w[e] + b[e], each row with its own expert e: a loop over experts. Rows of padding come out as zeros."""
+        """Hook: x w[e] + b[e], each row with its own expert e: a loop over experts. Rows of padding are finite, no more."""
         *rows, padding_NI = x_SI.tensor_split(pairs.ends_E.tolist())  # waits for the device
         biases = [None] * len(rows) if b_EO is None else b_EO.unbind(0)
         out = [F.linear(x_NI, w_IO.T, b_O) for x_NI, w_IO, b_O in zip(rows, w_EIO.unbind(0), biases)]
@@ -221,8 +221,7 @@ class LayerStep:
 
     def __init__(self, stgc: "STGC", index: int, logits_TE: Tensor, pairs: Pairs, keep_T: Tensor):
         self.stgc, self.index, self.logits_TE, self.pairs, self.keep_T = stgc, index, logits_TE, pairs, keep_T
-        self.edges: dict[int, GradientEdge] = {}  # of the linears' outputs in the graph
-        self.compared: dict[int, Compared] = {}  # by linear
+        self.edges, self.compared = {}, {}  # by linear: its output in the graph, its gradients against their means
 
     def on_experts(self, x_SD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Hook, before the first linear: nothing."""
@@ -239,9 +238,9 @@ class LayerStep:
         """Hook: compares the token gradients of a linear with their means."""
         self.compared[linear] = compare_to_means(grad_SO, self.pairs, self.stgc.average)
 
-    def judge(self) -> "Verdict":
+    def find_conflicts(self) -> "Verdict":
         """Hook: by the gradients of the biases."""
-        return judge_pairs([one for _, one in sorted(self.compared.items())], self.pairs, self.stgc.config.tau)
+        return flag_conflicts([one for _, one in sorted(self.compared.items())], self.pairs, self.stgc.config.tau)
 
 
 # ---- 6. Conflicts ----
@@ -251,11 +250,11 @@ class Verdict(NamedTuple):  # of one layer at one step, without a graph; pairs i
     conflict_TK: Tensor  # judged, and s_n < tau
     cos_TKL: Tensor  # of each linear
     norm_TKL: Tensor
-    picked_TK: Tensor  # gets the conflict loss: those in conflict
-    target_TK: Tensor  # the expert that the loss names: the pair's own
+    picked_TK: Tensor  # gets the conflict loss: those in conflict (stgc_plus can pick others)
+    target_TK: Tensor  # the expert that the loss names: the pair's own (stgc_plus can name another)
 
 
-def judge_pairs(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
+def flag_conflicts(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
     """The heart of the method. A pair without a gradient is never flagged, whatever tau is."""
     cos_LS, norm_LS = (torch.stack(rows) for rows in zip(*((one.cos_S, one.norm_S) for one in found)))
     similarity_S = cos_LS.mean(0)  # PAPER eq. 12: the mean of its linears' cosines
@@ -268,8 +267,10 @@ def judge_pairs(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
 def find_conflicts(grads: Sequence[Tensor], expert_ids: Tensor, num_experts: int, tau: float = 0.0) -> Verdict:
     """For any MoE layer. grads: the main loss's gradient at the output of each linear of experts, (*expert_ids.shape, O); at
     the last one before the routing weight. expert_ids: any shape, such as (T, K); negative where there is no pair."""
+    if (expert_ids >= num_experts).any():
+        raise ValueError(f"expert_ids go up to {expert_ids.max()}, but there are {num_experts} experts, counted from 0")
     pairs = Pairs(expert_ids, widen((expert_ids >= 0).to(grads[0].dtype)), num_experts)
-    return judge_pairs([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
+    return flag_conflicts([compare_to_means(grad.flatten(0, -2)[pairs.order_S], pairs) for grad in grads], pairs, tau)
 
 
 # ---- 7. Losses ----
@@ -282,8 +283,8 @@ CONFLICT_LOSSES = {  # logits_TE -> each token's loss on each expert
 def conflict_loss(logits_TE: Tensor, expert_ids_TK: Tensor, conflict_TK: Tensor, loss="ce", count=None) -> Tensor:
     """Mean loss of the conflicting pairs; 0 without any. loss: as above. count: of pairs, or its mean over processes."""
     loss_TE = (loss if callable(loss) else CONFLICT_LOSSES[loss])(logits_TE)
-    count = (conflict_TK.sum() if count is None else count).to(loss_TE.dtype)
-    return (loss_TE.gather(1, expert_ids_TK) * conflict_TK).sum() / count.clamp_min(torch.finfo(count.dtype).tiny)
+    count = (conflict_TK.sum() if count is None else count).to(loss_TE.dtype).clamp_min(torch.finfo(loss_TE.dtype).tiny)
+    return (loss_TE.gather(1, expert_ids_TK.clamp_min(0)) * conflict_TK).sum() / count
 
 
 def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None, num_tokens=None) -> Tensor:
@@ -291,7 +292,7 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
     load_E: the pairs on each expert, of all processes. num_tokens: the tokens, or their mean over processes."""
     keep_T = torch.ones_like(logits_TE[:, 0]) if keep_T is None else keep_T
     num_tokens = (keep_T.sum() if num_tokens is None else num_tokens).to(logits_TE.dtype)
-    score_E = (logits_TE.softmax(-1) * keep_T.unsqueeze(1)).sum(0) / num_tokens.clamp_min(1e-9)
+    score_E = (logits_TE.softmax(-1) * keep_T.unsqueeze(1)).sum(0) / num_tokens.clamp_min(torch.finfo(num_tokens.dtype).tiny)
     return len(load_E) * (F.normalize(load_E.to(logits_TE.dtype), p=1, dim=0) * score_E).sum()
 
 
@@ -375,7 +376,7 @@ class STGC:
         """After the comparisons in a layer: its flags and statistics, and its loss, differentiable in logits_TE."""
         if step.compared:  # the main loss reaches the layer
             with torch.no_grad():
-                verdict = self.verdicts[step.index] = step.judge()
+                verdict = self.verdicts[step.index] = step.find_conflicts()
                 self.numbers[step.index] |= self.statistics(step, verdict)
         if self.config.conflict_loss == "none" or not step.compared:
             return logits_TE.sum() * 0.0
@@ -400,8 +401,7 @@ class STGC:
         """Hook: eq. 9, with the loads of the global batch."""
         load_E, num_tokens = self.average(step.pairs.onehot_SE.sum(0)), self.average(step.keep_T.sum().to(step.logits_TE))
         loss = balance_loss(step.logits_TE, load_E, step.keep_T, num_tokens)
-        numbers = {"load": F.normalize(load_E, p=1, dim=0), "balance_loss": self.average(loss.detach())}
-        self.numbers[step.index] |= numbers
+        self.numbers[step.index] |= {"load": F.normalize(load_E, p=1, dim=0), "balance_loss": self.average(loss.detach())}
         return loss
 
     def stats(self) -> list[dict]:
@@ -418,8 +418,8 @@ class Demo(nn.Module):
         super().__init__()
         self.answers_IC, self.head, self.moe = torch.randn(12, 4), nn.Linear(16, 4), MoELayer(experts)
 
-    def fit(self, stgc: STGC, optimizer, steps: int, keys=("conflict_ratio", "consistency")) -> list[float]:
-        """Means over the steps of these statistics and the main loss. With alpha=0, L_CEL trains alone (sec. 4.3)."""
+    def fit(self, stgc: STGC, optimizer, steps: int, alone=False, keys=("conflict_ratio", "consistency")) -> list[float]:
+        """Means over the steps of these statistics and the main loss. alone: without the main loss, as in sec. 4.3."""
         rows = []
         for _ in range(steps):
             task_T, content_TI = torch.randint(4, (256,)), torch.randn(256, 12)
@@ -427,7 +427,7 @@ class Demo(nn.Module):
             x_TD = torch.cat([F.one_hot(task_T, 4), content_TI], dim=1)
             main_loss = F.cross_entropy(self.head(x_TD + self.moe(x_TD)), label_T)
             loss = stgc.loss(main_loss)
-            (loss if stgc.config.alpha else loss - main_loss).backward()
+            (loss - main_loss if alone else loss).backward()
             optimizer.step()
             optimizer.zero_grad()
             rows.append([*(stgc.stats()[0][key] for key in keys), main_loss.item()])
@@ -442,7 +442,7 @@ def demo() -> None:
     for title, config, part in ("without STGC", STGCConfig("none"), model), ("router, ce only", ce_only, model.moe.router):
         stgc, optimizer = STGC(model, config), torch.optim.AdamW(part.parameters(), 5e-3)
         for _ in range(4):
-            print("{:<24}{:>14.3f}{:>13.3f}{:>11.3f}".format(title, *model.fit(stgc, optimizer, 50)))
+            print("{:<24}{:>14.3f}{:>13.3f}{:>11.3f}".format(title, *model.fit(stgc, optimizer, 50, config is ce_only)))
     print("Is that due to the choice of tokens? This cannot show it; compare with random pairs: python stgc_plus.py")
 
 

@@ -17,10 +17,10 @@ and the balance loss then weigh by a softmax that the model does not route with.
 
 CHOICE: padding is computed as the library does it, but never averaged, flagged or counted. It is what a 2-D
 `attention_mask` has zeros for; 4-D masks and packed sequences have none. A model's own balance loss
-(output_router_logits=True) is part of out.loss, and reaches tokens that the main loss does not: take it out of what is
-judged, with two passes and alpha=0, `own = model.config.router_aux_loss_coef * out.aux_loss; (stgc.loss(out.loss - own) +
-own).backward()`. torch.compile with two passes needs torch._functorch.config.donated_buffer = False, as torch's error says
-too.
+(output_router_logits=True) is part of out.loss, and reaches tokens that the main loss does not. TrainerMixin refuses it. In
+a loop of your own take it out of what is judged, with two passes and alpha=0, `own = model.config.router_aux_loss_coef *
+out.aux_loss; (stgc.loss(out.loss - own) + own).backward()`. torch.compile with two passes needs
+torch._functorch.config.donated_buffer = False, as torch's error says too.
 
 Families tested, all 64 that transformers 5.23 serves, from random weights: afmoe, aria, axk1, axk2, bailing_hybrid, beam,
 cohere2_moe, deepseek_ocr2, deepseek_v2, deepseek_v3, deepseek_v32, deepseek_v4, diffusion_gemma, dots1, dots3_note,
@@ -48,6 +48,7 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from stgc import Routing, widen
@@ -402,11 +403,23 @@ def attach(model: nn.Module, config: STGCConfig = STGCConfig()) -> ModelSTGC:  #
 # ---- 5. Trainer ----
 
 
+def find_additions(main_loss: Tensor, outputs) -> list[str]:
+    """Names of the losses that a model adds to its own: scalars with a gradient among its outputs (aux_loss, a z-loss, ...).
+    None where `main_loss` is not the model's but the user's (compute_loss_func), or that of label smoothing."""
+    named = dict(outputs.items() if isinstance(outputs, dict) else enumerate(outputs))
+    if named.pop("loss" if "loss" in named else 0, None) is not main_loss:
+        return []
+    scalars = {name: [one for one in tree_leaves(value) if isinstance(one, Tensor)] for name, value in named.items()}
+    return [str(name) for name, own in scalars.items() if any(one.dim() == 0 and one.requires_grad for one in own)]
+
+
 class TrainerMixin:
     """class MyTrainer(stgc_hf.TrainerMixin, Trainer): pass. Then MyTrainer(..., stgc_config=STGCConfig()).
 
     Adds the losses in training, logs their means over the layers and the conflict statistics, and continues at the right
     step when resumed. Evaluation is the Trainer's. `trainer.stgc` is what `attach` returned.
+
+    Raises RuntimeError where the model's loss contains others, such as its own balance loss: they would be judged, too.
     """
 
     def __init__(self, *args, stgc_config: STGCConfig, **kwargs):
@@ -425,6 +438,12 @@ class TrainerMixin:
         main_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = main_loss
         if torch.is_grad_enabled():  # not in evaluation
+            if added := find_additions(main_loss, outputs):
+                raise RuntimeError(
+                    f"the model adds {', '.join(added)} to its loss, which tokens would be judged by. A balance loss: "
+                    "set output_router_logits=False in its config, STGCConfig.alpha adds one. Others: turn them off, or "
+                    "give the Trainer a compute_loss_func"
+                )
             scaler = self.accelerator.scaler
             loss = self.stgc.loss(main_loss, 1.0 if scaler is None else scaler.get_scale())
             if num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):

@@ -210,7 +210,7 @@ class LayerStep(stgc.LayerStep):
                 super().on_gradient((linear, part), grad)
                 self.by_others[linear, part] = compare_to_others(grad, self.compared[linear, part], self.pairs, self.stgc)
 
-    def judge(self):
+    def find_conflicts(self):
         with torch.autocast(self.logits_TE.device.type, enabled=False):
             for linear, (a_SI, split) in enumerate(self.linears if self.whole else []):
                 sums = split(self.stgc.average(widen(self.weight_grads[linear])))
@@ -218,7 +218,7 @@ class LayerStep(stgc.LayerStep):
                     cos_S, norm_S = weight_cosine(grad_SO, a_SI, sum_EIO, self.pairs)
                     self.compared[linear, part] = self.compared[linear, part]._replace(cos_S=cos_S, norm_S=norm_S)
             self.compared = self.by_others if self.config.leave_one_out else self.compared
-            verdict = super().judge()
+            verdict = super().find_conflicts()
             if self.config.conflict_loss == "reroute":  # g2 with every expert's mean
                 direction_EO = F.normalize(self.compared[max(self.compared)].mean_EO, dim=-1, eps=1e-37)
                 gain_TKE = self.pairs.by_token(widen(self.grads[max(self.grads)][-1]) @ direction_EO.T)
@@ -297,7 +297,7 @@ class STGC(stgc.STGC):
         """judged_ratio: pairs with a gradient over all. consistency_by_chance: that of unrelated gradients, by the diagonal
         alone, the mean of 1/N_e. conflict_ratio_others: of bias gradients, among the pairs that have others."""
         onehot_SE = step.pairs.onehot_SE
-        others = stgc.judge_pairs([one for _, one in sorted(step.by_others.items())], step.pairs, self.config.tau)
+        others = stgc.flag_conflicts([one for _, one in sorted(step.by_others.items())], step.pairs, self.config.tau)
         judged_E = self.average(verdict.judged_TK.flatten()[step.pairs.order_S].to(onehot_SE.dtype) @ onehot_SE)
         counts = [onehot_SE.sum(), (verdict.judged_TK & ~others.judged_TK).sum(), others.conflict_TK.sum()]
         num_pairs, num_alone, num_conflicts = self.average(torch.stack(counts))
@@ -322,7 +322,7 @@ def demo() -> None:
         model = stgc.Demo(Experts(4, 16, 32))
         how = STGC(model, STGCConfig(**fields)), torch.optim.AdamW(model.parameters(), 5e-3)
         model.fit(*how, 100)
-        print("{!s:<31}{:>9.3f}{:>11.3f}{:>13.3f}{:>11.3f}{:>11.3f}".format(fields, *model.fit(*how, 50, keys)))
+        print("{!s:<31}{:>9.3f}{:>11.3f}{:>13.3f}{:>11.3f}{:>11.3f}".format(fields, *model.fit(*how, 50, keys=keys)))
     print("What random pairs reach as well is not due to the selection. A lower ratio with a higher main loss is no gain.")
 
 

@@ -444,7 +444,7 @@ def answers(job: Job, model, picture: bool = True) -> list[str]:
     """The model's greedy answer to each test instruction, without the pictures if not `picture`."""
     data, accelerator, found = job.data, job.accelerator, {}
     samples, model = baselines.samples_of(model), model.to(accelerator.device).eval()
-    replies = data.tokenizer([one.turns[-1][1] for one in data.test.instructions])["input_ids"]
+    replies = instructions.tokenize([(one.turns[-1][1],) for one in data.test.instructions], data.tokenizer)
     for batch in accelerator.prepare(batches(job, picture)):
         rows = batch.pop("rows")
         longest = max(len(replies[row]) for row in rows.tolist())

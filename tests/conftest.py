@@ -1,10 +1,12 @@
 """What the tests share: a seed, one thread, a small network of MoE layers with a batch for it, and comparisons."""
 
+import gc
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import serve
 from torch import Tensor, nn
 
 import stgc_plus
@@ -12,10 +14,37 @@ from stgc import MoELayer, Verdict
 from stgc_plus import STGC
 
 
+@pytest.fixture(scope="session")
+def server():
+    """For what `forked.py` starts."""
+    serve()
+
+
+def pytest_collection_finish(session):
+    """It imports while tests run that need none."""
+    if any("server" in item.fixturenames for item in session.items):
+        serve()
+
+
+def without_pictures(patch, *names) -> None:
+    """Most of the time of runs as short as the tests' is drawn away; a few tests have every kind of picture drawn."""
+    for name in names or ("plot_sheet", "plot_routes", "plot_run", "plot_comparison"):
+        patch.setattr(f"lab.report.figures.{name}", lambda *_, **__: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def swift():
+    """What the imports made stays out of the garbage collector's sight: it is a million objects, and looking through them
+    takes half a second, which every training run and many a test would ask for several times."""
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    torch.set_num_threads(1)
 
 
 class Net(nn.Module):

@@ -1,5 +1,5 @@
 """Two processes with half a batch each do what one does with the whole batch, averaged by hand, under DDP, and with the
-weights spread by FSDP: gloo on the CPU, all cases in one spawn."""
+weights spread by FSDP: gloo on the CPU, all cases in one start."""
 
 from datetime import timedelta
 
@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Batch, close, make_batch, make_net, run, same_grads
+from forked import METHOD
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import stgc
 import stgc_plus
 
+pytestmark = pytest.mark.slow
 CASES = {
     f"{passes} {gradients} {kind} {wrapped}": (
         {"passes": passes, "gradients": gradients, "conflict_loss": kind, "alpha": 0.1},
@@ -72,9 +74,9 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, server):
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, args=(str(folder),), nprocs=2)
+    start_processes(work, args=(str(folder),), nprocs=2, start_method=METHOD)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

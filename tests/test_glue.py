@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import without_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
@@ -95,12 +96,23 @@ def words(data, model, tmp_path):
     ]
 
 
+@pytest.fixture
+def pictures():
+    """A test that asks for this has them drawn."""
+
+
+@pytest.fixture(autouse=True)
+def plain(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        without_pictures(monkeypatch)
+
+
 def run(words):
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
     glue_moefy.main(glue_moefy.parse(list(map(str, words))))
 
 
-def test_a_run_leaves_a_full_record_and_a_model_that_loads(words, tmp_path, capsys):
+def test_a_run_leaves_a_full_record_and_a_model_that_loads(words, tmp_path, pictures, capsys):
     run([*words, "--seeds", "0", "3", "--save-model"])
     out = tmp_path / "out"
     record = json.loads((out / "results.json").read_text())
@@ -180,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(words, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"] == []
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path):
+def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path, pictures):
     out = tmp_path / "out"
     run([*words, "--epochs", "1"])
     mine = ["notes.txt", "holiday.png", "train-set.jsonl", "model-x-small.bin"]
@@ -234,7 +246,8 @@ def test_mnli_scores_its_two_halves_apart(words, tmp_path):
     assert last["accuracy"] == last["score"] != last["accuracy_mm"]  # whichever class it answers
 
 
-def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, capsys):
+def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, pictures, capsys, monkeypatch):
+    without_pictures(monkeypatch, "plot_run")
     for name in PAPER:
         write_task(tmp_path / "data", name, rows=8)
     run([*words, "--task", "all", "--data-dir", tmp_path / "data", "--epochs", "1", "--variants", "dense,none,ce"])
@@ -245,8 +258,9 @@ def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, c
     assert (tmp_path / "out" / "comparison.png").exists()
 
 
-def test_variants_differ_in_the_method_alone(words, tmp_path, capsys):
+def test_variants_differ_in_the_method_alone(words, tmp_path, pictures, capsys, monkeypatch):
     """Same seed: the same first loss whatever the variant; a dense BERT's too, as copies start as what they copy."""
+    without_pictures(monkeypatch, "plot_run")
     names = ["none", "ce", "mse", "reroute", "placebo", "ce-one", "ce-weight", "placebo-mse-one-weight", "dense"]
     run([*words, "--compare", "--variants", *names, "--epochs", "1", "--seeds", "0", "1"])
     first = {name: json.loads((tmp_path / "out" / f"{name}-s1.jsonl").read_text().splitlines()[0]) for name in names}
@@ -267,7 +281,8 @@ def test_variant_names_are_the_flags():
     assert options.variant_options("dense", args) is None and not options.VARIANT.fullmatch("dense-one")
 
 
-def test_several_learning_rates(words, tmp_path, capsys):
+def test_several_learning_rates(words, tmp_path, pictures, capsys, monkeypatch):
+    without_pictures(monkeypatch, "plot_run")
     run([*words, "--lrs", "1e-5", "1e-2", "--variants", "none,ce", "--epochs", "1"])
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(entry["variant"], entry["lr"]) for entry in record["runs"]] == [
@@ -457,15 +472,18 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
 
 
 def script(*words, **environment):
-    command = [sys.executable, "glue_moefy.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    """A process that was started, and a function that waits for it: what it printed on stderr."""
+    command, environment = [sys.executable, "glue_moefy.py", *map(str, words)], os.environ | environment
+    done = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return done, lambda: done.communicate(timeout=120)[1]
 
 
 def test_without_network_and_cache_the_message_names_both_ways_on(tmp_path):
     nothing = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}
-    done = script("--task", "rte", "--output-dir", tmp_path / "out", **nothing)
+    done, wait = script("--task", "rte", "--output-dir", tmp_path / "out", **nothing)
+    stderr = wait()
     assert done.returncode == 2 and not (tmp_path / "out").exists()
-    (line,) = done.stderr.strip().splitlines()
+    (line,) = stderr.strip().splitlines()
     assert "cannot be reached" in line and "--model DIR --data-dir DIR" in line and "--toy" in line
 
 
@@ -477,12 +495,12 @@ def test_an_unreachable_hub_is_noticed_in_time(monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.slow
 def test_exit_codes_of_the_script(words, tmp_path):
-    assert script(*words, "--moe-layers", "9").returncode == 2
-    failed = script(*words, "--lr", "1e30")
-    assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith(
-        "glue_moefy.py: stopped: the loss is nan"
-    )
+    wrong, wait_for_wrong = script(*words, "--moe-layers", "9", OMP_NUM_THREADS="1")  # both at once
+    failed, wait = script(*words, "--lr", "1e30", "--output-dir", tmp_path / "failed", OMP_NUM_THREADS="1")
+    assert wait().strip().splitlines()[-1].startswith("glue_moefy.py: stopped: the loss is nan")
+    assert wait_for_wrong() and (wrong.returncode, failed.returncode) == (2, 1)
 
 
 def test_help_needs_no_heavy_import_and_shows_every_default():

@@ -134,8 +134,8 @@ def foreign_code(model_type, names):
 
     def edit(folder):
         (folder / "evil.py").write_text(f"open({str(folder / 'EXECUTED')!r}, 'w').close()\nclass Evil: pass\n")
-        change(model_type=model_type, auto_map=dict.fromkeys(auto_map["names"], "evil.Evil"))(folder)
-        if auto_map.get("tokenizer"):
+        change(model_type=model_type, auto_map=dict.fromkeys(names, "evil.Evil"))(folder)
+        if "AutoTokenizer" in names:
             entry = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
             change("tokenizer_config.json", **entry)(folder)
 

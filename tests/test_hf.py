@@ -19,9 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from conftest import close
+from forked import METHOD
 from packaging.version import Version
 from torch import nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -880,6 +881,7 @@ def test_peft():
         forward(attention, batch)
 
 
+@pytest.mark.slow
 @torch._functorch.config.patch(donated_buffer=False)  # else no graph is kept for a second backward
 def test_compile():
     """torch.compile, whatever the graph breaks: the same flags and gradients in both passes, and logits in evaluation."""
@@ -995,7 +997,7 @@ def test_trainer_accumulates(tmp_path, scaled):
     same(results[1], results[0], 1e-6)  # the Trainer hands the number of labels on as a float32
 
 
-def spawned(rank: int, folder: str) -> None:
+def started(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
@@ -1022,9 +1024,10 @@ def halves() -> list[dict]:
     return [first, second | {"input_ids": second["input_ids"].roll(5, 1).flip(0).clamp(4) - 1, "labels": first["labels"]}]
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, server):
     """Flags, statistics and averaged gradients of two processes are those of one with both batches."""
-    spawn(spawned, args=(str(tmp_path),), nprocs=2)
+    start_processes(started, args=(str(tmp_path),), nprocs=2, start_method=METHOD)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     both = {name: torch.cat([half[name] for half in halves()]) for name in halves()[0]}
     for config in PROCESSES:

@@ -32,11 +32,37 @@ def test_gradient_memory_gives_the_papers_table():
     assert [int(gib) for gib in (stable.weight_gib, phi.weight_gib)] == [773, 1562]
 
 
-def test_bench_measures_every_variant(tmp_path):
-    words = "-m lab.bench --rounds 3 --batch-size 2 --length 8 --threads 1 --device cpu --output".split()
-    variants = ["--variants", "one pass", "two passes"]
-    subprocess.run([sys.executable, *words, str(tmp_path / "b.json"), *variants], cwd=ROOT, check=True, timeout=300)
-    record = json.loads((tmp_path / "b.json").read_text())
+@pytest.fixture(scope="module")
+def scripts(data, model, tmp_path_factory):  # noqa: F811
+    """All that is started as a whole here, at once: by name a folder, and a function that waits for what it prints."""
+    folder = tmp_path_factory.mktemp("scripts")
+    calm = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other on a busy machine take minutes
+    bench = "-m lab.bench --rounds 3 --batch-size 2 --length 8 --threads 1 --device cpu --output".split()
+    peer = "-m lab.bench.peer --rounds 1 --samples 16 --max-length 16 --moe-layers 1 --variants ce-one --output".split()
+    commands = {
+        "peer": [*peer, folder / "peer.json", "--model", model, "--data-dir", data],
+        "bench": [*bench, folder / "bench.json", "--variants", "one pass", "two passes"],
+    }
+    started = {}
+    for name, words in commands.items():
+        command = [sys.executable, *map(str, words)]
+        started[name] = subprocess.Popen(command, cwd=ROOT, env=calm, stdout=subprocess.PIPE, text=True)
+
+    def wait(name):
+        stdout, _ = started[name].communicate(timeout=300)
+        assert started[name].returncode == 0
+        return stdout
+
+    yield folder, wait
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.slow
+def test_bench_measures_every_variant(scripts):
+    folder, wait = scripts
+    wait("bench")
+    record = json.loads((folder / "bench.json").read_text())
     assert list(record["variants"]) == ["moe", "one pass", "two passes"]
     assert record["variants"]["moe"]["ratio"] == 1 == record["variants"]["moe"]["peak_ratio"]
     parameters = sum(p.numel() for p in bench.Bench("moe", "small", "2", 2, 8, torch.device("cpu")).model.parameters())
@@ -45,12 +71,11 @@ def test_bench_measures_every_variant(tmp_path):
     assert record["command"].startswith("python -m lab.bench --rounds 3")
 
 
-def test_peer_measures_the_trainer_and_ours(data, model, tmp_path):  # noqa: F811
-    words = "-m lab.bench.peer --rounds 1 --samples 16 --max-length 16 --moe-layers 1 --variants ce-one --output".split()
-    folders = ["--model", str(model), "--data-dir", str(data)]
-    calm = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *words, str(tmp_path / "p.json"), *folders], cwd=ROOT, env=calm, check=True, timeout=300)
-    record = json.loads((tmp_path / "p.json").read_text())
+@pytest.mark.slow
+def test_peer_measures_the_trainer_and_ours(scripts):
+    folder, wait = scripts
+    wait("peer")
+    record = json.loads((folder / "peer.json").read_text())
     (speeds,) = record["rounds"]
     assert record["ratio"]["ce-one"] == pytest.approx(speeds["ce-one"] / speeds["Trainer, dense"])
     assert min(speeds.values()) > 0 and record["command"].startswith("python -m lab.bench.peer")

@@ -80,7 +80,7 @@ GOOD = [
     entry("red.png", "<image>\nwhat colour?", "red", "and now,\n  in words?", "  still red, I think \n"),
     entry("sub/blue.png", "what colour?\n<image>", "blue", id=7),
     entry(None, "which is warmer, red or blue?", "red, most say", kind="choice", accept=["red", " warm red"]),
-    entry("./red.png", "read it <image>, please", "STOP", kind="ocr", model="unknown keys are the user's own"),
+    entry("./red.png", "read it <image>, please", "STOP", kind="ocr", id="a"),
     entry("red.png", "<image>", "red square"),
 ]
 
@@ -117,7 +117,8 @@ def test_a_picture_is_decoded_once(data, monkeypatch):
 
 
 def test_text_alone_needs_no_image_dir(data):
-    null = entry(None, "2 + 2?", "4") | {"image": None, "kind": None, "accept": None}  # as pandas writes what is not there
+    nothing = dict.fromkeys(["image", "kind", "accept", "video"])  # as pandas writes what is not there
+    null = entry(None, "2 + 2?", "4") | nothing
     images_N3SS, instructions = data([entry(None, "1 + 1?", "2"), null], image_dir=None)
     assert images_N3SS.shape == (0, 3, 4, 4)
     assert [own.turns for own in instructions] == [(("1 + 1?", "2"),), (("2 + 2?", "4"),)]

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import without_pictures
+from forked import Launched
 from PIL import Image
-from test_launch import curve, launch
+from test_launch import curve
 from test_llava import write_digits
 from test_resume import Killed, kill_at
 from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 import toy_lvlm
 from lab.moe import moefication
+from lab.report import figures
 from lab.run.cli import UserError
 from lab.vision import lvlm
 from lab.vision.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
@@ -54,12 +57,6 @@ def read(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def without_pictures(patch) -> None:
-    """They take half of the time of runs as short as these; `whole` has them drawn."""
-    for name in ("plot_sheet", "plot_routes", "plot_run", "plot_comparison"):
-        patch.setattr(toy_lvlm.figures, name, lambda *_, **__: None)
-
-
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
     without_pictures(monkeypatch)
@@ -68,12 +65,20 @@ def plain(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a finished run of every kind of variant."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("lvlm") / "whole"
-    run([*WHOLE, "--output-dir", folder])
+    folder, draw = tmp_path_factory.mktemp("lvlm") / "whole", figures.plot_run
+
+    def draw_all(folder, title):
+        """The curves once, not after each variant anew."""
+        if len([*folder.glob("*.jsonl")]) == len(VARIANTS.split(",")):
+            draw(folder, title)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plot_run", draw_all)
+        run([*WHOLE, "--output-dir", folder])
     return folder
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run(whole):
     record = read(whole)
     assert record["name"] == "lvlm-scenes" and record["data"]["train_pictures"] == 64
@@ -100,6 +105,7 @@ def test_the_record_of_a_run(whole):
     assert not (whole / "checkpoints").exists() and not (whole / "stages" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_moe_equals_the_dense_model_before_stage_iii(whole):
     model, tokenizer, card = lvlm.load(whole / "stages" / "stage2-s0", "--run")
@@ -117,6 +123,7 @@ def test_the_moe_equals_the_dense_model_before_stage_iii(whole):
     torch.testing.assert_close(sparse(**batch).logits[keep], dense[keep], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stage_iii_trains_the_moe_layers_alone(whole, tmp_path):
     before, _, _ = lvlm.load(whole / "stages" / "stage2-s0", "--run")
     after, _, _ = lvlm.load(whole / "model-ce-s0", "--run")
@@ -145,7 +152,6 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("straight") / "out"
     command = [*WORDS, "--variants", "none,feature", "--save-steps", "2"]
     with pytest.MonkeyPatch.context() as patch:
@@ -154,6 +160,7 @@ def straight(tmp_path_factory):
     return command, outcome(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 10, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, none 11-14, feature 15-18
 def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
     command, expected = straight
@@ -171,10 +178,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch
         run([*command, "--stage2-steps", "5", "--output-dir", tmp_path / "cut", "--resume"])
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, server):
     command = [*WORDS, "--variants", "ce,ce-one,feature,task", "--log-steps", "1"]
+    plain = "from conftest import without_pictures; from pytest import MonkeyPatch; without_pictures(MonkeyPatch())"
+    two = Launched(2, "toy_lvlm.py", *command, "--output-dir", tmp_path / "two", before=plain)
     run([*command, "--output-dir", tmp_path / "one"])
-    done = launch(2, *command, "--output-dir", tmp_path / "two", script="toy_lvlm.py")
+    done = two.wait()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written:") == 1
     names = ["stages/clip-s0", "stages/text-s0", "stages/stage1-s0", "stages/stage2-s0"]
@@ -189,6 +199,7 @@ def test_two_processes_train_as_one(tmp_path):
                 assert a[key] == pytest.approx(b[key], rel=close, abs=close), (name, a["step"], key)
 
 
+@pytest.mark.slow
 def test_own_data(tmp_path, capsys):
     """scikit-learn's handwritten digits in LLaVA's format, a few faults among them."""
     file, pictures = write_digits(tmp_path, 40)
@@ -214,6 +225,7 @@ def test_own_data(tmp_path, capsys):
     assert re.search(r"\. \d pictures of --eval-data are in --data too", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_damaged_stage_is_named(whole, tmp_path):
     """A run that stopped behind CLIP's stage, whose folder then was cut."""
     folder = tmp_path / "run"
@@ -225,6 +237,7 @@ def test_a_damaged_stage_is_named(whole, tmp_path):
     fails([*WHOLE, "--output-dir", folder, "--resume"], "clip-s0 cannot be loaded .*remove it")
 
 
+@pytest.mark.slow
 def test_all_stages_have_the_precision(tmp_path, monkeypatch):
     found, forward = [], CLIPModel.forward
 
@@ -239,6 +252,7 @@ def test_all_stages_have_the_precision(tmp_path, monkeypatch):
     assert found[:3] == [True] * 3  # its training; what it has learnt is tested as it is
 
 
+@pytest.mark.slow
 def test_pretrained_parts(tmp_path):
     """Folders that save_pretrained wrote, with another picture size, no padding token and biases in no linear."""
     tokenizer = make_tokenizer(["what colour is it?", " red"])
@@ -259,7 +273,7 @@ def test_pretrained_parts(tmp_path):
     model, _, card = lvlm.load(tmp_path / "out" / "model-none-s0", "--run")
     assert card.size == 96 and card.image_tokens == 9 and model.config.text_config.hidden_size == 32
     fails([*command, "--lm", tmp_path / "clip", "--output-dir", tmp_path / "x"], "--lm: the .* cannot be loaded")
-    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip: the .*it is a llama, not a CLIP")
+    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip .*it is a llama, not a CLIP")
     config = PhiConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **text)
     PhiForCausalLM(config).save_pretrained(tmp_path / "lm")
     fails([*command, "--output-dir", tmp_path / "x"], "--lm: its head has a bias")
@@ -305,6 +319,7 @@ def test_data_without_pictures(tmp_path):
     fails([*command, "--output-dir", tmp_path / "out"], "--data: no training conversation has a picture")
 
 
+@pytest.mark.slow
 def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
     Image.new("RGBA", (90, 50), (255, 0, 0, 128)).save(tmp_path / "x.png")
     for variant in ("ce", "embedding", "feature", "task", "dense"):

@@ -76,14 +76,29 @@ def is_patch(node) -> bool:
     return any(isinstance(owner, ast.Name) and owner.id == "stgc" for owner in owners)
 
 
-@pytest.mark.parametrize("script, rows, last", [("stgc.py", 8, "python stgc_plus.py"), ("stgc_plus.py", 5, "no gain")])
-def test_demos(script, rows, last, tmp_path):
-    """Each runs where nothing else of the project is (stgc_plus needs stgc alone), and shows the main loss in each row."""
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """Both at once where nothing else of the project is: their processes, two rows of stgc.py, whether it ran on then."""
+    folder, started = tmp_path_factory.mktemp("demos"), {}
     for name in ("stgc.py", "stgc_plus.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=CALM, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    header, *table, end = done.stdout.splitlines()
+        shutil.copy(ROOT / name, folder)
+    for name in ("stgc.py", "stgc_plus.py"):
+        command, pipe = [sys.executable, "-u", name], subprocess.PIPE
+        started[name] = subprocess.Popen(command, cwd=folder, env=CALM, stdout=pipe, stderr=pipe, text=True)
+    rows = [started["stgc.py"].stdout.readline() for _ in range(2)]
+    yield started, rows, started["stgc.py"].poll() is None
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, rows, last", [("stgc.py", 8, "python stgc_plus.py"), ("stgc_plus.py", 5, "no gain")])
+def test_demos(script, rows, last, demos):
+    """Each runs alone (stgc_plus needs stgc), and shows the main loss in each row."""
+    process = demos[0][script]
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    header, *table, end = ("".join(demos[1] if script == "stgc.py" else []) + stdout).splitlines()
     assert header.endswith("main loss") and len(table) == rows and last in end
     numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", row)] for row in table]
     if script == "stgc.py":  # the ratio falls and the consistency rises, and it does not hide what that costs
@@ -92,6 +107,7 @@ def test_demos(script, rows, last, tmp_path):
         assert all(row[0] < row[1] for row in numbers) and len({tuple(row) for row in numbers[:4]}) == 4
 
 
+@pytest.mark.slow
 def test_the_demo_and_its_control():
     """The conflict loss alone lowers the ratio, and raises the consistency more than the same loss on random pairs does."""
     torch.manual_seed(0)
@@ -104,20 +120,17 @@ def test_the_demo_and_its_control():
         twin = copy.deepcopy(model)
         trainer = stgc_plus.STGC(twin, stgc_plus.STGCConfig(alpha=0.0, select=select))
         optimizer = torch.optim.AdamW(twin.moe.router.parameters(), 1e-2)
-        twin.fit(trainer, optimizer, 140)
-        found[select] = twin.fit(trainer, optimizer, 10)
+        twin.fit(trainer, optimizer, 140, alone=True)
+        found[select] = twin.fit(trainer, optimizer, 10, alone=True)
     ce, placebo = found["conflict"], found["random"]
     assert ce[0] < before[0] - 0.05 and ce[1] > before[1] and ce[1] > placebo[1]
     assert ce[2] > before[2]  # the conflict loss alone serves no task: the demo does not hide it
 
 
-def test_the_demo_prints_as_it_goes():
+@pytest.mark.slow
+def test_the_demo_prints_as_it_goes(demos):
     """A row is there as soon as it is known, not at the end."""
-    command = [sys.executable, "-u", "stgc.py"]
-    with subprocess.Popen(command, cwd=ROOT, env=CALM, stdout=subprocess.PIPE, text=True) as process:
-        rows = [process.stdout.readline() for _ in range(2)]
-        still_running = process.poll() is None
-        process.kill()
+    _, rows, still_running = demos
     assert rows[1].startswith("without STGC") and still_running
 
 
@@ -338,6 +351,15 @@ def test_find_conflicts_takes_any_shape():
         if alive:
             close(found.similarity_TK[t, k], sum(cosines) / 2, 1e-5, 1e-5)
             assert found.conflict_TK[t, k] == (found.similarity_TK[t, k] < 0.1)
+
+
+def test_expert_ids_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="up to 4, but there are 4 experts"):
+        stgc.find_conflicts([torch.randn(3, 8)], torch.tensor([0, 4, 1]), 4)
+    ids_TK = torch.tensor([[0, -1], [2, 1]])  # no pair: not in a loss either
+    found = stgc.find_conflicts([torch.randn(2, 2, 8)], ids_TK, 4, tau=3.0)
+    assert found.conflict_TK.tolist() == [[True, False], [True, True]]
+    assert stgc.conflict_loss(torch.zeros(2, 4), ids_TK, found.conflict_TK).item() == pytest.approx(math.log(4))
 
 
 def test_losses_take_plain_tensors():

@@ -6,19 +6,25 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from conftest import without_pictures
+from forked import Forked
 from safetensors.torch import load_file
-from test_glue import ROOT, data, model, run, words  # noqa: F401  (fixtures)
+from test_glue import data, model, plain, run, words  # noqa: F401  (fixtures)
 
 from lab.run import runs
 from lab.run.cli import Interrupted, RunFailed, UserError
 
 CLOCK = ("seconds", "samples_per_second", "peak_memory_bytes")
+
+
+SMALL = (
+    "--task rte --moe-layers 1 --num-experts 4 --epochs 3 --save-steps 2 --seeds 0 --batch-size 8 --max-length 16".split()
+)
+SMALL += "--device cpu --save-model".split()
 
 
 class Killed(Exception):
@@ -54,14 +60,29 @@ def assert_same(one, other):
         assert all(torch.equal(value, other[2][name][key]) for key, value in weights.items()), name
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--log-steps 2", "--passes one --select random --every 2 --log-steps 1", "--conflict-loss none", "--variants dense"],
-)
+KILLED = [
+    "--log-steps 2",
+    "--passes one --select random --every 2 --log-steps 1",
+    "--conflict-loss none",
+    "--variants dense",
+]
+
+
+@pytest.fixture(scope="module", params=KILLED)
+def straight(request, data, model, tmp_path_factory):  # noqa: F811
+    """A command with these flags, and the outcome of its run in one go."""
+    command = [*SMALL, "--log-steps", "5", *request.param.split(), "--model", str(model), "--data-dir", str(data)]
+    folder = tmp_path_factory.mktemp("straight") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        run([*command, "--output-dir", folder])
+    return command, outcome(folder)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 8])  # before any checkpoint is there, within an epoch, and right after one
-def test_a_killed_run_ends_as_if_it_had_not_been(words, tmp_path, monkeypatch, flags, step):  # noqa: F811
-    command = [*words, "--log-steps", "5", *flags.split(), "--epochs", "3", "--save-steps", "2", "--save-model"]
-    run([*command, "--output-dir", tmp_path / "whole"])
+def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
+    command, whole = straight
     with monkeypatch.context() as patch:
         kill_at(patch, step)
         with pytest.raises(Killed):
@@ -70,7 +91,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(words, tmp_path, monkeypatch, f
     assert saved == {2: [], 5: [3, 4], 8: [4, 6]}[step]
     torch.manual_seed(123)
     run([*command, "--output-dir", tmp_path / "cut", "--resume"])
-    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    assert_same(whole, outcome(tmp_path / "cut"))
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
@@ -115,10 +136,10 @@ def test_two_configurations_never_share_a_folder(words, data, tmp_path):  # noqa
 def cut(data, model, tmp_path_factory):  # noqa: F811
     """A command, the outcome of its run, and the folder of one that was killed with checkpoints of steps 4 and 6 there."""
     root = tmp_path_factory.mktemp("cut")
-    small = "--task rte --moe-layers 1 --num-experts 4 --epochs 3 --save-steps 2 --seeds 0 --batch-size 8 --max-length 16"
-    command = [*small.split(), "--device", "cpu", "--save-model", "--model", str(model), "--data-dir", str(data)]
-    run([*command, "--output-dir", root / "whole"])
+    command = [*SMALL, "--model", str(model), "--data-dir", str(data)]
     with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        run([*command, "--output-dir", root / "whole"])
         kill_at(patch, 8)
         with pytest.raises(Killed):
             run([*command, "--output-dir", root / "cut"])
@@ -199,25 +220,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(words, tmp_path, monkeypatch):  # no
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
-def test_kill_and_ctrl_c_of_the_real_process(words, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_kill_and_ctrl_c_of_the_real_process(words, tmp_path, server):  # noqa: F811
     """SIGKILL, then Ctrl-C with exit code 130, then to the end: the same curve as in one go."""
-    command = list(
-        map(str, [*words, "--epochs", "8", "--patience", "9", "--save-steps", "1", "--log-steps", "1", "--save-model"])
-    )
+    command = [*words, "--epochs", "8", "--patience", "9", "--save-steps", "1", "--log-steps", "1", "--save-model"]
 
     def start(folder, *more):
-        line = [sys.executable, "glue_moefy.py", *command, "--output-dir", str(tmp_path / folder), *more]
-        return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return Forked("glue_moefy.py", *command, "--output-dir", tmp_path / folder, *more)
 
-    assert start("whole").wait(timeout=300) == 0
+    whole = start("whole")
     curve = tmp_path / "cut" / "ce-s0.jsonl"
     for number, expected in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         lines = len(curve.read_text().splitlines()) if curve.exists() else 0
         process = start("cut", "--resume")
-        while process.poll() is None and (not curve.exists() or len(curve.read_text().splitlines()) < lines + 7):
+        while process.process.is_alive() and (not curve.exists() or len(curve.read_text().splitlines()) < lines + 7):
             time.sleep(0.02)
-        process.send_signal(number)
+        process.send(number)
         assert process.wait(timeout=60) == expected
-    assert "with --resume continues there" in process.stderr.read()
-    assert start("cut", "--resume").wait(timeout=300) == 0
+    assert "with --resume continues there" in process.read("stderr")
+    assert start("cut", "--resume").wait() == whole.wait() == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))

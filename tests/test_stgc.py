@@ -207,6 +207,7 @@ def test_reroute_needs_an_expert_to_go_to():
 # ---- 2. One pass and two ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["200 bias float64", "200 bias float32", "40 weight float64"])
 def test_one_pass_flags_what_two_passes_flag(case):
     """At every step of training 6 layers: the same flags and gradients. Else what reaches a tap is not the main loss's
@@ -606,6 +607,7 @@ def test_conflict_loss_gradient(kind):
     """gradcheck with the mask fixed, and the closed forms. ce: onehot(e) - softmax(-z), so that a step lowers z_e."""
     logits_TE = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     target_TK, picked_TK = torch.randint(5, (6, 2)), torch.rand(6, 2) < 0.5
+
     def conflict_loss(logits_TE, mask_TK=picked_TK):
         return stgc_module.conflict_loss(logits_TE, target_TK, mask_TK, CONFLICT_LOSSES[kind])
 
@@ -848,7 +850,7 @@ def test_detach_leaves_another_watch_alone():
     assert net.layers[0].watch is other and net.layers[1].watch is None
 
 
-BACKENDS = ["aot_eager"]
+BACKENDS = [pytest.param("aot_eager", marks=pytest.mark.slow)]
 if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):  # inductor writes C++
     BACKENDS.append(pytest.param("inductor", marks=pytest.mark.slow))
 
@@ -864,6 +866,8 @@ def test_compile(backend, monkeypatch):
     configs = [{"passes": "two", "gradients": "bias"}, {"passes": "one", "gradients": "weight"}]
     expected, plain = [run(net, batch, **config) for config in configs], main_loss(net, batch).item()
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for so little
+    if backend == "inductor":  # nor vector instructions: finding out which there are takes as long as all the rest
+        monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     torch._dynamo.reset()
     net.compile(backend=backend)
     for config, truth in zip(configs, expected, strict=True):

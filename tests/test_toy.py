@@ -148,6 +148,7 @@ def test_replaced_words_are_labelled_and_the_first_sentence_stays():
         assert set(found.tolist()) == {old, word} and 60 < (found == word).sum() < 140  # of 200, half expected
 
 
+@pytest.mark.slow
 def test_pretraining_finds_words_that_do_not_fit_the_first_sentence(pairs, losses):
     """Who does not compare the sentences stays above 0.25, knowing only which places change how often."""
     toy.pretrain(pairs, COLUMNS, steps=200, seed=1)

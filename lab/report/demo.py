@@ -61,7 +61,7 @@ def run_demo(steps: int = 200) -> tuple[list[list[float]], Moment, Moment, int]:
     model, rows, moments, expert = Demo(Experts(4, 16, 32)), [], [], None
     for config, part in (STGCConfig("none"), model), (STGCConfig(alpha=0.0), model.moe.router):
         stgc, optimizer = KeepingSTGC(model, config), torch.optim.AdamW(part.parameters(), 5e-3)
-        rows = [model.fit(stgc, optimizer, 1) for _ in range(steps)]
+        rows = [model.fit(stgc, optimizer, 1, alone=config.alpha == 0) for _ in range(steps)]
         expert = stgc.numbers[0]["load"].argmax().item() if expert is None else expert
         moments.append(moment_of(stgc, expert))
     return rows, *moments, expert

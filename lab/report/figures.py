@@ -324,7 +324,7 @@ def pushes(p: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "CE(-z, e): eq. 8, 14": 1 - 1 / (1 + 9 * p / (1 - p)),  # 1 - softmax(-z)_e; exp(z_e - others) is 3p / (1 - p)
         "squared score: eq. 13": 2 * p**2 * (1 - p),
-        "minus CE(z, e): nobody's": 1 - p,
+        "minus CE(z, e): not used": 1 - p,
     }
 
 

@@ -3,6 +3,7 @@
 Wrong data are never accepted silently. Each kind raises a UserError that names the flag and the fix.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,14 @@ import datasets
 import pyarrow
 import torch
 from datasets import ClassLabel, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lab.run.cli import UserError
 from lab.run.hub import Checkpoint, from_hub
+from lab.text.tables import read_parquet
 from lab.text.tasks import Task
 
 HUB = "nyu-mll/glue"
@@ -46,17 +48,37 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
         where = f"--data-dir {data_dir}"
         root = Path(data_dir).expanduser()
         folder = root if root.name == name else root / name
-        files = {split: sorted(map(str, folder.glob(f"{split}-*.parquet"))) for split in wanted}
+        files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in wanted}
         for split, found in files.items():
             if not found:
                 raise UserError(f"{where} has no {name}/{split}-*.parquet: lay it out as {HUB} is on the hub")
-        try:
-            dataset = {split: load_dataset("parquet", data_files=found, split="train") for split, found in files.items()}
-        except (OSError, ValueError, DatasetGenerationError) as error:
-            raise UserError(f"{where} is not readable Parquet ({str(error).splitlines()[0]}): fetch it again") from None
+            counts = {match[1] for file in found if (match := re.search(r"-\d+-of-(\d+)$", file.stem))}
+            if counts and set(map(int, counts)) != {len(found)}:
+                fault = f"has {len(found)} files {name}/{split}-*, named as files of {', '.join(sorted(counts)):.40}"
+                raise UserError(f"{where} {fault}; fetch those that are missing, or remove those of another version")
+        dataset = {split: read_split(found, where) for split, found in files.items()}
+    splits = {split: dataset[split] for split in wanted}
     for split in wanted:
-        check_split(dataset[split], split, task, where)
-    return {split: dataset[split] for split in wanted}
+        check_split(splits[split], split, task, where)
+    check_names(splits, task, where)
+    return splits
+
+
+def read_split(files: list[Path], where: str) -> datasets.Dataset:
+    """The rows of exactly these files, in memory. Results on them are cached under a hash of the files' contents, not under
+    their paths and times as `load_dataset` does it. UserError."""
+    parts = []
+    for file in files:
+        try:
+            table, digest = read_parquet(file)
+            parts.append(datasets.Dataset(table, fingerprint=digest))
+        except Exception as error:  # from a damaged file the libraries raise anything, such as TypeError
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{where}: {file.name} is not readable Parquet ({reason:.90}): fetch it again") from None
+        if parts[-1].features != parts[0].features:
+            other = f"{file.name} has other columns, types or class names than {files[0].name}"
+            raise UserError(f"{where}: {other}; make them the same")
+    return datasets.concatenate_datasets(parts)
 
 
 def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -> None:
@@ -67,13 +89,17 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
             raise UserError(f"{where}: {split} has no column {column!r}; it needs {', '.join(needed)}")
     if not len(dataset):
         raise UserError(f"{where}: {split} has no rows; give at least one example")
-    kind = dataset.features["label"]
-    labels = dataset["label"][:]
+    kind, labels = dataset.data.schema.field("label").type, dataset["label"][:]
     if None in labels:
         raise UserError(f"{where}: {split} has no label in row {labels.index(None)}; add a label, or remove the row")
-    if not (pyarrow.types.is_integer(kind.pa_type) or (task.num_labels == 1 and pyarrow.types.is_floating(kind.pa_type))):
-        wanted = "a number" if task.num_labels == 1 else f"an integer, 0 to {task.num_labels - 1}"
-        raise UserError(f"{where}: {split} has labels of type {kind.dtype}; make each {wanted}")
+    named, scores = isinstance(dataset.features["label"], ClassLabel), task.num_labels == 1
+    fits = pyarrow.types.is_integer(kind) or (scores and pyarrow.types.is_floating(kind))
+    if not fits or (scores and named):  # the number of a named class is not a score
+        wanted = "a number" if scores else f"an integer, 0 to {task.num_labels - 1}"
+        raise UserError(f"{where}: {split} has labels of type {'class' if named else kind!s:.40}; make each {wanted}")
+    if scores and len(wrong := torch.tensor(labels, dtype=torch.float32).isfinite().logical_not().nonzero()):
+        row = wrong[0].item()  # as float32, which the loss gets
+        raise UserError(f"{where}: {split} has the score {labels[row]} in row {row}; use a finite number, or remove the row")
     classes = set(range(task.num_labels))
     if task.num_labels > 1 and (wrong := set(labels) - classes):
         raise UserError(f"{where}: {split} has the label {wrong.pop()}; use 0 to {task.num_labels - 1}")
@@ -86,6 +112,33 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
             print(f"note: {blank} of {len(texts)} texts in {split}, column {column}, are blank; they are kept")
     if task.num_labels > 1 and (absent := classes - set(labels)):
         print(f"note: {split} has no example of class {', '.join(map(str, sorted(absent)))}: its scores say little")
+
+
+def class_names(dataset: datasets.Dataset) -> list[str] | None:
+    """The names of the classes; None if the labels have no names, or only their own numbers."""
+    names = getattr(dataset.features["label"], "names", None)
+    return None if names == [str(i) for i in range(len(names or ()))] else names
+
+
+def check_names(splits: dict[str, datasets.Dataset], task: Task, where: str) -> None:
+    """Checks that a label means the same in all splits and, where it has GLUE's name of a class, in GLUE. UserError."""
+    usual = {name: i for i, name in enumerate(task.labels)} | {str(i): i for i in range(task.num_labels)}
+    named = {split: names for split, dataset in splits.items() if (names := class_names(dataset))}
+    for split, names in named.items():
+        first, expected = next(iter(named.items()))
+        plain = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names]
+        moved = [(i, usual[name]) for i, name in enumerate(plain) if usual.get(name, i) != i]
+        if len(names) != task.num_labels:
+            raise UserError(f"{where}: {split} has {len(names)} class names for {task.num_labels} classes; name each class")
+        if moved:
+            i, place = moved[0]
+            fault = f"{split} calls class {i} {names[i]!r:.40}, which is GLUE's name of class {place}"
+            raise UserError(f"{where}: {fault}; put names and labels in GLUE's order")
+        if names != expected:
+            one, two = (f"{', '.join(map(repr, some)):.60}" for some in (names, expected))
+            raise UserError(f"{where}: the classes of {split} are {one}, those of {first} {two}; make them the same")
+    if named and "f1" in task.metrics and plain[1] != task.labels[1]:
+        print(f"note: f1 is that of class 1, {names[1]!r}")
 
 
 def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Source:
@@ -109,13 +162,21 @@ def run_name(name: str, task: Task, rows: int, dev_rows: int) -> str:
     return name if dev_rows == task.dev_rows else f"{name}-dev{dev_rows}"
 
 
-def label_names(dataset: datasets.Dataset, task: Task) -> list[str] | None:
-    """The names of the classes; None for a regression."""
+def label_names(splits: dict[str, datasets.Dataset], task: Task) -> list[str] | None:
+    """The names of the classes, or their numbers; None for a regression."""
     if task.num_labels == 1:
         return None
-    feature = dataset.features["label"]
-    named = isinstance(feature, ClassLabel) and len(feature.names) == task.num_labels
-    return list(feature.names) if named else [str(i) for i in range(task.num_labels)]
+    return next(filter(None, map(class_names, splits.values())), [str(i) for i in range(task.num_labels)])
+
+
+def print_copies(splits: dict[str, datasets.Dataset], task: Task) -> None:
+    """Warns of dev examples whose texts are in train."""
+    texts = {split: list(zip(*(dataset[column][:] for column in task.columns))) for split, dataset in splits.items()}
+    train = set(texts["train"])
+    for split in task.dev:
+        if copies := sum(row in train for row in texts[split]):
+            share = f"{copies} of {len(texts[split])} examples in {split} are in train, too"
+            print(f"warning: {share}: its scores are biased upward")
 
 
 def tokenize(splits: dict[str, datasets.Dataset], task: Task, tokenizer, max_length: int) -> dict[str, datasets.Dataset]:
@@ -125,13 +186,15 @@ def tokenize(splits: dict[str, datasets.Dataset], task: Task, tokenizer, max_len
     """
     encode = partial(encode_rows, columns=task.columns, tokenizer=tokenizer, max_length=max_length)
     encode({column: ["x"] for column in task.columns})  # sets the tokenizer's truncation before it is hashed
-    encoded = {}
+    encoded, cache = {}, Path(datasets.config.HF_DATASETS_CACHE, "stgc")
     for split, dataset in splits.items():
         dataset = dataset.rename_column("label", "labels")
         if task.num_labels == 1:
             dataset = dataset.cast_column("labels", datasets.Value("float32"))
-        unused = [column for column in dataset.column_names if column != "labels"]
-        encoded[split] = dataset.map(encode, batched=True, remove_columns=unused, desc=f"tokenize {split}")
+        options = {"remove_columns": [column for column in dataset.column_names if column != "labels"]}
+        if not dataset.cache_files:  # data in memory need the name of a file
+            options["cache_file_name"] = str(cache / f"{Hasher.hash((dataset._fingerprint, encode))}.arrow")
+        encoded[split] = dataset.map(encode, batched=True, desc=f"tokenize {split}", **options)
     return encoded
 
 

@@ -6,6 +6,7 @@ columns of a csv row with a comma too many, fill up short rows, and turn a sente
 
 import csv
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +18,17 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # .json also means J
 Rows = list[dict] | pyarrow.Table
 
 
+def read_parquet(file: Path) -> tuple[pyarrow.Table, str]:
+    """The table in exactly this file, and the hash of its content. ArrowInvalid for text that is not UTF-8, too.
+
+    The file is opened here: pyarrow takes a name with a colon as an address, `datasets` a name as a pattern.
+    """
+    content = file.read_bytes()
+    table = ParquetFile(pyarrow.BufferReader(content)).read()
+    table.validate(full=True)
+    return table, sha256(content).hexdigest()
+
+
 def read_rows(file: Path) -> Rows:
     """All rows. No text of a csv or tsv becomes a number or a missing value. ValueError for a row that does not fit.
 
@@ -25,7 +37,7 @@ def read_rows(file: Path) -> Rows:
     """
     kind, rows = file.suffix.lower(), []
     if kind == ".parquet":
-        return ParquetFile(file).read()
+        return read_parquet(file)[0]
     with open(file, encoding="utf-8-sig", newline="" if kind == ".csv" else "\n") as lines:
         if kind in (".jsonl", ".json"):
             for number, line in enumerate(lines, start=1):
@@ -82,7 +94,8 @@ def write_rows(target: Path, kind: str, rows: Rows, new: dict[str, list]) -> Non
     if isinstance(rows, pyarrow.Table):
         for name, values in new.items():
             rows = rows.append_column(name, [values])
-        return write_table(rows, target)
+        with open(target, "wb") as out:
+            return write_table(rows, out)
     rows = [row | dict(zip(new, values)) for row, values in zip(rows, zip(*new.values()))]
     table = [rows[0].keys(), *(row.values() for row in rows)]
     with open(target, "w", encoding="utf-8", newline="", errors="backslashreplace") as out:  # \ud800, as in JSON

@@ -14,20 +14,21 @@ class Task:
     num_labels: int = 2  # 1 means a regression
     dev: tuple[str, ...] = ("validation",)  # the first gives the score; the metrics of a second one end in _mm
     epochs: int = 10  # at most
+    labels: tuple[str, ...] = ()  # GLUE's names of the classes, in the order of their numbers
 
 
+ENTAILMENT, DUPLICATE = ("entailment", "not_entailment"), ("not_duplicate", "duplicate")
+NLI, HALVES = ("entailment", "neutral", "contradiction"), ("validation_matched", "validation_mismatched")
 # Epochs as in DynMoE's runs; other tasks get the epochs of a task of similar size.
 TASKS = {
-    "cola": Task(("sentence",), ("matthews",), 8551, 1043),
-    "mrpc": Task(("sentence1", "sentence2"), ("accuracy", "f1"), 3668, 408),
-    "qnli": Task(("question", "sentence"), ("accuracy",), 104743, 5463, epochs=3),
-    "mnli": Task(
-        ("premise", "hypothesis"), ("accuracy",), 392702, 9815, 3, ("validation_matched", "validation_mismatched"), epochs=3
-    ),
-    "rte": Task(("sentence1", "sentence2"), ("accuracy",), 2490, 277),
-    "sst2": Task(("sentence",), ("accuracy",), 67349, 872, epochs=3),
-    "qqp": Task(("question1", "question2"), ("accuracy", "f1"), 363846, 40430, epochs=3),
+    "cola": Task(("sentence",), ("matthews",), 8551, 1043, labels=("unacceptable", "acceptable")),
+    "mrpc": Task(("sentence1", "sentence2"), ("accuracy", "f1"), 3668, 408, labels=("not_equivalent", "equivalent")),
+    "qnli": Task(("question", "sentence"), ("accuracy",), 104743, 5463, epochs=3, labels=ENTAILMENT),
+    "mnli": Task(("premise", "hypothesis"), ("accuracy",), 392702, 9815, 3, HALVES, epochs=3, labels=NLI),
+    "rte": Task(("sentence1", "sentence2"), ("accuracy",), 2490, 277, labels=ENTAILMENT),
+    "sst2": Task(("sentence",), ("accuracy",), 67349, 872, epochs=3, labels=("negative", "positive")),
+    "qqp": Task(("question1", "question2"), ("accuracy", "f1"), 363846, 40430, epochs=3, labels=DUPLICATE),
     "stsb": Task(("sentence1", "sentence2"), ("pearson", "spearman"), 5749, 1500, num_labels=1),
-    "wnli": Task(("sentence1", "sentence2"), ("accuracy",), 635, 71),
+    "wnli": Task(("sentence1", "sentence2"), ("accuracy",), 635, 71, labels=ENTAILMENT[::-1]),
 }
 PAPER = ("cola", "mrpc", "qnli", "mnli", "rte")  # the columns of the paper's table

@@ -5,10 +5,12 @@ Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.
   1 Instructions  2 Tokens  3 Batches  4 Right and wrong
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from functools import partial
+from itertools import chain, groupby, islice, repeat
 from typing import NamedTuple
 
 import torch
@@ -66,6 +68,20 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
+def tokenize(texts: Sequence[Sequence[str]], tokenizer) -> list[list[int]]:
+    """Each text, given in parts, as tokens. A part that is a format word is its one token. In all other parts the
+    tokenizer's special words, such as <eos>, are plain text."""
+    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ours = {IMAGE, USER, ASSISTANT} & set(special.values())
+    whole, plain = (partial(tokenizer, add_special_tokens=False, split_special_tokens=split) for split in (False, True))
+    found = whole(["".join(parts) for parts in texts])["input_ids"] if texts else []
+    for row, parts in enumerate(texts):
+        if [special[id] for id in found[row] if id in special] != [part for part in parts if part in ours]:
+            pieces = [(plain, whole)[own]("".join(group)) for own, group in groupby(parts, key=ours.__contains__)]
+            found[row] = [id for piece in pieces for id in piece["input_ids"]]
+    return found
+
+
 class Encoded(NamedTuple):
     """One conversation as tokens. All lists have the same length."""
 
@@ -80,9 +96,12 @@ def encode(conversations: Sequence[Turns], tokenizer, image_tokens: int) -> list
     image_id, end = tokenizer.convert_tokens_to_ids(IMAGE), [tokenizer.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("")["input_ids"] else []
     turns = [turn for conversation in conversations for turn in conversation]
-    texts = [(f"{USER} {question} {ASSISTANT}", f" {answer}" if answer is not None else "") for question, answer in turns]
+    texts = []
+    for question, answer in turns:
+        before, image, after = question.partition(IMAGE)
+        texts.append(((USER, f" {before}", image, f"{after} ", ASSISTANT), (f" {answer}" if answer is not None else "",)))
     different = list(dict.fromkeys(text for pair in texts for text in pair))  # far fewer than all, if generated
-    tokens_of = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
+    tokens_of = dict(zip(different, tokenize(different, tokenizer), strict=True))
     encoded, pairs = [], iter(texts)
     for conversation in conversations:
         ids, labels, asked = list(start), [IGNORED] * len(start), [False] * len(start)
@@ -234,11 +253,11 @@ OVERLAP = 0.5  # a box is right from this intersection over union on
 
 def is_right(instruction: Instruction, answer: str) -> bool:
     """Exact match, up to case, spaces and a final full stop, with the answer or with another accepted one (a relation can
-    have two right answers). A box is right if its intersection over union with the true box is at least 0.5."""
-    expected = instruction.turns[-1][1]
-    if instruction.kind == "region" and instruction.part == "box":
-        return overlap(answer, expected) >= OVERLAP
-    return plain(answer) in {plain(text) for text in (expected, *instruction.accept)}
+    have two right answers). A box of kind region is also right if its intersection over union with the answer, or with
+    another accepted one, is at least 0.5."""
+    right = (instruction.turns[-1][1], *instruction.accept)
+    boxed = instruction.kind == "region" and max(overlap(answer, text) for text in right) >= OVERLAP
+    return boxed or plain(answer) in map(plain, right)
 
 
 def plain(text: str) -> str:
@@ -246,9 +265,10 @@ def plain(text: str) -> str:
 
 
 def overlap(one: str, other: str) -> float:
-    """Intersection over union of two boxes "x1 y1 x2 y2". 0 if a text is not a box."""
+    """Intersection over union of two boxes "x1 y1 x2 y2" or "[x1, y1, x2, y2]". 0 if a text is not a box."""
     try:
-        (a, b, c, d), (e, f, g, h) = ([float(word) for word in text.replace(",", " ").split()] for text in (one, other))
+        plainer = (re.sub(r"[\[\](),]", " ", text.strip().removesuffix(".")) for text in (one, other))
+        (a, b, c, d), (e, f, g, h) = ([float(word) for word in text.split()] for text in plainer)
     except ValueError:
         return 0.0
     if not (a < c and b < d and e < g and f < h):

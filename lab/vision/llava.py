@@ -3,7 +3,7 @@
 The file is a JSON list, or JSON lines, of entries: {"image": "dogs/7.png", "conversations": [{"from": "human", "value":
 "<image>\\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}. Without "image" an entry is text only. `<image>` stands for
 the picture in the first question. Optional: "id", "kind" (one of KINDS), "accept" (further right answers to the last
-question).
+question). Spaces around a text are removed. Other keys are not read, and the run reports them; null stands for no key.
 
 CHOICE: without "kind" an entry is "vqa" if its last answer is one word, otherwise "caption".
 CHOICE: a question without `<image>` gets it in front, where LLaVA puts it, and the run reports it. LLaVA would train without
@@ -18,6 +18,9 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -60,8 +63,9 @@ class Problems:
 
     def summary(self) -> str:
         """One line, or "" if every entry is used unchanged."""
-        lists = ((self.left_out, "left out"), (self.changed, "changed"))
-        lines = [f"{len(own)} of {self.total} entries {how}: {by_kind(own)}" for own, how in lists if own]
+        changed = len(list(groupby(self.changed, key=itemgetter(0))))  # an entry may be changed in two ways
+        lists = ((len(self.left_out), self.left_out, "left out"), (changed, self.changed, "changed"))
+        lines = [f"{count} of {self.total} entries {how}: {by_kind(own)}" for count, own, how in lists if own]
         if self.shared:
             lines.append(f"{self.shared} pictures of --eval-data are in --data too: the model may know their answers")
         return ". ".join(lines)
@@ -79,6 +83,17 @@ def by_kind(problems: list[tuple[str, str]]) -> str:
 
 # ---- 2. Entries ----
 
+ENTRY_KEYS, TURN_KEYS = {"image", "conversations", "id", "kind", "accept"}, {"from", "value"}
+
+
+def name_repeated(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict. If a key is given twice, its name is under the key None."""
+    found, names = dict(pairs), [name for name, _ in pairs]
+    return found if len(found) == len(names) else {**found, None: max(names, key=names.count)}
+
+
+parse_json = partial(json.loads, object_pairs_hook=name_repeated)
+
 
 def read_entries(path: Path, flag: str) -> list[tuple[str, object]]:
     """The unchecked entries, each with its place before it: "train.json entry 17 (id 'a7')", counted from 1. UserError."""
@@ -86,11 +101,11 @@ def read_entries(path: Path, flag: str) -> list[tuple[str, object]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if is_list := text.lstrip().startswith("["):
-            entries = list(enumerate(json.loads(text), start=1))
+            entries = list(enumerate(parse_json(text), start=1))
         else:
             for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at a U+2028
                 where = f"line {number}: "
-                entries += [(number, json.loads(line))] if line.strip() else []
+                entries += [(number, parse_json(line))] if line.strip() else []
     except (OSError, ValueError, RecursionError) as error:  # wrong UTF-8 and wrong JSON are ValueErrors
         raise UserError(f"{flag} {path} is neither a JSON list nor JSON lines ({where}{error}): give one") from None
     if not entries:
@@ -99,8 +114,8 @@ def read_entries(path: Path, flag: str) -> list[tuple[str, object]]:
     return [(f"{path} {'entry' if is_list else 'line'} {number}{own}", entry) for (number, entry), own in zip(entries, ids)]
 
 
-def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instruction, bool]:
-    """The picture's file, the instruction (with `image` None), and whether `<image>` was inserted. BadEntry."""
+def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instruction, list[str]]:
+    """The picture's file, the instruction (with `image` None), and what is changed: "kind: detail". BadEntry."""
     if not isinstance(entry, dict):
         raise BadEntry(f"not an object: a {type(entry).__name__}")
     entry = {"accept": []} | {key: value for key, value in entry.items() if value is not None}
@@ -109,6 +124,8 @@ def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instru
             raise BadEntry(f"{key} of the wrong type: {entry.get(key)!r:.60} instead of a {form.__name__}")
     turns, picture = entry["conversations"], entry.get("image")
     speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if repeated := [own[None] for own in (entry, *turns) if isinstance(own, dict) and None in own]:
+        raise BadEntry(f"key given twice: {repeated[0]!r:.60}")
     if speakers != ["human", "gpt"] * max(1, len(turns) // 2):
         raise BadEntry(f"turns out of order: {speakers!r:.60} instead of human, gpt, human, gpt and so on")
     texts = [check_text(turn.get("value"), f"turn {number}") for number, turn in enumerate(turns, start=1)]
@@ -120,10 +137,15 @@ def check_entry(entry: object, folder: Path | None) -> tuple[Path | None, Instru
     kind = entry.get("kind", "caption" if len(texts[-1].split()) > 1 else "vqa")
     if kind not in KINDS:
         raise BadEntry(f"unknown kind: {kind!r:.40} instead of {', '.join(KINDS)}")
-    if put_in := picture is not None and not markers:
+    unread = [f"{key!r:.60}" for key in entry if key not in ENTRY_KEYS]
+    for number, turn in enumerate(turns, start=1):
+        unread += [f"{key!r:.60} of turn {number}" for key in turn if key not in TURN_KEYS and turn[key] is not None]
+    changed = [f"keys that are not read: {', '.join(unread[:NAMED])}{' ...' * (len(unread) > NAMED)}"] if unread else []
+    if picture is not None and not markers:
         texts[0] = f"{IMAGE}\n{texts[0]}"
+        changed.append(f"no {IMAGE}, so it was put before the first question")
     instruction = Instruction(tuple(zip(texts[::2], texts[1::2])), None, kind, accept=accept)
-    return None if picture is None else find_picture(picture, folder), instruction, put_in
+    return None if picture is None else find_picture(picture, folder), instruction, changed
 
 
 def check_text(text: object, which: str) -> str:
@@ -157,9 +179,13 @@ def read_picture(file: Path, size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit on pixels
             with Image.open(file, formats=FORMATS) as opened:
+                depth = opened.tile[0][3] if opened.format == "PNG" and "transparency" in opened.info else None
                 image = ImageOps.exif_transpose(opened)  # decodes the whole file: a truncated one fails here
+            clear = transparent_pixels(image, depth, file)
         if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))  # convert() would clip at 255
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
         if image.mode in ("I", "F"):  # 32 bits
             raise ValueError(f"mode {image.mode} does not define white, save it as RGB")
         if max(image.size) >= 2 * size * min(image.size):  # pad() would scale it to nothing
@@ -172,6 +198,22 @@ def read_picture(file: Path, size: int) -> Tensor:
     except Exception as error:  # decoders raise almost anything on damaged files
         raise BadEntry(f"picture cannot be read as {', '.join(FORMATS)}: {str(file)!r}, {error!r:.120}") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def transparent_pixels(image: Image.Image, depth: object, file: Path) -> np.ndarray | None:
+    """Where a PNG has its transparent colour. Pillow compares 8-bit values, but the colour has the file's depth, as `depth`
+    names it: this compares in that depth. None if Pillow does it right."""
+    if depth not in ("L;2", "L;4", "I;16B", "RGB;16B"):
+        return None
+    values, colour = np.asarray(image).astype(int), image.info.pop("transparency")
+    if depth.startswith("L"):
+        return values == colour * 255 // (2 ** int(depth[2]) - 1)
+    if depth == "I;16B":
+        return values == colour
+    with Image.open(file, formats=FORMATS) as again:  # Pillow keeps the high bytes: read the low ones
+        again.tile = [(*tile[:3], "RGB;16L") for tile in again.tile]
+        values = 256 * values + np.asarray(ImageOps.exif_transpose(again))
+    return (values == np.array(colour)).all(2)
 
 
 # ---- 4. Loading ----
@@ -195,7 +237,7 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
         raise UserError(f"{flag} {path}: {fit} of its {count} pictures of {size} x {size} fit in memory; give fewer")
     images_N3SS = torch.empty(count, 3, size, size, dtype=torch.uint8)
     rows, instructions, problems.places[flag] = {}, [], []
-    for where, file, instruction, put_in in tqdm(checked, f"read {path.name}", dynamic_ncols=True, disable=None):
+    for where, file, instruction, changed in tqdm(checked, f"read {path.name}", dynamic_ncols=True, disable=None):
         try:
             if file and file not in rows:
                 images_N3SS[len(rows)] = read_picture(file, size)
@@ -205,7 +247,7 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
         else:
             instructions.append(replace(instruction, image=rows.get(file)))
             problems.places[flag].append(where)
-            problems.changed += [(where, f"no {IMAGE}, so it was put before the first question")] * put_in
+            problems.changed += [(where, what) for what in changed]
     if not instructions:
         raise UserError(f"{flag} {path} has no entry that can be used: {by_kind(problems.left_out[earlier:])}; fix them")
     return InstructionSet(images_N3SS[: len(rows)], instructions)

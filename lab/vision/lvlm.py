@@ -85,19 +85,24 @@ def captions_of(data: InstructionSet) -> list[str]:
 
 
 def hold_out(data: InstructionSet, places: list[str], seed: int) -> tuple[list[InstructionSet], list[list[str]]]:
-    """Holds out a tenth of the pictures for testing, at least one, with all their instructions. Text-only instructions count
-        as
-    pictures of their own."""
-    units = sorted({(one.image is None, i if one.image is None else one.image) for i, one in enumerate(data.instructions)})
-    random.Random(seed).shuffle(units)
-    chosen = set(units[: max(1, len(units) // 10)])
-    parts, where = ([], []), ([], [])
-    for i, one in enumerate(data.instructions):
-        held = (one.image is None, i if one.image is None else one.image) in chosen
-        parts[held].append(one)
-        where[held].append(places[i])
-    if not parts[0]:
+    """Holds out a tenth of the pictures for testing, at least one, with all their instructions, and a tenth of the
+    conversations without a picture. Copies of a picture, or of such a conversation, are on the same side."""
+    contents, first = [blake2b(image.numpy()).digest() for image in data.images_N3SS], {}
+    keys = [one.turns if one.image is None else contents[one.image] for one in data.instructions]
+    units = [
+        (one.image is None, first.setdefault(key, i if one.image is None else one.image))
+        for i, (key, one) in enumerate(zip(keys, data.instructions))
+    ]
+    order = sorted(set(units))
+    random.Random(seed).shuffle(order)
+    with_picture, text_only = ([unit for unit in order if unit[0] is texts] for texts in (False, True))
+    if len(with_picture) == 1:
         raise UserError("--data: one picture cannot be both trained and tested on; give more, or --eval-data")
+    chosen = {*with_picture[: max(1, len(with_picture) // 10)], *text_only[: len(text_only) // 10]}
+    parts, where = ([], []), ([], [])
+    for unit, one, place in zip(units, data.instructions, places, strict=True):
+        parts[unit in chosen].append(one)
+        where[unit in chosen].append(place)
     return [select(data.images_N3SS, part) for part in parts], list(where)
 
 
@@ -226,7 +231,8 @@ class CollateClip:
 
     def __init__(self, images_N3SS: Tensor, captions: Sequence[str], tokenizer, pixels: Pixels):
         self.images_N3SS, self.pixels, self.pad_id = images_N3SS, pixels, tokenizer.pad_token_id
-        self.ids = [[*ids[:76], caption_end(tokenizer)] for ids in tokenizer(list(captions))["input_ids"]]
+        plain = tokenizer(list(captions), split_special_tokens=True)["input_ids"]  # an end inside a text is text
+        self.ids = [[*ids[:76], caption_end(tokenizer)] for ids in plain]
 
     def __len__(self) -> int:
         return len(self.ids)
