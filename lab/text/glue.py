@@ -148,7 +148,7 @@ def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Sour
     config = checkpoint.config(num_labels=task.num_labels, problem_type=loss)
     tokenizer = checkpoint.tokenizer(config)
     splits = load_splits(name, task, data_dir)
-    names = label_names(splits[task.dev[0]], task) or ["LABEL_0"]
+    names = label_names(splits, task) or ["LABEL_0"]
     config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
     options = {"new": r"^classifier\.|\bpooler\b", "dtype": torch.float32}
     load = partial(checkpoint.model, "the model", AutoModelForSequenceClassification, config, **options)
