@@ -118,7 +118,7 @@ from transformers.utils import logging
 from lab.moe import moefication
 from lab.report import compare, figures
 from lab.report.readme import score_rows
-from lab.run import runs
+from lab.run import hub, runs
 from lab.run.training import Training
 from lab.text import glue, toy, use
 from lab.text.metrics import GlueMetric
@@ -141,13 +141,13 @@ class Job:
     accelerator: object
 
 
-def make_spec(args, config) -> moefication.MoESpec:
-    """The MoE spec of the flags, checked against the dense model's config. UserError."""
-    spec = moefication.spec_of(config, "--model", **options.spec_options(args))
-    if args.max_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max-length {args.max_length}: the model has {config.max_position_embeddings} positions; lower it"
-        )
+def make_spec(args, config, tokenizer) -> moefication.MoESpec:
+    """The MoE spec of the flags. The flags and the tokenizer are checked against the dense model's config. UserError."""
+    spec, positions = moefication.spec_of(config, "--model", **options.spec_options(args)), hub.count_positions(config)
+    if args.max_length > positions:
+        raise UserError(f"--max-length {args.max_length}: the model has {positions} positions; lower it")
+    if reason := hub.misfit(config, tokenizer, len(TASKS[args.task].columns)):
+        raise UserError(f"--model {args.model}: {reason}; give another checkpoint")
     return spec
 
 
@@ -281,7 +281,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     runs.check_folder(folder, vars(args), defaults, options.FREE, args.overwrite, args.resume)
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
-    spec = make_spec(args, source.config)
+    spec = make_spec(args, source.config, source.tokenizer)
     limits = {"train": args.max_train_samples, **dict.fromkeys(task.dev, args.max_eval_samples)}
     for split, dataset in source.splits.items():
         source.splits[split] = dataset.select(range(min(len(dataset), limits[split] or len(dataset))))

@@ -5,7 +5,7 @@
   python toy_lvlm.py --variants none,ce,embedding,feature,task    also the paper's sample-level routings
   python toy_lvlm.py --capacity 0.5 1.0 --bpr         evaluation with experts of limited capacity
   python toy_lvlm.py --data FILE.json --image-dir DIR --eval-data FILE.json      your pictures, in LLaVA's format
-  python toy_lvlm.py --clip openai/clip-vit-base-patch32 --lm HuggingFaceTB/SmolLM2-135M    pretrained parts
+  python toy_lvlm.py --clip openai/clip-vit-large-patch14 --lm HuggingFaceTB/SmolLM2-135M    pretrained parts
   python toy_lvlm.py ... --resume                     continues a run that was stopped
   accelerate launch --num_processes 2 toy_lvlm.py ... several processes or GPUs
 
@@ -288,12 +288,7 @@ def stage(job: Job, name: str, load, make):
     accelerator.wait_for_everyone()
     if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right after saving
         job.record.add(json.loads((folder / STAGE_FILE).read_text()), to="stages")
-    try:
-        return load(folder)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files raise anything
-        raise UserError(f"--output-dir: {folder} cannot be loaded ({error!r:.200}): remove it to train it again") from error
+    return load(folder)
 
 
 def clip_stage(job: Job) -> CLIPModel:
@@ -314,7 +309,7 @@ def clip_stage(job: Job) -> CLIPModel:
         )
         return clip, entry, CLIPModel.save_pretrained
 
-    return stage(job, "clip", partial(CLIPModel.from_pretrained, dtype=torch.float32), make)
+    return stage(job, "clip", partial(lvlm.load_own, loader=CLIPModel), make)
 
 
 def text_stage(job: Job) -> LlamaForCausalLM:
@@ -330,7 +325,7 @@ def text_stage(job: Job) -> LlamaForCausalLM:
         loader = job.loader(Collate(blind, packs, data.pixels, data.pad_id), "text", PAIRS * job.args.batch_size)
         return lm, train(job, folder, name, lm, [*lm.parameters()], loader, "text"), LlamaForCausalLM.save_pretrained
 
-    return stage(job, "text", partial(LlamaForCausalLM.from_pretrained, dtype=torch.float32), make)
+    return stage(job, "text", partial(lvlm.load_own, loader=LlamaForCausalLM), make)
 
 
 def dense_model(job: Job):

@@ -407,7 +407,7 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
         "--data-dir .*empty has no rte/train": ["--data-dir", tmp_path / "empty"],
         "--data-dir .*bad: train has no column 'sentence2'": ["--data-dir", bad_data(tmp_path / "1", sentence2=None)],
         "--data-dir .*bad: train has the label 7": ["--data-dir", bad_data(tmp_path / "2", label=[0, 1, 7, 0, 1, 0, 1, 0])],
-        "--model .*empty has no config.json": ["--model", tmp_path / "empty"],
+        "--model .*empty: it has no config.json": ["--model", tmp_path / "empty"],
         "--model .*nowhere: no such folder": ["--model", tmp_path / "nowhere"],
         "--model: model type 'gpt2' is not BERT-like": ["--model", other_model(tmp_path, model, GPT2Config())],
         "--top-k 5 is above --num-experts 4": ["--top-k", 5],

@@ -258,8 +258,10 @@ def test_pretrained_parts(tmp_path):
     tokenizer = make_tokenizer(["what colour is it?", " red"])
     tokenizer.pad_token = None
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) - 1, **text)).save_pretrained(tmp_path / "lm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **text)).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
+    file = tmp_path / "lm" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<image>", "<other>"))  # so that the model needs a new row for the picture
     clip = lvlm.make_clip(make_tokenizer(["red"]))
     clip.config.vision_config.image_size = 96
     CLIPModel(clip.config).save_pretrained(tmp_path / "clip")
@@ -271,7 +273,7 @@ def test_pretrained_parts(tmp_path):
     model, _, card = lvlm.load(tmp_path / "out" / "model-none-s0", "--run")
     assert card.size == 96 and card.image_tokens == 9 and model.config.text_config.hidden_size == 32
     fails([*command, "--lm", tmp_path / "clip", "--output-dir", tmp_path / "x"], "--lm: the .* cannot be loaded")
-    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip: the .*it is a llama, not a CLIP")
+    fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip .*it is a llama, not a CLIP")
     config = PhiConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **text)
     PhiForCausalLM(config).save_pretrained(tmp_path / "lm")
     fails([*command, "--output-dir", tmp_path / "x"], "--lm: its head has a bias")

@@ -17,6 +17,7 @@ Shapes as in stgc.py: E experts, D hidden size, F neurons (the FFN's size), N ne
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.preprocessing import normalize
@@ -47,6 +48,7 @@ from transformers.initialization import no_init_weights
 
 from lab.moe import baselines
 from lab.run.cli import UserError
+from lab.run.hub import Checkpoint
 from stgc import MoELayer
 from stgc_plus import Experts
 
@@ -374,6 +376,7 @@ def install(model: PreTrainedModel, spec: MoESpec) -> None:
                 layer.output.dense = moe = build_moe(ffn, spec).train(layer.training)
                 attention = layer.attention
             attention.register_forward_pre_hook(PassMask(moe), with_kwargs=True)
+    model._weight_conversions = []  # otherwise transformers saves the names that the files had, such as gamma and beta
     baselines.share_samples(model)
 
 
@@ -427,12 +430,16 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         install(model, replace(spec, split="contiguous"))  # the weights are in their final order already
         own = model.state_dict(keep_vars=True)
         saved_tensors = load_file(folder / "model.safetensors")
+        for old, new in (("gamma", "weight"), ("beta", "bias")):  # the first names of BERT, and of models saved from it
+            saved_tensors = {re.sub(rf"\bLayerNorm\.{old}$", f"LayerNorm.{new}", k): v for k, v in saved_tensors.items()}
         if any("language_model.model." in name for name in saved_tensors):  # written by transformers before 5
             raise ValueError("its tensors have other names: use save_pretrained(folder, save_original_format=False)")
         for name, value in saved_tensors.items():
             if name in own:
                 own[name].data = own[name].data.to(value.dtype)
-        load_model(model, folder / "model.safetensors")  # strict; it copies, so the file may be replaced later
+        tied = {id(own[name]): value for name, value in saved_tensors.items() if name in own}  # saved under one of its names
+        saved_tensors |= {name: tied[id(value)] for name, value in own.items() if id(value) in tied}
+        model.load_state_dict(saved_tensors)  # strict; it copies, so the file may be replaced later
     except (
         OSError,
         ValueError,
@@ -448,16 +455,16 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def load_either(folder: Path, dense_class: type) -> PreTrainedModel:
-    """A moefied model, or a dense one of `dense_class` (of transformers), from this folder only, in eval mode. ValueError if
-    weights are missing, which transformers would draw at random; other damage raises what the libraries raise."""
-    if str(json.loads((folder / "config.json").read_text())["model_type"]).startswith("moefied-"):
-        return load_moefied(folder)
-    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    model, info = dense_class.from_pretrained(folder, **options)
-    if info["missing_keys"]:
-        raise ValueError(f"its weights lack {min(info['missing_keys'])}")
-    return model.eval()
+def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
+    """A moefied model, or a dense one of `dense_class` (of transformers), from a folder, in eval mode. UserError."""
+    read = PreTrainedConfig.get_config_dict
+    kind = saved.guard("the config", lambda: read(saved.name, local_files_only=True)[0].get("model_type"))
+    if not str(kind).startswith("moefied-"):
+        return saved.model("the model", dense_class, saved.config())
+    saved.require("model.safetensors")
+    model = saved.guard("the model", lambda: load_moefied(saved.name))
+    saved.check_finite(model)
+    return model
 
 
 # ---- 7. Parameters ----

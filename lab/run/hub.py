@@ -1,24 +1,153 @@
-"""Loading from the Hugging Face hub, its cache, or a folder, with one-line errors."""
+"""Loading from the Hugging Face hub, its cache, or a folder, with one-line errors.
 
+`Checkpoint` is the one way to a model, tokenizer or config that others made: their code is never run, nothing is unpickled,
+and what is incomplete or does not fit is refused.   1 Errors  2 Checkpoints  3 Inputs
+"""
+
+import os
+import re
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
 from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message
 
+# ---- 1. Errors ----
 
-def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS):
-    """Runs `load`. UserError if neither the hub nor its cache has `name`; the message adds `ways`, what to do then."""
+WIDTH = 120  # of a library's reason in a line of ours
+FIXES = {  # what a library's message contains: what to say instead of it, and what to do
+    "trust_remote_code|custom code": ("it needs code of its own, which is never run", "give a model that transformers has"),
+    r"(no|a) file named \S*\.safetensors": (
+        "it has no model.safetensors, and pickled weights are never read",
+        "give another, or one that save_pretrained of transformers wrote",
+    ),
+    "backend tokenizer": ("it has no tokenizer files that can be read", "add its tokenizer.json"),
+}
+
+
+def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS, again: str = ""):
+    """Runs `load`, a loader of a library. UserError for any of its errors: `name` is absent, cut, damaged, or another kind.
+    The message adds what to do: `ways` if neither the hub nor its cache has it, or `again`, or what the error asks for."""
     try:
         return load()
-    except (OSError, ValueError, HTTPError, DatasetGenerationError, SafetensorError) as error:  # absent, truncated, damaged
+    except Exception as error:  # damaged files raise anything: tokenizers raises bare Exceptions only
+        text = " ".join(str(error).split()) or type(error).__name__
+        for pattern, (reason, fix) in FIXES.items():
+            if re.search(pattern, text):
+                raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again or fix}") from None
         if is_offline() and not Path(name).is_dir():
             raise UserError(offline_message(what, name, ways)) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        again = "if a download was interrupted, run the command again to continue it"
-        if Path(name).is_dir():
-            again = "save or fetch it again"
+        download = "if a download was interrupted, run the command again to continue it"
+        again = again or ("save or fetch it again" if Path(name).is_dir() else download)
+        reason = textwrap.shorten(text.replace(str(name), "it"), WIDTH, placeholder=" ...")
         raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None
+
+
+# ---- 2. Checkpoints ----
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of others: a repository of the hub or a folder, which a flag names."""
+
+    flag: str
+    name: str | Path
+    ways: str = GLUE_WAYS  # see from_hub
+    again: str = ""  # what to do about a damaged or unfit one, if not to give another
+
+    def refuse(self, reason: str):
+        raise UserError(f"{self.flag} {self.name}: {reason}; {self.again or 'give another checkpoint'}")
+
+    def require(self, *files: str) -> None:
+        """Refuses a folder without these files: transformers would replace some of them by something."""
+        for file in files:
+            if Path(self.name).is_dir() and not (Path(self.name) / file).is_file():
+                self.refuse(f"it has no {file}")
+
+    def guard(self, what: str, load: Callable):
+        return from_hub(what, self.flag, str(self.name), load, self.ways, self.again)
+
+    def load(self, what: str, loader: type, **options):
+        """`loader.from_pretrained`. A folder is read without the hub."""
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a service of the hub to convert pickles
+        options |= {"trust_remote_code": False, "local_files_only": Path(self.name).is_dir()}
+        return self.guard(what, lambda: loader.from_pretrained(self.name, **options))
+
+    def config(self, what: str = "the model", **changes) -> PreTrainedConfig:
+        self.require("config.json")
+        return self.load(what, AutoConfig, **changes)
+
+    def model(self, what: str, loader: type, config: PreTrainedConfig, new: str = "", dtype="auto") -> nn.Module:
+        """The model in eval mode, with every weight from the files. `new`: a pattern of names that the files may lack; the
+        head, all that is not below the base model, then is always new. Both are drawn from the global seed. Saved again,
+        the weights have the model's own names."""
+        options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = self.load(what, loader, config=config, dtype=dtype, **options)
+        prefix, absent = f"{model.base_model_prefix}.", set(info["missing_keys"])
+        other_shape = {key: shapes for key, *shapes in info["mismatched_keys"]}
+        own = set(model.state_dict())
+        head = {key for key in own if not key.startswith(prefix)} if new else set()
+        if lost := [key for key in absent if not new or not re.search(new, key)]:
+            self.refuse(f"its weights lack {min(lost)}, which would stay random")
+        if wrong := other_shape.keys() - head:
+            found, wanted = (tuple(shape) for shape in other_shape[min(wrong)])
+            self.refuse(f"its weight {min(wrong)} has the shape {found}, by its config it is {wanted}")
+        stacks = {re.split(r"\.\d+\.", key.removeprefix(prefix))[0] for key in own}  # the names of its lists of layers
+        for key in sorted(info["unexpected_keys"]):
+            stack, *inner = re.split(r"\.\d+\.", key.removeprefix(prefix))
+            if inner and stack in stacks and "inv_freq" not in key:  # a buffer of old Llamas, computed since
+                self.refuse(f"its weight {key} is not part of the model that its config describes")
+        if head - absent - other_shape.keys():
+            for name, part in model.named_children():
+                if f"{name}." != prefix:
+                    for parameter in part.parameters():
+                        parameter._is_hf_initialized = False  # transformers' mark of a weight that came from a file
+                    part.apply(model._init_weights)
+        model._weight_conversions = []  # otherwise transformers saves the names that the files had, such as gamma and beta
+        self.check_finite(model)
+        return model.eval()
+
+    def check_finite(self, model: nn.Module) -> None:
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                self.refuse(f"its weight {name} is not finite")
+
+    def tokenizer(self, config: PreTrainedConfig, added: tuple[str, ...] = ()):
+        """The tokenizer, which knows words, and whose tokens, except those `added`, all have a row in the model's table."""
+        tokenizer = self.load("the tokenizer", AutoTokenizer, config=config)
+        ids, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
+        if not any(any(map(str.isalnum, token)) for token in ids.keys() - special):  # as transformers makes without files
+            self.refuse("its tokenizer knows no words: tokenizer.json is missing or empty")
+        rows, top = config.get_text_config().vocab_size, max(id for token, id in ids.items() if token not in added)
+        if top >= rows:
+            self.refuse(f"its tokenizer has {top + 1} tokens, the model {rows}")
+        return tokenizer
+
+
+# ---- 3. Inputs ----
+
+
+def count_positions(config: PreTrainedConfig) -> int:
+    """The tokens of the longest input. RoBERTa and its kin leave the positions up to that of padding unused."""
+    return config.max_position_embeddings - first_position(config)
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    alike = (RobertaConfig, XLMRobertaConfig, CamembertConfig)
+    return (config.pad_token_id or 0) + 1 if isinstance(config, alike) else 0
+
+
+def misfit(config: PreTrainedConfig, tokenizer, num_texts: int) -> str:
+    """Why a BERT-like model cannot read what its tokenizer makes of so many texts and of padding; '' if it can."""
+    if tokenizer.pad_token_id is None:
+        return "its tokenizer has no padding token"
+    if first_position(config) and config.pad_token_id != tokenizer.pad_token_id:
+        return f"its tokenizer pads with token {tokenizer.pad_token_id}, its config with {config.pad_token_id}"
+    types = 1 + max(tokenizer(*["a"] * num_texts).get("token_type_ids") or [0])
+    if types > config.type_vocab_size:
+        return f"its tokenizer makes {types} token types, the model has {config.type_vocab_size}"
+    return ""

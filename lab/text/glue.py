@@ -15,11 +15,11 @@ import torch
 from datasets import ClassLabel, load_dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lab.run.cli import UserError
-from lab.run.hub import from_hub
+from lab.run.hub import Checkpoint, from_hub
 from lab.text.tables import read_parquet
 from lab.text.tasks import Task
 
@@ -141,34 +141,18 @@ def check_names(splits: dict[str, datasets.Dataset], task: Task, where: str) -> 
         print(f"note: f1 is that of class 1, {names[1]!r}")
 
 
-def load_model(name: str, num_labels: int, config_only: bool = False):
-    """The dense classifier, with a head drawn from the global seed, or only its config. UserError."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model {name} has no config.json: give a folder that save_pretrained wrote, or a hub name")
-    if config_only:
-        load = partial(AutoConfig.from_pretrained, name, num_labels=num_labels)
-    else:
-        # ignore_mismatched_sizes: a head for another number of classes is replaced by a new one
-        options = {"num_labels": num_labels, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-        load = partial(AutoModelForSequenceClassification.from_pretrained, name, output_loading_info=True, **options)
-    loaded = from_hub("the model", "--model", name, load)
-    if config_only:
-        return loaded
-    model, info = loaded
-    encoder = f"{model.base_model_prefix}."
-    if absent := [key for key in info["missing_keys"] if key.startswith(encoder) and "pooler" not in key]:
-        raise UserError(f"--model {name}: its weights lack {min(absent)}, which would stay random; give another checkpoint")
-    return model
-
-
 def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Source:
     """A task's data and a model, from the hub or from folders. UserError."""
-    config = load_model(model, task.num_labels, config_only=True)
-    tokenizer = from_hub("the tokenizer", "--model", model, lambda: AutoTokenizer.from_pretrained(model))
-    kind = "folder" if data_dir else "hub"
-    return Source(
-        name, kind, config, lambda: load_model(model, task.num_labels), tokenizer, load_splits(name, task, data_dir)
-    )
+    checkpoint, kind = Checkpoint("--model", model), "folder" if data_dir else "hub"
+    loss = "regression" if task.num_labels == 1 else "single_label_classification"
+    config = checkpoint.config(num_labels=task.num_labels, problem_type=loss)
+    tokenizer = checkpoint.tokenizer(config)
+    splits = load_splits(name, task, data_dir)
+    names = label_names(splits, task) or ["LABEL_0"]
+    config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
+    options = {"new": r"^classifier\.|\bpooler\b", "dtype": torch.float32}
+    load = partial(checkpoint.model, "the model", AutoModelForSequenceClassification, config, **options)
+    return Source(name, kind, config, load, tokenizer, splits)
 
 
 def run_name(name: str, task: Task, rows: int, dev_rows: int) -> str:

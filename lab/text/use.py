@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
 from lab.moe import moefication
 from lab.moe.baselines import CosineRouter
 from lab.run.cli import UserError
+from lab.run.hub import Checkpoint, count_positions, misfit
 from lab.run.runs import write_json
 from lab.text.tables import load_rows, write_rows
 from stgc import MoELayer, Verdict
@@ -103,20 +104,16 @@ def find_model(run: str | Path, flag: str = "--run") -> Path:
 
 def load_saved(folder: Path, flag: str = "--run") -> tuple[PreTrainedModel, object, TaskCard]:
     """Model (moefied or dense, in eval mode), tokenizer and card, read from this folder only. UserError if it is damaged."""
-    card, local = read_task_card(folder, flag), {"local_files_only": True, "trust_remote_code": False}
-    try:
-        for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
-            if not (folder / name).is_file():  # transformers would create an empty vocabulary
-                raise ValueError(f"it has no {name}")
-        model = moefication.load_either(folder, AutoModelForSequenceClassification)
-        if not type(model).__name__.endswith("ForSequenceClassification") or model.config.num_labels != card.num_labels:
-            raise ValueError(f"{type(model).__name__} of {model.config.num_labels} labels, {CARD} has {card.num_labels}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, **local)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    except Exception as error:  # damaged files raise anything: tokenizers raises bare Exceptions only
-        reason = " ".join(str(error).split())
-        raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again with --save-model") from error
+    card, saved = read_task_card(folder, flag), Checkpoint(flag, folder, again="train again with --save-model")
+    saved.require("config.json", "tokenizer_config.json", "tokenizer.json")
+    model = moefication.load_either(saved, AutoModelForSequenceClassification)
+    config, tokenizer = model.config, saved.tokenizer(model.config)
+    if not type(model).__name__.endswith("ForSequenceClassification") or config.num_labels != card.num_labels:
+        saved.refuse(f"{type(model).__name__} of {config.num_labels} labels, {CARD} has {card.num_labels}")
+    if card.max_length > (positions := count_positions(config)):
+        saved.refuse(f"{CARD} promises {card.max_length} tokens, the model has {positions} positions")
+    if reason := misfit(config, tokenizer, len(card.columns)):
+        saved.refuse(reason)
     return model, tokenizer, card
 
 

@@ -5,7 +5,6 @@ Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.   1 Data 
 
 import json
 import random
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,9 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -30,7 +27,7 @@ from transformers import (
 
 from lab.moe import baselines, moefication
 from lab.run.cli import UserError
-from lab.run.hub import from_hub
+from lab.run.hub import Checkpoint
 from lab.run.options import spec_options
 from lab.run.runs import write_json
 from lab.vision.instructions import (
@@ -216,19 +213,15 @@ def make_clip(tokenizer) -> CLIPModel:
 
 
 def load_clip(name: str) -> CLIPModel:
-    ways = "give a folder (--clip DIR), or leave --clip out: a tiny one is trained"
-
-    def load() -> CLIPModel:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind != "clip":
-            raise ValueError(f"it is a {kind}, not a CLIP")
-        return CLIPModel.from_pretrained(name, dtype=torch.float32)
-
-    return from_hub("the CLIP", "--clip", name, load, ways)
+    checkpoint = Checkpoint("--clip", name, "give a folder (--clip DIR), or leave --clip out: a tiny one is trained")
+    config = checkpoint.config("the CLIP")
+    if config.model_type != "clip":
+        checkpoint.refuse(f"it is a {config.model_type}, not a CLIP")
+    return checkpoint.model("the CLIP", CLIPModel, config, dtype=torch.float32)
 
 
 def clip_pixels(name: str, clip: CLIPModel) -> Pixels:
-    processor = from_hub("the image processor", "--clip", name, lambda: CLIPImageProcessorPil.from_pretrained(name))
+    processor = Checkpoint("--clip", name).load("the image processor", CLIPImageProcessorPil)
     mean, std = (tuple(map(float, own)) for own in (processor.image_mean, processor.image_std))
     return Pixels(clip.config.vision_config.image_size, mean, std)
 
@@ -285,10 +278,13 @@ def make_lm(tokenizer, max_length: int) -> LlamaForCausalLM:
 
 def load_lm(name: str) -> tuple[PreTrainedModel, object]:
     """A pretrained decoder and its tokenizer, to which `<image>` is added, and a padding token if it has none. UserError."""
-    ways = "give a folder (--lm DIR), or leave --lm out: a small one is trained"
-    tokenizer = from_hub("the tokenizer", "--lm", name, lambda: AutoTokenizer.from_pretrained(name), ways)
-    load = partial(AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32)
-    lm = from_hub("the language model", "--lm", name, load, ways)
+    checkpoint = Checkpoint("--lm", name, "give a folder (--lm DIR), or leave --lm out: a small one is trained")
+    config = checkpoint.config("the language model")
+    with torch.device("meta"):  # without memory for its weights
+        options = {"config": config, "trust_remote_code": False}
+        check_decoder(checkpoint.guard("the language model", lambda: AutoModelForCausalLM.from_config(**options)))
+    tokenizer = checkpoint.tokenizer(config, added=(EOS, PAD, IMAGE))
+    lm = checkpoint.model("the language model", AutoModelForCausalLM, config, dtype=torch.float32)
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": EOS})
     if tokenizer.pad_token_id is None:
@@ -298,6 +294,20 @@ def load_lm(name: str) -> tuple[PreTrainedModel, object]:
         torch.manual_seed(0)  # the new rows are random
         lm.resize_token_embeddings(len(tokenizer))
     return lm, tokenizer
+
+
+def check_decoder(lm: PreTrainedModel) -> None:
+    """UserError for a language model that cannot be the one of a LLaVA with MoE layers."""
+    layers, head = getattr(lm.base_model, "layers", None), lm.get_output_embeddings()
+    if not layers or head is None:
+        raise UserError(f"--lm: a {lm.config.model_type} is not a Llama-like decoder; use another model")
+    try:
+        moefication.decoder_ffn(layers[0])
+    except ValueError as error:
+        raise UserError(f"--lm: {error}") from None
+    scaled = [name for name in ("final_logit_softcapping", "logits_scaling") if getattr(lm.config, name, None)]
+    if head.bias is not None or scaled:
+        raise UserError(f"--lm: its head has {(scaled or ['a bias'])[0]}, which a LLaVA does not support; use another model")
 
 
 # ---- 3. LLaVA ----
@@ -337,16 +347,6 @@ def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moef
     """The MoE spec for the language model. UserError."""
     text = LlamaConfig(**SMALL) if lm is None else lm.config
     vision = {} if clip is None else {"vision_config": clip.config.vision_config}
-    try:
-        if lm is not None:
-            moefication.decoder_ffn(lm.base_model.layers[0])
-            scaled = [name for name in ("final_logit_softcapping", "logits_scaling") if getattr(text, name, None)]
-            if lm.get_output_embeddings().bias is not None or scaled:
-                raise ValueError(
-                    f"its head has {scaled[0] if scaled else 'a bias'}, which a LLaVA does not support; use another model"
-                )
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"--lm: {error}") from None
     return moefication.spec_of(LlavaConfig(text_config=text, **vision), "--lm", **spec_options(args))
 
 
@@ -414,18 +414,19 @@ class Card:
         return Pixels(self.size, tuple(self.mean), tuple(self.std))
 
 
+def load_own(folder: Path, loader: type) -> PreTrainedModel:
+    """The model of a stage without a tokenizer. UserError."""
+    saved = Checkpoint("--output-dir", folder, again="remove it to train it again")
+    return saved.model("the model", loader, saved.config(), dtype=torch.float32)
+
+
 def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
     """Model (moefied or dense, in eval mode), tokenizer and card, read from this folder only. UserError if it is damaged."""
+    saved = Checkpoint(flag, folder, again="remove it to train it again" if flag == "--output-dir" else "train again")
+    saved.require("config.json", "tokenizer.json", CARD)
     try:
-        for name in ("config.json", "tokenizer.json", CARD):
-            if not (folder / name).is_file():
-                raise ValueError(f"it has no {name}")
         card = Card(**json.loads((folder / CARD).read_text()))
-        model = moefication.load_either(folder, LlavaForConditionalGeneration)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if len(tokenizer) > model.config.get_text_config().vocab_size:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the model")
-    except Exception as error:  # damaged files raise anything: tokenizers raises bare Exceptions only
-        reason = textwrap.shorten(str(error), 300)
-        raise UserError(f"{flag} {folder} cannot be loaded ({reason}): train again") from error
-    return model, tokenizer, card
+    except (OSError, ValueError, TypeError) as error:
+        saved.refuse(f"its {CARD} cannot be loaded ({error!s:.120})")
+    model = moefication.load_either(saved, LlavaForConditionalGeneration)
+    return model, saved.tokenizer(model.config), card
