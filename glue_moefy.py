@@ -15,7 +15,9 @@ Output goes to --output-dir: results.json, a curve per run as JSON lines, plots.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lab.run import options
@@ -73,7 +75,7 @@ def parse(argv: list[str]):
     if "--toy" in argv:
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
-    options.expand(args, ("model", "data_dir", "predict", "run", "output", "inspect"))
+    options.expand(args, ("model", "data_dir", "predict", "run", "output", "inspect", "output_dir"))
     if args.predict or args.inspect:
         if args.predict and not args.run:
             parser.error("--predict FILE needs --run RUN (a run with --save-model)")
@@ -110,6 +112,8 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and error
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
+from itertools import product
+
 import datasets
 import torch
 from transformers import get_linear_schedule_with_warmup, set_seed
@@ -139,6 +143,8 @@ class Job:
     card: use.TaskCard  # of the models that are saved
     folder: Path
     accelerator: object
+    check: Callable  # of the folder, again
+    names: list[str]  # that the runs may write to it
 
 
 def make_spec(args, config, tokenizer) -> moefication.MoESpec:
@@ -184,6 +190,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     config = make_config(args, variant)
     set_seed(seed)  # for head, router and dropout; all variants get the same data in the same order
     model = job.source.load_model()
+    model.config.problem_type = "regression" if job.task.num_labels == 1 else "single_label_classification"
     if config is not None:
         model = moefication.moefy(model, replace(job.spec, seed=seed))
     train, dev, order = glue.make_loaders(job.encoded, job.lengths, job.source.tokenizer, args.batch_size)
@@ -277,8 +284,10 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     args, task = type(args)(**vars(args)), TASKS[name]
     args.task, args.epochs, args.output_dir = name, args.epochs or task.epochs, str(folder)
     defaults = vars(make_parser().parse_args([]))
-    # first, since everything else takes longer
-    runs.check_folder(folder, vars(args), defaults, options.FREE, args.overwrite, args.resume)
+    keys = [run_key(args, *key) for key in product(args.variants, args.lrs or [args.lr], args.seeds)]
+    names, flags = runs.names_of(keys), (args.overwrite, args.resume)
+    check = partial(runs.check_folder, folder, vars(args), defaults, options.FREE, *flags, names)
+    check()  # first, since everything else takes longer
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
     spec = make_spec(args, source.config, source.tokenizer)
@@ -292,20 +301,35 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         glue.print_copies(source.splits, task)
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    return Job(args, name, task, source, spec, encoded, glue.token_counts(encoded), card, folder, accelerator)
+    lengths = glue.token_counts(encoded)
+    return Job(args, name, task, source, spec, encoded, lengths, card, folder, accelerator, check, names)
+
+
+def made_from(job: Job) -> dict[str, str]:
+    """The digests of what the runs are made from: data, and model."""
+    found = {} if job.args.toy else runs.digests_of_model("--model", job.args.model)
+    for split, dataset in job.source.splits.items():
+        names = getattr(dataset.features["label"], "names", None)
+        found[f"the data of {split}"] = runs.digest_of(names, *(dataset[name][:] for name in (*job.task.columns, "label")))
+    return found
 
 
 def run_task(job: Job) -> dict:
     """All runs on one task. Returns the record."""
-    args, source, folder, accelerator = job.args, job.source, job.folder, job.accelerator
-    main = accelerator.is_main_process
     # a model that cannot be converted fails here, before anything is written
-    model = moefication.moefy(source.load_model(), replace(job.spec, split="contiguous"))
+    model = moefication.moefy(job.source.load_model(), replace(job.spec, split="contiguous"))
     parameters = moefication.count_parameters(model)
     del model
-    runs.claim_folder(folder, args.overwrite, accelerator)
+    with runs.claim_folder(job.folder, job.args.overwrite, job.accelerator, job.check, job.names):
+        return train_all(job, parameters)
+
+
+def train_all(job: Job, parameters: moefication.Parameters) -> dict:
+    """The same, in the folder that is ours by now."""
+    args, source, folder, accelerator = job.args, job.source, job.folder, job.accelerator
+    main = accelerator.is_main_process
     data = {"train": len(job.encoded["train"]), "dev": len(job.encoded[job.task.dev[0]]), "source": source.kind}
-    record = runs.RunFolder(folder, source.name, vars(args), data, accelerator)
+    record = runs.RunFolder(folder, source.name, vars(args), data, accelerator, made_from(job))
     if main:
         print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
         million = (parameters.total / 1e6, parameters.active / 1e6)
@@ -321,12 +345,12 @@ def run_task(job: Job) -> dict:
                     except RunFailed as error:
                         raise RunFailed(f"{error} ({key}; the runs before it are kept)") from None
                     accelerator.free_memory()  # otherwise a sweep would keep every model in memory
-                    if main:
-                        figures.plot_run(folder, source.name)
                 elif main:
                     lost = args.save_model and not (folder / f"model-{key}").is_dir()
                     note = "; its model was not saved, train again with --overwrite to get one" * lost
                     print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already{note}")
+                if main and record.is_newer_than("curves.png"):
+                    figures.plot_run(folder, source.name)
                 runs.remove_checkpoints(folder / runs.CHECKPOINTS / key, accelerator)
     if main:
         runs.write_json(folder / "all_results.json", all_results(record.record))
@@ -374,8 +398,14 @@ def main(args) -> None:
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
     folder = Path(args.output_dir or f"runs/{default}-{'compare' if args.compare else args.variants[-1]}")
     jobs = [prepare(args, name, folder / name if args.task == "all" else folder, accelerator) for name in names]
+    if args.task != "all":
+        run_task(jobs[0])
+        return
+    runs.refuse_foreign(folder, ["comparison.png"])
     records = [run_task(job) for job in jobs]
-    if args.task == "all" and accelerator.is_main_process:
+    with runs.claim_folder(folder, False, accelerator):
+        if not accelerator.is_main_process:
+            return
         figures.plot_comparison(folder, records)
         for select in ("best", "last"):
             print(f"\n{compare.paper_table(records, select)}")

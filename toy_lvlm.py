@@ -99,7 +99,7 @@ def parse(argv: list[str]):
     """The options, checked as far as possible without loading anything. `args.variants` is the list of variants to train."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    options.expand(args, ("clip", "lm", "data", "image_dir", "eval_data", "image", "run"))
+    options.expand(args, ("clip", "lm", "data", "image_dir", "eval_data", "image", "run", "output_dir"))
     if args.ask is not None or args.chat:
         if not args.run:
             parser.error("--ask and --chat need --run RUN, the output folder of a finished run")
@@ -284,7 +284,7 @@ def stage(job: Job, name: str, load, make):
             with runs.replaced_folder(folder) as target:
                 save(model, target)
                 runs.write_json(target / STAGE_FILE, {"stage": name, "seed": job.seed} | entry)
-        runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
+    runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
     accelerator.wait_for_everyone()
     if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right after saving
         job.record.add(json.loads((folder / STAGE_FILE).read_text()), to="stages")
@@ -574,20 +574,34 @@ def main(args) -> None:
         )
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
-    runs.check_folder(folder, vars(args), vars(make_parser().parse_args([])), FREE, args.overwrite, args.resume)
+    keys, stages = ([f"{one}-s{seed}" for one in own for seed in args.seeds] for own in (args.variants, STAGES))
+    names, flags = runs.names_of(keys, runs.ENTRIES, stages=stages), (args.overwrite, args.resume)
+    check = partial(runs.check_folder, folder, vars(args), vars(make_parser().parse_args([])), FREE, *flags, names)
+    check()
     clip = lvlm.load_clip(args.clip) if args.clip else None
     lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
     spec = lvlm.check_spec(args, clip, lm)
     problems = llava.Problems(args.max_bad)
     data = lvlm.load_data(args, clip, tokenizer, problems)
-    runs.claim_folder(folder, args.overwrite, accelerator)
+    with runs.claim_folder(folder, args.overwrite, accelerator, check, names):
+        train_all(args, folder, accelerator, data, spec, clip, lm, problems)
+
+
+def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, problems: llava.Problems) -> None:
+    """All seeds and variants, in the folder that is ours by now."""
     main_process = accelerator.is_main_process
+    sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
+    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
+    made_from = {
+        f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions)
+        for name, own in (("train", data.train), ("test", data.test))
+    }
+    for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
+        made_from |= runs.digests_of_model(flag, name) if name else {}
+    record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator, made_from)
     if main_process and problems.total:
         runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})
         print(problems.summary() or f"all {problems.total} entries are used unchanged")
-    sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
-    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
-    record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator)
     if main_process:
         print(
             f"{record.record['name']}: {sizes['train']} instructions on {pictures['train_pictures']} pictures to train, "
@@ -599,17 +613,18 @@ def main(args) -> None:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)
         for variant in args.variants:
             name = f"{variant}-s{seed}"
-            if record.find(variant=variant, seed=seed):
+            if entry := record.find(variant=variant, seed=seed):
                 job.print_line(f"{variant} is complete already")
             else:
                 entry = moe_stage(job, variant)
                 record.add(entry)
                 job.print_line(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
-                if main_process:
+            if main_process:
+                if record.is_newer_than("curves.png"):
                     figures.plot_run(folder, record.record["name"])
-                    if entry["routes"]:
-                        names = [f"layer {i}" for i in spec.layers.split(",")]
-                        figures.plot_routes(entry["routes"], names, folder / f"routes-{name}.png", title=name)
+                picture = folder / f"routes-{name}.png"
+                if entry.get("routes") and not picture.exists():
+                    figures.plot_routes(entry["routes"], [f"layer {i}" for i in spec.layers.split(",")], picture, title=name)
             runs.remove_checkpoints(folder / runs.CHECKPOINTS / name, accelerator)
     if main_process:
         if len(args.variants) > 1:

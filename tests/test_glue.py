@@ -201,7 +201,7 @@ def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path, pictures):
     with pytest.raises(UserError, match="--output-dir .* holds another run: name another folder, or pass --overwrite"):
         run([*words, "--epochs", "1"])
     run([*words, "--epochs", "1", "--overwrite", "--conflict-loss", "mse"])
-    ours = ["all_results.json", "curves.png", "mse-s0.jsonl", "results.json"]
+    ours = ["all_results.json", "curves.png", "mse-s0.jsonl", "results.json", "written.txt"]
     assert sorted(path.name for path in out.iterdir()) == sorted([*ours, *mine])
 
 

@@ -209,7 +209,8 @@ def test_writing_json_is_all_or_nothing(tmp_path, monkeypatch):
 def test_folder_must_be_writable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        runs.claim_folder(tmp_path / "file", False, accelerate.Accelerator(cpu=True))
+        with runs.claim_folder(tmp_path / "file", False, accelerate.Accelerator(cpu=True)):
+            pass
 
 
 def test_numbers_on_the_command_line(capsys):

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lab.report.compare import has_best, select_rows
+from lab.run.files import written
 
 STYLES = [
     ("#1b1b1b", "-", "o"),
@@ -73,6 +74,14 @@ def smooth(values: list[float]) -> np.ndarray:
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 
 
+def save(figure, path: Path) -> Path:
+    """Writes the figure and closes it. Returns the path."""
+    with written(path) as new:
+        figure.savefig(new, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def plot_run(folder: Path, title: str) -> Path:
     """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, and a thick line
     for the mean over a variant's seeds. Values that no run has logged get no panel. Returns the path of the PNG,
@@ -99,10 +108,7 @@ def plot_run(folder: Path, title: str) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, folder / "curves.png")
 
 
 def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> Path:
@@ -142,10 +148,7 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> 
     if any(row.collapsed for rows in panels for row in rows):
         axes[0][0].plot([], [], "o", color="#1b1b1b", markerfacecolor="white", label="hollow: collapsed")
     figure.legend(frameon=False, loc="outside right upper", fontsize=9)
-    path = folder / "comparison.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, folder / "comparison.png")
 
 
 def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str = "") -> Path:
@@ -194,9 +197,7 @@ def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str =
     figure.suptitle(title, fontsize=11)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper", fontsize=9, handleheight=1.6)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def cut(mark: str, text: str, lines: int) -> list[str]:
@@ -240,9 +241,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
         axis.text(0.5, (deep + side + 0.1) / tall, title, fontsize=10, weight="bold", ha="center")
         text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "parse_math": False, "clip_on": True}
         axis.text(0.05, (deep - 0.08) / tall, "\n".join(lines), **text)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def draw_idea(path: Path) -> None:

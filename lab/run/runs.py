@@ -1,8 +1,9 @@
 """What every script needs around its training loop: device, progress, checkpoints, and a record that can be checked later.
 
-A run folder holds `results.json`, written atomically: whole configuration, exact command, commit, versions, one entry per
-finished run. It holds one `<run>.jsonl` per run: one line per logged step and one per evaluation. During a run its latest
-two checkpoints are in `checkpoints/<run>/`, as safetensors and JSON. A checkpoint is a folder that is complete or absent.
+A run folder holds `results.json`, written atomically: whole configuration, exact command, commit, versions, digests of data
+and model, one entry per finished run. It holds one `<run>.jsonl` per run: one line per logged step and one per evaluation.
+During a run its latest two checkpoints are in `checkpoints/<run>/`, as safetensors and JSON. A checkpoint is a folder that
+is complete or absent. How all of this is written and removed: lab/run/files.py.
 
   1 Device  2 Record  3 Log  4 Interruptions  5 Checkpoints
 """
@@ -11,13 +12,11 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -25,17 +24,19 @@ from pathlib import Path
 import accelerate
 import psutil
 import torch
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, gather_object
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from tqdm.auto import tqdm
 
 import lab
 from lab.run.cli import Interrupted, RunFailed, UserError
+from lab.run.files import RECORD, claim, lock_list, read_list, refuse_foreign, remove, sync, write_json, written
 
 ROOT = Path(lab.__file__).resolve().parent.parent  # of the project, wherever in lab/ this file lies
-RECORD, CHECKPOINTS, STAGES, ENTRIES = "results.json", "checkpoints", "stages", "entries.json"
+CHECKPOINTS, STAGES, ENTRIES = "checkpoints", "stages", "entries.json"
 
 # ---- 1. Device ----
 
@@ -93,17 +94,24 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
-    """The record of a run folder, or None if there is none. UserError if it is damaged."""
+    """The record of a run folder, or None if there is none. UserError if it is damaged or something else."""
     try:
-        return json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text())
+        kinds = {"name": str, "config": dict, "data": dict, "runs": list}
+        wrong = [key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)]
+        if wrong or not all(isinstance(entry, dict) for entry in [*record["runs"], *record.get("stages", [])]):
+            raise ValueError(f"it is not a run's record: no valid {(wrong or ['entries'])[0]}")
+        return record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {folder}: {RECORD} cannot be read ({error}); name another folder, or --overwrite") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{flag} {folder}: {RECORD} cannot be read ({error}); remove it, or name another folder") from None
 
 
-def check_folder(folder: Path, config: dict, defaults: dict, free: set[str], overwrite: bool, resume: bool) -> None:
-    """Checks that a run of this configuration may write here; writes nothing. UserError otherwise.
+def check_folder(
+    folder: Path, config: dict, defaults: dict, free: set[str], overwrite: bool, resume: bool, names: Iterable[str] = ()
+) -> None:
+    """Checks that a run of this configuration may write `names` here; writes nothing. UserError otherwise.
 
     A folder that holds a run is refused unless `overwrite`, or `resume` with a configuration that differs only in the
     `free` options (which seeds, which variants). So two configurations never share a folder. If the record lacks an option,
@@ -112,55 +120,69 @@ def check_folder(folder: Path, config: dict, defaults: dict, free: set[str], ove
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output-dir {folder}: cannot be written; name another folder")
-    record = None if overwrite else read_record(folder)
-    if record is None and not overwrite and (folder / CHECKPOINTS).is_dir():
-        raise UserError(f"--output-dir {folder} has {CHECKPOINTS} but no {RECORD}: name another folder, or pass --overwrite")
-    if record is None:
+    record, listed = read_record(folder), read_list(folder)
+    if record and overwrite and not listed:
+        raise UserError(f"--overwrite: what the old run in {folder} wrote is not listed there: remove it, or name another")
+    if record is None and not overwrite and any((folder / name).exists() for name in listed or []):
+        raise UserError(f"--output-dir {folder} has parts of a run, no {RECORD}: name another folder, or pass --overwrite")
+    if record is None or listed:
+        refuse_foreign(folder, names)
+    if record is None or overwrite:
         return
     if not resume:
         raise UserError(
             f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
             "(--resume: to continue it)"
         )
-    before = defaults | record.get("config", {})
+    before = defaults | record["config"]
     other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
     if other:
         flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in other)
         raise UserError(f"--resume: {folder} was started with {flags}; give the same, or name another --output-dir")
 
 
-OWN = {RECORD, CHECKPOINTS, STAGES, ENTRIES, "all_results.json", "curves.png", "comparison.png", "tensorboard"}
-OWN_RUN = re.compile(r"[a-z]+(-[a-z]+)*(-lr[\d.e-]+)?-s\d+(\.jsonl|\.png)?")  # curve, pictures and model of a run
+def names_of(runs: Iterable[str], *more: str, stages: Iterable[str] = ()) -> list[str]:
+    """All that a command may write to its folder apart from the record: for each of its runs and stages, and `more`."""
+    own = ("{}.jsonl", "model-{}", "sheet-{}.png", "routes-{}.png", f"{CHECKPOINTS}/{{}}", "tensorboard/{}")
+    names = ["all_results.json", "curves.png", "comparison.png", *more, *(kind.format(run) for run in runs for kind in own)]
+    staged = ("{}", "{}.jsonl", f"{CHECKPOINTS}/{{}}", "tensorboard/{}")
+    return names + [f"{STAGES}/{kind.format(stage)}" for stage in stages for kind in staged]
 
 
-def own_files(folder: Path) -> list[Path]:
-    """The files that runs wrote to a folder. Empty if the folder has neither a record nor checkpoints."""
-    if not any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
-        return []
-    return [path for path in sorted(folder.iterdir()) if path.name in OWN or OWN_RUN.fullmatch(path.name)]
-
-
-def claim_folder(folder: Path, overwrite: bool, accelerator: accelerate.Accelerator) -> None:
-    """Creates the folder after all processes have checked it. `overwrite` removes the files of an earlier run."""
+@contextmanager
+def claim_folder(
+    folder: Path,
+    overwrite: bool,
+    accelerator: accelerate.Accelerator,
+    check: Callable = lambda: None,
+    names: Iterable[str] = (),
+) -> Iterator[None]:
+    """Creates the folder after all processes have checked it, and locks it. `check` is called again, as another process may
+    have written there since. `overwrite` removes the files of an earlier run. A run from before the list is taken to have
+    written `names`."""
     accelerator.wait_for_everyone()
+    lock, error = None, None
     try:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in own_files(folder) if overwrite else []:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
-    accelerator.wait_for_everyone()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes atomically: a reader finds the old file or the new one, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
+            lock = lock_list(folder)
+            check()
+            if overwrite:
+                remove(folder)
+            elif not read_list(folder) and (folder / RECORD).exists():
+                found = [path for name in names for path in (folder / name, *(folder / name).rglob("*"))]
+                claim(*(path for path in (folder / RECORD, *found) if path.is_file()), made=True)
+    except OSError as failure:
+        error = UserError(f"--output-dir {folder}: cannot be written ({failure.strerror}); name another folder")
+    except UserError as failure:
+        error = failure
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        if accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item():
+            raise error or UserError(f"--output-dir {folder}: see the main process")
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        if lock:
+            lock.close()
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -177,18 +199,20 @@ def git_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
+
+
 def environment(device: torch.device) -> dict:
     """The exact command, commit, versions and machine that make a result."""
     commit, dirty = git_state()
-    modules = ("torch", "transformers", "datasets", "accelerate")
-    versions = {name: metadata.version(name) for name in modules}
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]
     return {
         "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": commit,
         "dirty": dirty,
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {"python": platform.python_version()} | versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "processes": accelerate.PartialState().num_processes,
@@ -198,16 +222,40 @@ def environment(device: torch.device) -> dict:
 class RunFolder:
     """The record of one command: `results.json`, with one entry per run. Its format: README, "The record of a run"."""
 
-    def __init__(self, folder: Path, name: str, config: dict, data: dict, accelerator: accelerate.Accelerator):
+    def __init__(self, folder: Path, name: str, config: dict, data: dict, accelerator, made_from: dict | None = None):
+        """`made_from`: digests of the data and of the models, by their names for the user. Others than before: UserError."""
         self.folder, self.main = folder, accelerator.is_main_process
         made_by, before = environment(accelerator.device), read_record(folder)
         if before is None:
-            self.record = {"name": name} | made_by | {"config": config, "data": data, "runs": []}
-        elif before["name"] != name or before["data"] != data:
-            raise UserError(f"--resume: {folder} holds {before['name']} on {before['data']}, not {name} on {data}")
+            self.record = {"name": name} | made_by | {"config": config, "data": data, "made_from": made_from, "runs": []}
         else:
-            self.record = before | {"config": config, "resumed": [*before.get("resumed", []), made_by]}
+            self.check_content(before, name, data, made_from or {})
+            if self.main:
+                self.note_changes(before, made_by)
+            resumed = [*before.get("resumed", []), made_by]
+            self.record = before | {"config": config, "made_from": made_from, "resumed": resumed}
         self.write()
+
+    def check_content(self, before: dict, name: str, data: dict, made_from: dict) -> None:
+        if before["name"] != name or before["data"] != data:
+            raise UserError(f"--resume: {self.folder} holds {before['name']} on {before['data']}, not {name} on {data}")
+        known = before.get("made_from") or {}
+        changed = [what for what in sorted({*known, *made_from}) if known.get(what) != made_from.get(what)] if known else []
+        if changed:
+            reason = f"{', '.join(changed)} changed since {self.folder} was started"
+            raise UserError(f"--resume: {reason}; restore what was there, or name another --output-dir")
+
+    def note_changes(self, before: dict, made_by: dict) -> None:
+        """Prints what may change the last digits of the weights, although it is no reason to stop."""
+        if not before.get("made_from"):
+            print(f"note: {self.folder} has no digests of its data and model: whether they are the same is not checked")
+        last = [before, *before.get("resumed", [])][-1]
+        old, new = (
+            one.get("versions", {}) | {key: one.get(key) for key in ("threads", "device")} for one in (last, made_by)
+        )
+        other = [f"{key} {new[key]} instead of {old[key]}" for key in new if old.get(key, new[key]) != new[key]]
+        if other:
+            print(f"note: resumed with {', '.join(other)}: the weights may differ in the last digits")
 
     def find(self, to: str = "runs", **key) -> dict | None:
         """The entry of a finished run (variant, seed, lr), or of a finished stage (`to="stages"`). None if there is none."""
@@ -222,6 +270,35 @@ class RunFolder:
     def write(self) -> None:
         if self.main:
             write_json(self.folder / RECORD, self.record)
+
+    def is_newer_than(self, name: str) -> bool:
+        """Whether a file of the folder is missing or older than the record, as after a kill between the two."""
+        path = self.folder / name
+        return not path.exists() or path.stat().st_mtime_ns <= (self.folder / RECORD).stat().st_mtime_ns
+
+
+def digest_of(*parts) -> str:
+    """The SHA-256 of tensors and of other values by their repr."""
+    result = hashlib.sha256()
+    for part in parts:
+        result.update(part.numpy() if isinstance(part, torch.Tensor) else f"{part!r}\n".encode(errors="surrogatepass"))
+    return result.hexdigest()
+
+
+MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "*.index.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+
+
+def digests_of_model(flag: str, name: str) -> dict[str, str]:
+    """The digests of the files of a model folder: its weights and config, and its tokenizer; of a hub model the revision."""
+    folder = Path(name)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(name, "config.json")
+        return {f"the revision of {flag}": Path(cached).parent.name} if isinstance(cached, str) else {}
+    tokenizer = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    model = {path for pattern in MODEL_FILES for path in folder.glob(pattern)} - tokenizer
+    kinds = {f"the weights or config of {flag}": model, f"the tokenizer of {flag}": tokenizer}
+    return {kind: digest_of(*((path.name, sha256(path)) for path in sorted(paths))) for kind, paths in kinds.items()}
 
 
 # ---- 3. Log ----
@@ -238,13 +315,16 @@ class RunLog:
         self.lines: list[dict] = read_lines(path, kept) if main and kept else []
         self.file = None
         if main:
-            temporary = path.with_name(path.name + ".tmp")  # so that a kill never leaves half of the kept lines
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            os.replace(temporary, path)
+            with written(path) as new:  # so that a kill never leaves half of the kept lines
+                new.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
             self.file = open(path, "a")
         hidden = None if main else True  # None: off if stderr is not a terminal
         self.bar = tqdm(total=steps, initial=step, desc=path.stem, dynamic_ncols=True, disable=hidden)
-        self.board = summary_writer_class()(str(board)) if board and main else None
+        self.board = None
+        if board and main:
+            before = set(board.glob("*"))
+            self.board = summary_writer_class()(str(board))
+            claim(*sorted({*board.glob("*")} - before), made=True)
         self.main = main
 
     def step(self, line: dict | None = None, **shown: float) -> None:
@@ -263,6 +343,11 @@ class RunLog:
         for name, value in line.items() if self.board else ():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, line["step"])
+
+    def sync(self) -> None:
+        """Waits until the curve is on the disk, as a checkpoint counts on its lines."""
+        if self.file:
+            sync(self.file)
 
     def print_line(self, **values) -> None:
         """Prints one line such as `step=200 loss=0.412 conflict=0.07` on stdout, above the bar."""
@@ -377,37 +462,32 @@ class Checkpoints:
 
     def save(self, step: int, state: dict) -> None:
         """Writes a checkpoint. `state` must be JSON. RunFailed if the disk refuses; earlier checkpoints are kept."""
-        target, part = self.folder / f"step-{step:08d}", self.folder / "part"
         weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)  # empty in the others
-        scaler = self.accelerator.scaler
-        main, error = self.accelerator.is_main_process, None
+        random = gather_object([random_state(self.accelerator.device)])
+        scaler, error = self.accelerator.scaler, None
         try:
-            part.mkdir(parents=True, exist_ok=True)
-            save_file(random_state(self.accelerator.device), part / f"random-{self.accelerator.process_index}.safetensors")
-            if main:
-                moments = {(name, key): value for name, own in optimizer["state"].items() for key, value in own.items()}
-                save_file(unshared(weights), part / "model.safetensors")
-                save_file(unshared({"/".join(key): value for key, value in moments.items()}), part / "optimizer.safetensors")
-        except (OSError, SafetensorError) as failure:
-            error = failure
-        self.check_written(step, error)
-        try:
-            if main:
-                state = {
-                    "step": step,
-                    "processes": self.accelerator.num_processes,
-                    "state": state,
-                    "schedule": self.schedule.scheduler.state_dict(),
-                    "groups": optimizer["param_groups"],
-                    "scaler": scaler.state_dict() if scaler else None,
-                    "sha256": {path.name: sha256(path) for path in sorted(part.glob("*.safetensors"))},
-                }
-                write_json(part / "state.json", state | {"digest": digest(state)})
-                shutil.rmtree(target, ignore_errors=True)  # it can only be a damaged one
-                os.replace(part, target)
+            if self.accelerator.is_main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                moments = {f"{name}/{key}": one for name, own in optimizer["state"].items() for key, one in own.items()}
+                with written(self.folder / f"step-{step:08d}", folder=True) as new:
+                    for index, own in enumerate(random):
+                        save_file(own, new / f"random-{index}.safetensors")
+                    save_file(unshared(weights), new / "model.safetensors")
+                    save_file(unshared(moments), new / "optimizer.safetensors")
+                    state = {
+                        "step": step,
+                        "processes": self.accelerator.num_processes,
+                        "state": state,
+                        "schedule": self.schedule.scheduler.state_dict(),
+                        "groups": optimizer["param_groups"],
+                        "scaler": scaler.state_dict() if scaler else None,
+                        "versions": versions(),
+                        "sha256": {path.name: sha256(path) for path in sorted(new.glob("*.safetensors"))},
+                    }
+                    write_json(new / "state.json", state | {"digest": digest(state)})
                 for old in self.newest_first()[2:]:
-                    shutil.rmtree(old)
-        except OSError as failure:
+                    remove(old)
+        except (OSError, SafetensorError) as failure:
             error = failure
         self.check_written(step, error)
 
@@ -416,8 +496,6 @@ class Checkpoints:
         failed = torch.tensor(float(error is not None), device=self.accelerator.device)
         if self.accelerator.reduce(failed).item() == 0:
             return
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder / "part", ignore_errors=True)
         kept = self.newest_first()[0] if self.newest_first() else "no earlier one"
         reason = error or "in another process"
         raise RunFailed(
@@ -426,7 +504,7 @@ class Checkpoints:
 
     def newest_first(self) -> list[Path]:
         """The checkpoints, newest first."""
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return sorted(self.folder.glob("step-[0-9]*"), reverse=True)
 
     def load(self) -> dict | None:
         """Restores the newest intact checkpoint and returns its `state`, or None if there is none. Prints the damaged ones.
@@ -443,6 +521,8 @@ class Checkpoints:
 
     def load_one(self, path: Path) -> dict:
         state = json.loads((path / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError("state.json is not a checkpoint's")
         if state.pop("digest") != digest(state):
             raise ValueError("state.json has changed since it was written")
         for name, expected in state["sha256"].items():
@@ -455,10 +535,12 @@ class Checkpoints:
         for name, value in load_file(path / "optimizer.safetensors").items():
             parameter, _, key = name.rpartition("/")
             moments.setdefault(parameter, {})[key] = value
+        weights = load_file(path / "model.safetensors")
+        self.check_fit(path, weights, moments, state.get("versions", {}))
         set_state_dict(
             self.model,
             self.optimizer.optimizer,
-            model_state_dict=load_file(path / "model.safetensors"),
+            model_state_dict=weights,
             optim_state_dict={"state": moments, "param_groups": state["groups"]},
             options=WHOLE,
         )
@@ -467,6 +549,19 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.random = load_file(path / f"random-{self.accelerator.process_index}.safetensors")
         return state["state"]
+
+    def check_fit(self, path: Path, weights: dict, moments: dict, before: dict) -> None:
+        """UserError if the checkpoint has other tensors than the model and the optimizer need."""
+        own = {name: value.shape for name, value in get_model_state_dict(self.model).items()}
+        found = {name: value.shape for name, value in weights.items()}
+        other = [name for name in sorted({*own, *found}) if own.get(name) != found.get(name)]
+        for name, values in moments.items():
+            other += [f"{key} of {name}" for key, one in values.items() if one.ndim and one.shape != own.get(name)]
+        if other:
+            now = versions()
+            changed = [f"{key} {before[key]}, now {now[key]}" for key in before if before[key] != now.get(key)]
+            reason = f"{other[0]} does not fit{'; it was written with ' * bool(changed)}{', '.join(changed)}"
+            raise UserError(f"--resume: {path} is of another model: {reason}; use what wrote it, or another --output-dir")
 
     def restore_random(self) -> None:
         """Sets the random generators to their state in the loaded checkpoint."""
@@ -479,25 +574,17 @@ def remove_checkpoints(folder: Path, accelerator: accelerate.Accelerator) -> Non
     """Removes the checkpoints of a recorded run, and the folder of all checkpoints once it is empty."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+        remove(folder)
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yields a folder to write into. It replaces `target` once everything is written. RunFailed if the disk refuses."""
-    part = target.with_name(target.name + ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
+        with written(target, folder=True) as new:
+            yield new
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"{target} cannot be saved ({error}): free the disk, then add --resume") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

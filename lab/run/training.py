@@ -163,6 +163,7 @@ class Training:
         self.at.lines = len(self.log.lines)
         if self.stgc:
             self.at.stats = [{key: value.tolist() for key, value in numbers.items()} for numbers in self.stgc.numbers]
+        self.log.sync()
         self.checkpoints.save(self.at.step, asdict(self.at))
 
     def summary(self) -> dict:

@@ -24,8 +24,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from lab.moe import moefication
 from lab.moe.baselines import CosineRouter
 from lab.run.cli import UserError
+from lab.run.files import write_json, written
 from lab.run.hub import Checkpoint, count_positions, misfit
-from lab.run.runs import write_json
 from lab.text.tables import load_rows, write_rows
 from stgc import MoELayer, Verdict
 from stgc_plus import STGC, STGCConfig
@@ -148,28 +148,23 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
     target = Path(output).expanduser() if output else file.with_name(f"{file.stem}.predictions{file.suffix}")
     if target.suffix.lower() != file.suffix.lower():
         raise UserError(f"--output {target}: the name must end in {file.suffix}, as the output has the format of the file")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"--output {target} exists already: remove it, or name another file with --output")
-    temporary = target.with_name(target.name + ".tmp")
     try:
-        temporary.touch()  # fails now rather than after the work
-        model, tokenizer, card = load_saved(folder)
-        encoded = tokenizer(*sentences, truncation=True, max_length=card.max_length)
-        logits_NC = compute_logits(model, tokenizer, encoded, batch_size, device)
-        if not logits_NC.isfinite().all():
-            raise UserError(f"--run {folder}: this model's outputs are not finite; train another")
-        if card.num_labels == 1:
-            new = {"prediction": logits_NC[:, 0].tolist()}
-        else:
-            new = {"prediction": [names[i] for i in logits_NC.argmax(-1).tolist()]}
-            new |= zip(columns, logits_NC.softmax(-1).T.tolist())
-        write_rows(temporary, file.suffix.lower(), rows, new)
-        os.replace(temporary, target)
+        with written(target, new_only=True) as new_file:  # fails now rather than after the work
+            model, tokenizer, card = load_saved(folder)
+            encoded = tokenizer(*sentences, truncation=True, max_length=card.max_length)
+            logits_NC = compute_logits(model, tokenizer, encoded, batch_size, device)
+            if not logits_NC.isfinite().all():
+                raise UserError(f"--run {folder}: this model's outputs are not finite; train another")
+            if card.num_labels == 1:
+                new = {"prediction": logits_NC[:, 0].tolist()}
+            else:
+                new = {"prediction": [names[i] for i in logits_NC.argmax(-1).tolist()]}
+                new |= zip(columns, logits_NC.softmax(-1).T.tolist())
+            write_rows(new_file, file.suffix.lower(), rows, new)
     except OSError as error:
         raise UserError(f"--output {target} cannot be written ({error.strerror}): name another file") from error
-    finally:
-        if target.parent.is_dir():
-            temporary.unlink(missing_ok=True)
     blank = sum(not all(text.strip() for text in texts) for texts in zip(*sentences))
     ids = [one for row in encoded["input_ids"] for one in row]
     lost = ids.count(tokenizer.unk_token_id)
