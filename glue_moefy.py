@@ -190,7 +190,6 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     config = make_config(args, variant)
     set_seed(seed)  # for head, router and dropout; all variants get the same data in the same order
     model = job.source.load_model()
-    model.config.problem_type = "regression" if job.task.num_labels == 1 else "single_label_classification"
     if config is not None:
         model = moefication.moefy(model, replace(job.spec, seed=seed))
     train, dev, order = glue.make_loaders(job.encoded, job.lengths, job.source.tokenizer, args.batch_size)

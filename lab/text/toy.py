@@ -210,6 +210,7 @@ def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = 500, se
 def with_new_head(pretrained: BertForSequenceClassification) -> BertForSequenceClassification:
     """A copy with a new pooler and classifier from torch's generator, like the new head of a downloaded model."""
     model = copy.deepcopy(pretrained)
+    model.config.problem_type = "single_label_classification"  # as the first forward sets it
     for linear in (model.bert.pooler.dense, model.classifier):
         torch.nn.init.normal_(linear.weight, std=model.config.initializer_range)
         torch.nn.init.zeros_(linear.bias)
