@@ -21,6 +21,8 @@ from lab.run import runs
 from lab.run.cli import UserError
 from lab.text import use
 
+pytestmark = pytest.mark.slow  # many short stories: the table as a whole
+
 KEPT = "this is a user's\n"  # in every file of the user
 ENTRY = {
     "variant": "ce",

@@ -42,6 +42,8 @@ from lab.text.tasks import TASKS
 from lab.vision import lvlm
 from lab.vision.instructions import make_tokenizer
 
+pytestmark = pytest.mark.slow  # many short stories: the table as a whole
+
 WORDS = "a the cat dog bird fish sees likes eats not red blue".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
