@@ -166,10 +166,9 @@ class ConflictTap(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, grad_x_SD, *weight_grads):
-        step = ctx.step
+        step, logits_TE = ctx.step, ctx.saved_tensors[0].detach().requires_grad_()
         step.weight_grads = dict(enumerate(weight_grads))
         with torch.enable_grad():
-            logits_TE = ctx.saved_tensors[0].detach().requires_grad_()
             (grad_TE,) = torch.autograd.grad(step.stgc.conflict_loss(step, logits_TE), logits_TE)
         step.compared, step.by_others, step.grads, step.weight_grads = {}, {}, {}, {}  # the loss still references the step
         return None, grad_loss * grad_TE, grad_x_SD, *weight_grads
@@ -205,8 +204,9 @@ class LayerStep(stgc.LayerStep):
         if linear < 0:  # of a weight
             self.weight_grads[-1 - linear] = grad_SO
         elif self.judged:  # else a later forward came before the loss
-            self.grads[linear] = self.linears[linear][1](grad_SO.detach())
-            for part, grad in enumerate(self.grads[linear]):
+            grads = self.linears[linear][1](grad_SO.detach())
+            self.grads |= {linear: grads} if self.whole or self.config.conflict_loss == "reroute" else {}
+            for part, grad in enumerate(grads):
                 super().on_gradient((linear, part), grad)
                 self.by_others[linear, part] = compare_to_others(grad, self.compared[linear, part], self.pairs, self.stgc)
 
