@@ -1,20 +1,17 @@
 """STGC: token gradient conflict in Mixture-of-Experts, in one file: the paper, and nothing but the paper.
 
 Paper: Yang et al., ICLR 2025, arXiv:2406.19905; "eq." and "sec." always mean it. PAPER: computed here. CHOICE: the paper is
-silent. DIFFERS: we knowingly depart. Hook: a method that stgc_plus.py extends, and what the paper does there.
+silent. DIFFERS: we knowingly depart. Hook: a method that stgc_plus.py extends, and what the paper does there. For MoE layers
+of your own: `find_conflicts`, `conflict_loss` and `balance_loss` take plain tensors.
 
-  T tokens                    K experts per token       S = T*K pairs (token, expert), the unit that is judged
-  E experts in a layer        D hidden size             F expert ffn size       I, O in and out of a linear, L its linears
-
+  T tokens        K experts per token        S = T*K pairs (token, expert), the unit that is judged
+  E experts       D hidden size, F expert ffn size        I, O in and out of a linear, L linears of an expert
   1 Config  2 Router  3 Experts  4 MoE layer  5 Token gradients  6 Conflicts  7 Losses  8 STGC  9 Demo
 
-    stgc = STGC(model, STGCConfig(conflict_loss="ce"))      # finds the MoE layers of the model
+    stgc = STGC(model, STGCConfig(conflict_loss="ce"))  # finds the MoE layers of the model
     main_loss = model(**batch).loss
-    loss = stgc.loss(main_loss)                             # main + alpha * balance + beta * conflict, eq. 10
-    loss.backward()
-    stgc.stats()                                            # per layer: conflict ratio, consistency, load, losses
-
-For an MoE layer of your own: `find_conflicts`, `conflict_loss` and `balance_loss` take plain tensors.
+    stgc.loss(main_loss).backward()  # main + alpha * balance + beta * conflict, eq. 10
+    stgc.stats()  # per layer: conflict ratio, consistency, load, losses
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +45,7 @@ class STGCConfig:
     def __post_init__(self):
         for name, allowed in self.choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)} (stgc_plus has more)")
+                raise ValueError(f"{name}={getattr(self, name)!r}: use {', '.join(allowed)} (stgc_plus has more)")
         if not all(abs(value) < float("inf") for value in (self.alpha, self.beta, self.tau)):
             raise ValueError(f"alpha={self.alpha}, beta={self.beta} and tau={self.tau} must be finite numbers")
 
@@ -93,16 +90,14 @@ class Pairs:  # sorted by expert, without a capacity (dropless); those of weight
         self.onehot_SE = (ids_S.unsqueeze(1) == torch.arange(num_experts, device=ids_S.device)).to(weights_TK.dtype)
         self.ends_E = self.onehot_SE.sum(0).long().cumsum(0)  # where each expert's pairs end
 
-    def gather(self, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:  # Hook, as are `sums` and `dot`
-        return x.index_select(0, index // copies)
-
-    def dispatch(self, x_TD: Tensor) -> Tensor:  # x_SD: each pair's token
-        return self.gather(x_TD, self.order_S, self.inverse_S, self.expert_ids_TK.shape[-1])
+    def dispatch(self, x_TD: Tensor) -> Tensor:  # x_SD: each pair's token; an embedding's backward has a fixed order
+        return F.embedding(self.order_S // self.expert_ids_TK.shape[-1], x_TD)
 
     def by_token(self, rows_S: Tensor) -> Tensor:  # rows_TK: back in the order of the tokens
-        return self.gather(rows_S, self.inverse_S, self.order_S, 1).unflatten(0, self.expert_ids_TK.shape)
+        rows_SO = F.embedding(self.inverse_S, rows_S.reshape(len(rows_S), -1))
+        return rows_SO.view(*self.expert_ids_TK.shape, *rows_S.shape[1:])
 
-    def sums(self, scale_SW: Tensor, rows_SO: Tensor) -> Tensor:  # sums_EWO over each expert's pairs of scale * row
+    def sums(self, scale_SW: Tensor, rows_SO: Tensor) -> Tensor:  # Hook, as is `dot`: sums_EWO of each expert's scale * row
         return torch.einsum("sw,se,so->ewo", scale_SW, self.onehot_SE.to(rows_SO.dtype), rows_SO)
 
     def dot(self, rows_SO: Tensor, vectors_EO: Tensor) -> Tensor:  # dot_S: each row with its expert's vector
@@ -110,8 +105,7 @@ class Pairs:  # sorted by expert, without a capacity (dropless); those of weight
 
 
 class Experts(nn.Module):
-    """E feed-forward networks as stacked parameters: act(x W_in) W_out or, gated (SwiGLU), (act(x W_gate) * x W_in) W_out.
-    `activation` is any elementwise callable. Initialised as nn.Linear is."""
+    """E feed-forward networks, stacked: act(x W_in) W_out or, gated (SwiGLU), (act(x W_gate) * x W_in) W_out."""
 
     pairs_type = Pairs
 
@@ -174,15 +168,20 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         mask, self.mask = self.mask if mask is None else mask, None
         x_TD = x.reshape(-1, x.shape[-1])
-        keep_T = x_TD.new_ones(len(x_TD), dtype=torch.bool) if mask is None else mask.reshape(-1).to(torch.bool)
-        if len(keep_T) != len(x_TD):
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}: one entry per token is needed")
+        mask = x_TD.new_ones(len(x_TD), dtype=torch.bool) if mask is None else mask
+        if mask.is_floating_point() or mask.numel() != len(x_TD):
+            error = TypeError if mask.is_floating_point() else ValueError
+            raise error(f"mask {tuple(mask.shape)} {mask.dtype}: give a bool or integer per token of x {tuple(x.shape)}")
+        keep_T = mask.reshape(-1).to(torch.bool)
+        padding_T1 = ~keep_T.unsqueeze(1)
+        x_TD = x_TD.masked_fill(padding_T1, 0.0)  # not even a NaN comes out of padding
         routing = self.routing(x_TD)
-        weights_TK = routing.weights_TK.masked_fill(~keep_T.unsqueeze(1), 0.0)
+        weights_TK = routing.weights_TK.masked_fill(padding_T1, 0.0)
         pairs = self.experts.pairs_type(routing.expert_ids_TK, weights_TK, self.experts.num_experts)
         step = None if self.watch is None else self.watch(x_TD, routing, pairs, keep_T)
         y_TKD = pairs.by_token(self.experts(pairs.dispatch(x_TD), pairs, step))
-        return (y_TKD * weights_TK.unsqueeze(2).to(y_TKD.dtype)).sum(1).reshape(x.shape)
+        y_TD = (y_TKD * weights_TK.unsqueeze(2).to(y_TKD.dtype)).sum(1)
+        return y_TD.masked_fill(padding_T1, 0.0).reshape(x.shape)
 
     def __getstate__(self):  # copies and pickles are unwatched: nothing of a graph goes with them
         return self.__dict__ | {"watch": None}
@@ -190,8 +189,7 @@ class MoELayer(nn.Module):
 
 # ---- 5. Token gradients ----
 # The gradient of a linear's bias from one pair alone is the gradient of the loss at that linear's output for this pair. So
-# the linear needs no bias, and nothing is computed sample by sample: eq. 7 and 11 speak of the rows of one ordinary tensor.
-# At the last linear it is the gradient before the routing weight is applied, so it contains the factor w_e.
+# eq. 7 and 11 speak of rows of one tensor, also without a bias. At the last linear they contain the factor w_e.
 class Compared(NamedTuple):  # the gradients g_n of one linear, with the means of their experts
     cos_S: Tensor
     norm_S: Tensor  # |g_n|
@@ -199,21 +197,30 @@ class Compared(NamedTuple):  # the gradients g_n of one linear, with the means o
     mean_EO: Tensor  # gbar_e, up to a factor
 
 
+def scale_rows(rows_SO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rows / 2^n, where no square overflows or vanishes and no digit changes; |rows| then; 2^n. Infinite rows: 0, 0, 0."""
+    size_S1 = torch.linalg.vector_norm(rows_SO, 1, dim=-1, keepdim=True)
+    power_S1 = torch.ones_like(size_S1)
+    if rows_SO.is_cuda or not ((size_S1 == 0) | (size_S1 > 1e-10) & (size_S1 < 1e10)).all():  # a GPU must not wait
+        power_S1 = (size_S1 / torch.frexp(size_S1).mantissa).nan_to_num(1.0, 0.0) * size_S1.isfinite()
+        rows_SO = (rows_SO / power_S1).nan_to_num(0.0, 0.0, 0.0)
+    return rows_SO, torch.linalg.vector_norm(rows_SO, dim=-1), power_S1.squeeze(-1)
+
+
 def compare_to_means(grad_SO: Tensor, pairs: Pairs, average: Callable = lambda tensor: tensor) -> Compared:
     """cos(g_n, gbar_e), and consistency: the mean of the cosine matrix of an expert's pairs. `average` is over processes.
-    A zero gradient has no direction: its cosine is 0 and it adds nothing to the means. The scale of the loss cancels."""
+    A gradient that is zero or infinite has no direction: its cosine is 0, it adds nothing. The scale of the loss cancels."""
     with torch.autocast(grad_SO.device.type, enabled=False):
-        grad_SO = widen(grad_SO.detach())
+        grad_SO, norm_S, power_S = scale_rows(widen(grad_SO.detach()))
         onehot_SE, tiny = pairs.onehot_SE.to(grad_SO.dtype), torch.finfo(grad_SO.dtype).tiny
-        norm_S, real_S = torch.linalg.vector_norm(grad_SO, dim=-1), onehot_SE.sum(1)
-        alive_S = real_S * (norm_S > 0)
+        alive_S = onehot_SE.sum(1) * (norm_S > 0)
         per_norm_S = alive_S / norm_S.clamp_min(tiny)
-        sums_E2O = average(pairs.sums(torch.stack([real_S, per_norm_S], dim=1), grad_SO))
+        sums_E2O = average(pairs.sums(torch.stack([alive_S * power_S, per_norm_S], dim=1), grad_SO))
         mean_EO, unit_EO = sums_E2O.unbind(1)  # PAPER eq. 7 and 11: gbar_e times N_e, which cancels in a cosine
-        cos_S = pairs.dot(grad_SO, F.normalize(mean_EO, dim=-1, eps=tiny)) * per_norm_S
+        cos_S = pairs.dot(grad_SO, F.normalize(scale_rows(mean_EO)[0], dim=-1, eps=tiny)) * per_norm_S
         count_E = average(alive_S @ onehot_SE).clamp_min(tiny)
         consistency_E = (unit_EO / count_E.unsqueeze(1)).square().sum(-1)  # PAPER sec. 4.3: |mean unit vector|^2
-    return Compared(cos_S, norm_S, consistency_E, mean_EO)
+    return Compared(cos_S, (norm_S * power_S).masked_fill(power_S == 0, torch.inf), consistency_E, mean_EO)
 
 
 class LayerStep:
@@ -246,7 +253,7 @@ class LayerStep:
 # ---- 6. Conflicts ----
 class Verdict(NamedTuple):  # of one layer at one step, without a graph; pairs in the order of the tokens
     similarity_TK: Tensor  # s_n, eq. 12
-    judged_TK: Tensor  # has a gradient at all
+    judged_TK: Tensor  # has a gradient, and a finite one
     conflict_TK: Tensor  # judged, and s_n < tau
     cos_TKL: Tensor  # of each linear
     norm_TKL: Tensor
@@ -255,10 +262,10 @@ class Verdict(NamedTuple):  # of one layer at one step, without a graph; pairs i
 
 
 def flag_conflicts(found: list[Compared], pairs: Pairs, tau: float) -> Verdict:
-    """The heart of the method. A pair without a gradient is never flagged, whatever tau is."""
+    """The heart of the method. A pair without a gradient, or with an infinite one, is never flagged."""
     cos_LS, norm_LS = (torch.stack(rows) for rows in zip(*((one.cos_S, one.norm_S) for one in found)))
     similarity_S = cos_LS.mean(0)  # PAPER eq. 12: the mean of its linears' cosines
-    judged_S = (norm_LS > 0).any(0) & pairs.onehot_SE.any(1)
+    judged_S = (norm_LS > 0).any(0) & norm_LS.isfinite().all(0) & pairs.onehot_SE.any(1)
     conflict_S = judged_S & (similarity_S < tau)  # PAPER definition 1
     rows = (similarity_S, judged_S, conflict_S, cos_LS.T, norm_LS.T, conflict_S)
     return Verdict(*map(pairs.by_token, rows), pairs.expert_ids_TK)
@@ -282,6 +289,7 @@ CONFLICT_LOSSES = {  # logits_TE -> each token's loss on each expert
 
 def conflict_loss(logits_TE: Tensor, expert_ids_TK: Tensor, conflict_TK: Tensor, loss="ce", count=None) -> Tensor:
     """Mean loss of the conflicting pairs; 0 without any. loss: as above. count: of pairs, or its mean over processes."""
+    logits_TE = logits_TE.masked_fill(~conflict_TK.any(1, keepdim=True), 0.0)
     loss_TE = (loss if callable(loss) else CONFLICT_LOSSES[loss])(logits_TE)
     count = (conflict_TK.sum() if count is None else count).to(loss_TE.dtype).clamp_min(torch.finfo(loss_TE.dtype).tiny)
     return (loss_TE.gather(1, expert_ids_TK.clamp_min(0)) * conflict_TK).sum() / count
@@ -291,6 +299,7 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
     """E * sum_e f_e * P_e, PAPER eq. 9 (Switch Transformer). Even loads give 1. Padding, keep_T False, counts for nothing.
     load_E: the pairs on each expert, of all processes. num_tokens: the tokens, or their mean over processes."""
     keep_T = torch.ones_like(logits_TE[:, 0]) if keep_T is None else keep_T
+    logits_TE = logits_TE.masked_fill(keep_T.unsqueeze(1) == 0, 0.0)
     num_tokens = (keep_T.sum() if num_tokens is None else num_tokens).to(logits_TE.dtype)
     score_E = (logits_TE.softmax(-1) * keep_T.unsqueeze(1)).sum(0) / num_tokens.clamp_min(torch.finfo(num_tokens.dtype).tiny)
     return len(load_E) * (F.normalize(load_E.to(logits_TE.dtype), p=1, dim=0) * score_E).sum()
@@ -298,9 +307,8 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
 
 # ---- 8. STGC ----
 class STGC:
-    """Watches the MoE layers of a model and adds their losses to the main loss, as shown on top. A second one replaces the
-    first. `verdicts` has each layer's latest Verdict. With several processes, means, flags and losses are those of the
-    global batch. What only stgc_plus can do raises an error that says so."""
+    """Watches the MoE layers of a model and adds their losses to the main loss. A second one replaces the first. `verdicts`
+    has each layer's latest Verdict. With several processes, means, flags and losses are those of the global batch."""
 
     config_type, step_type, losses, group = STGCConfig, LayerStep, CONFLICT_LOSSES, None
 
@@ -318,16 +326,9 @@ class STGC:
     def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Hook: the layers to watch, by name."""
         layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-        if not layers:
-            raise ValueError("the model has no stgc.MoELayer: build or convert it first, then create STGC")
-        if type(self) is STGC and any(type(layer.experts) is not Experts for layer in layers.values()):
-            raise ValueError("the model has experts of an extension: use stgc_plus.STGC, which watches both")
+        if not layers or (type(self) is STGC and any(type(layer.experts) is not Experts for layer in layers.values())):
+            raise ValueError("the model has no stgc.MoELayer, or one with other experts: convert it, or use stgc_plus.STGC")
         return layers
-
-    def detach(self) -> None:  # ends the watch
-        for layer in self.layers:
-            if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:
-                layer.watch = None
 
     def average(self, tensor: Tensor) -> Tensor:
         """The mean over the processes, if there are several."""
@@ -354,20 +355,20 @@ class STGC:
         return total
 
     def check(self, steps: dict[int, LayerStep]) -> None:
-        """Hook: every layer must have run, and every router must train. stgc_plus has `layers` to leave some out."""
+        """Hook: every layer must have run, and every router must train. stgc_plus can leave some out."""
         for i, name in enumerate(self.names):
             if i not in steps:
-                why = "call the model first (another STGC object and detach() end a watch; checkpoint: use_reentrant=False)"
-                raise RuntimeError(f"no forward of {name} with gradients since the last loss: {why}, or see stgc_plus")
+                why = "call the model first (not with another STGC object; use_reentrant=False), or see stgc_plus"
+                raise RuntimeError(f"no forward of {name} since the last loss: {why}")
             trains = {parameter.requires_grad for parameter in self.layers[i].router.parameters()}
             if self.config.conflict_loss != "none" and trains == {False}:
                 raise RuntimeError(f"the router of {name} is frozen: unfreeze it, or see stgc_plus.STGCConfig.layers")
 
     def conflict_losses(self, main_loss: Tensor, steps: list[LayerStep]) -> list[Tensor]:
         """Hook: an extra backward of the main loss alone (sec. 3.2), to the linears' outputs and to no parameter."""
-        places = [(step, linear) for step in steps for linear in step.edges]
-        edges = [step.edges[linear] for step, linear in places]
-        for (step, linear), grad in zip(places, torch.autograd.grad(main_loss, edges, retain_graph=True, allow_unused=True)):
+        edges = {(step, linear): edge for step in steps for linear, edge in step.edges.items()}
+        grads = torch.autograd.grad(main_loss, list(edges.values()), retain_graph=True, allow_unused=True)
+        for (step, linear), grad in zip(edges, grads):
             if grad is not None:
                 step.on_gradient(linear, grad)
         return [self.conflict_loss(step, step.logits_TE) for step in steps]
@@ -379,7 +380,7 @@ class STGC:
                 verdict = self.verdicts[step.index] = step.find_conflicts()
                 self.numbers[step.index] |= self.statistics(step, verdict)
         if self.config.conflict_loss == "none" or not step.compared:
-            return logits_TE.sum() * 0.0
+            return logits_TE[:0].sum()
         loss_TE, count = self.losses[self.config.conflict_loss], self.average(verdict.picked_TK.sum().to(logits_TE.dtype))
         loss = conflict_loss(logits_TE, verdict.target_TK, verdict.picked_TK, loss_TE, count)
         self.numbers[step.index]["conflict_loss"] = self.average(loss.detach())
@@ -389,12 +390,12 @@ class STGC:
         """Hook: what the paper reports. CHOICE: consistency is the mean over the linears and over the experts in use."""
         onehot_SE = step.pairs.onehot_SE
         judged_SE, conflict_SE = (mask_TK.flatten()[step.pairs.order_S, None] * onehot_SE for mask_TK in verdict[1:3])
-        load_E, judged_E, conflict_E = self.average(torch.stack([onehot_SE, judged_SE, conflict_SE]).sum(1))
-        ratio = conflict_E.sum() / load_E.sum().clamp_min(1e-9)
+        load_E, judged_E, conflict_E = step.counts = self.average(torch.stack([onehot_SE, judged_SE, conflict_SE]).sum(1))
         consistency_E = torch.stack([one.consistency_E for _, one in sorted(step.compared.items())]).mean(0)
         share_E = F.normalize((judged_E > 0).to(judged_E.dtype), p=1, dim=0)  # of each expert in use
         consistency = (share_E * consistency_E).sum()
         std = (share_E * (consistency_E - consistency).square()).sum().sqrt()
+        ratio = conflict_E.sum() / load_E.sum().clamp_min(1e-9)
         return {"conflict_ratio": ratio, "consistency": consistency, "consistency_std": std}
 
     def balance_loss(self, step: LayerStep) -> Tensor:
@@ -426,8 +427,7 @@ class Demo(nn.Module):
             label_T = ((content_TI @ self.answers_IC).argmax(-1) + task_T) % 4
             x_TD = torch.cat([F.one_hot(task_T, 4), content_TI], dim=1)
             main_loss = F.cross_entropy(self.head(x_TD + self.moe(x_TD)), label_T)
-            loss = stgc.loss(main_loss)
-            (loss - main_loss if alone else loss).backward()
+            (stgc.loss(main_loss) - main_loss * alone).backward()
             optimizer.step()
             optimizer.zero_grad()
             rows.append([*(stgc.stats()[0][key] for key in keys), main_loss.item()])

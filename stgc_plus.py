@@ -6,7 +6,7 @@
 """
 
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stgc
-from stgc import Compared, get_gradient_edge, widen
+from stgc import Compared, get_gradient_edge, scale_rows, widen
 
 
 # ---- 1. Config ----
@@ -45,22 +45,7 @@ class STGCConfig(stgc.STGCConfig):  # bad values raise ValueError
 
 
 # ---- 2. Kernels ----
-class Permute(torch.autograd.Function):  # x[index // copies]; backward gathers, as CUDA's index_add has no fixed order
-    @staticmethod
-    def forward(ctx, x, index, inverse, copies):
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x.index_select(0, index // copies)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.index_select(0, ctx.saved_tensors[0])
-        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
-
-
 class Pairs(stgc.Pairs):
-    gather = staticmethod(Permute.apply)
-
     def sums(self, scale_SW, rows_SO):
         if rows_SO.is_cuda:
             return super().sums(scale_SW, rows_SO)
@@ -107,30 +92,37 @@ class Experts(stgc.Experts):
 # ---- 3. Whole weights ----
 def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pairs) -> tuple[Tensor, Tensor]:
     """cos(a_n g_n^T, G_e) of whole weight gradients ("STGC-full", sec. 6.4), and |a_n g_n^T|. DIFFERS: the paper could not
-    store them. But <a g^T, G> = a^T G g and |a g^T| = |a| |g|: one product with the ordinary weight gradient is enough."""
-    grad_SO, a_SI, sum_EIO = widen(grad_SO), widen(a_SI), widen(sum_EIO)
-    cos_S = (grouped_linear(a_SI, sum_EIO, None, pairs) * grad_SO).sum(-1)
-    grad_norm_S, a_norm_S = (torch.linalg.vector_norm(rows, dim=-1) for rows in (grad_SO, a_SI))
-    sum_norm_S = pairs.onehot_SE.to(cos_S.dtype) @ torch.linalg.vector_norm(sum_EIO, dim=(1, 2))
-    norms = (norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny) for norm_S in (grad_norm_S, a_norm_S, sum_norm_S))
-    return reduce(torch.div, norms, cos_S), grad_norm_S * a_norm_S  # one by one: their product may underflow
+    store them. But <a g^T, G> = a^T G g and |a g^T| = |a| |g|: one product with the ordinary weight gradient is enough. An
+    infinite pair makes G_e infinite, which leaves all pairs of its expert out."""
+    grad_SO, grad_norm_S, grad_power_S = scale_rows(widen(grad_SO))
+    a_SI, a_norm_S, a_power_S = scale_rows(widen(a_SI))
+    sum_EP, *sums_E = scale_rows(widen(sum_EIO).flatten(1))
+    sum_norm_S, sum_power_S = (pairs.onehot_SE.to(sum_EP.dtype) @ torch.stack(sums_E, dim=1)).unbind(1)
+    cos_S = (grouped_linear(a_SI, sum_EP.view_as(sum_EIO), None, pairs) * grad_SO).sum(-1)
+    for norm_S in (grad_norm_S, a_norm_S, sum_norm_S):  # one by one: their product may underflow
+        cos_S = cos_S / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
+    return cos_S, grad_norm_S * grad_power_S * a_norm_S * a_power_S / (sum_power_S > 0)
 
 
 # ---- 4. Leave one out ----
 def compare_to_others(grad_SO: Tensor, one: Compared, pairs: stgc.Pairs, over: "STGC") -> Compared:
     """DIFFERS: by the mean of the other pairs. cos(g_n, G_e - g_n) follows from cos(g_n, G_e) and two lengths. The longest
     gradient of an expert can hide the others' digits: for it they are summed up apart. Without others it has length 0."""
-    grad_SO, onehot_SE, tiny = widen(grad_SO), pairs.onehot_SE.to(one.norm_S.dtype), torch.finfo(one.norm_S.dtype).tiny
-    sum_S = onehot_SE @ torch.linalg.vector_norm(one.mean_EO * over.num_processes, dim=1)
-    along_S = one.cos_S - (one.norm_S / sum_S.clamp_min(tiny)).clamp_max(1e18)  # of (G_e - g_n) / |G_e|, along g_n
+    grad_SO, _, power_S = scale_rows(widen(grad_SO))
+    onehot_SE, tiny = pairs.onehot_SE.to(grad_SO.dtype), torch.finfo(grad_SO.dtype).tiny
+    _, sum_norm_E, sum_power_E = scale_rows(one.mean_EO * over.num_processes)
+    sum_S, norm_S = onehot_SE @ (sum_norm_E * sum_power_E), one.norm_S.masked_fill(power_S == 0, 0.0)
+    along_S = one.cos_S - (norm_S / sum_S.clamp_min(tiny)).clamp_max(1e18)  # of (G_e - g_n) / |G_e|, along g_n
     cos_S = along_S / torch.hypot(along_S, (1 - one.cos_S.square()).clamp_min(0).sqrt()).clamp_min(tiny)
-    index_E = (one.norm_S.unsqueeze(1) * onehot_SE).argmax(0)
+    index_E = (norm_S.unsqueeze(1) * onehot_SE).argmax(0)
     longest_SE = onehot_SE * (torch.arange(len(cos_S), device=cos_S.device).unsqueeze(1) == index_E)
-    longest_EO = grad_SO[index_E] * longest_SE.sum(0).unsqueeze(1)
-    rest_EO = over.average(pairs.sums((onehot_SE - longest_SE).sum(1, keepdim=True), grad_SO)).squeeze(1)
+    longest_EO = grad_SO[index_E] * (power_S[index_E] * longest_SE.sum(0)).unsqueeze(1)
+    rest_S = (onehot_SE - longest_SE).sum(1) * power_S
+    rest_EO = over.average(pairs.sums(rest_S.unsqueeze(1), grad_SO)).squeeze(1)
     if over.group is not None:  # and the longest ones of the other processes; float64 keeps their digits
         rest_EO = rest_EO + (over.average(longest_EO.double()) - longest_EO / over.num_processes).to(rest_EO.dtype)
-    cos_S = torch.where(longest_SE.any(1), longest_SE @ F.cosine_similarity(longest_EO, rest_EO, eps=tiny), cos_S)
+    cos_E = F.cosine_similarity(scale_rows(longest_EO)[0], scale_rows(rest_EO)[0], eps=tiny)
+    cos_S = torch.where(longest_SE.any(1), longest_SE @ cos_E, cos_S)
     return one._replace(cos_S=cos_S, norm_S=one.norm_S * (1 - longest_SE @ (~rest_EO.any(1)).to(cos_S.dtype)))
 
 
@@ -220,7 +212,7 @@ class LayerStep(stgc.LayerStep):
             self.compared = self.by_others if self.config.leave_one_out else self.compared
             verdict = super().find_conflicts()
             if self.config.conflict_loss == "reroute":  # g2 with every expert's mean
-                direction_EO = F.normalize(self.compared[max(self.compared)].mean_EO, dim=-1, eps=1e-37)
+                direction_EO = F.normalize(scale_rows(self.compared[max(self.compared)].mean_EO)[0], dim=-1, eps=1e-37)
                 gain_TKE = self.pairs.by_token(widen(self.grads[max(self.grads)][-1]) @ direction_EO.T)
                 verdict = verdict._replace(target_TK=best_other_expert(gain_TKE, verdict.target_TK))
             if self.config.select == "random":
@@ -250,8 +242,10 @@ class STGC(stgc.STGC):
         self.step = self.forward_step = 0  # losses so far, which `every` and the placebo go by; a resumed run sets it
         self.placeholders, self.blind = {}, set()  # of one pass, until `loss` takes them; layers that ran without gradients
 
-    def detach(self):
-        super().detach()
+    def detach(self) -> None:  # ends the watch
+        for layer in self.layers:
+            if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:
+                layer.watch = None
         if self.group is not None:
             self.group = dist.destroy_process_group(self.group)  # None
 
@@ -294,17 +288,18 @@ class STGC(stgc.STGC):
         return super().conflict_losses(main_loss * self.grad_scale, judged) if judged else []
 
     def statistics(self, step, verdict):
-        """judged_ratio: pairs with a gradient over all. consistency_by_chance: that of unrelated gradients, by the diagonal
+        """judged_ratio, infinite_ratio: of all pairs. consistency_by_chance: that of unrelated gradients, by the diagonal
         alone, the mean of 1/N_e. conflict_ratio_others: of bias gradients, among the pairs that have others."""
-        onehot_SE = step.pairs.onehot_SE
+        numbers, (load_E, judged_E, _) = super().statistics(step, verdict), step.counts
         others = stgc.flag_conflicts([one for _, one in sorted(step.by_others.items())], step.pairs, self.config.tau)
-        judged_E = self.average(verdict.judged_TK.flatten()[step.pairs.order_S].to(onehot_SE.dtype) @ onehot_SE)
-        counts = [onehot_SE.sum(), (verdict.judged_TK & ~others.judged_TK).sum(), others.conflict_TK.sum()]
-        num_pairs, num_alone, num_conflicts = self.average(torch.stack(counts))
+        infinite_S = ~verdict.norm_TKL.isfinite().all(-1).flatten()[step.pairs.order_S] & step.pairs.onehot_SE.any(1)
+        counts = [(verdict.judged_TK & ~others.judged_TK).sum(), others.conflict_TK.sum(), infinite_S.sum()]
+        num_pairs, (num_alone, num_conflicts, num_infinite) = load_E.sum(), self.average(torch.stack(counts).to(load_E))
         chance_E = (judged_E > 0) / (judged_E * self.num_processes).clamp_min(1)
         loss = self.losses.get(self.config.conflict_loss, torch.zeros_like)
-        return super().statistics(step, verdict) | {
+        return numbers | {
             "judged_ratio": judged_E.sum() / num_pairs.clamp_min(1e-9),
+            "infinite_ratio": num_infinite / num_pairs.clamp_min(1e-9),
             "consistency_by_chance": chance_E.sum() / (judged_E > 0).sum().clamp_min(1),
             "conflict_ratio_others": num_conflicts / (num_pairs - num_alone).clamp_min(1e-9),
             "conflict_loss_if_uniform": loss(torch.zeros(len(judged_E), dtype=torch.float64))[0],

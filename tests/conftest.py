@@ -117,7 +117,8 @@ def run(net: nn.Module, batch: Batch, loss_scale: float = 1.0, of=stgc_plus, **c
     """The same with an STGC object, that of a module, which lives for this step only."""
     stgc = of.STGC(net, of.STGCConfig(**config))
     result = train_step(stgc, net, batch, loss_scale)
-    stgc.detach()
+    for layer in stgc.layers:
+        layer.watch = None
     return result
 
 

@@ -1080,3 +1080,21 @@ def test_bench_in_readme(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     shown = readme.render(Path("README.md").read_text()).partition(f"<!-- bench-{kind} -->")[2]
     assert "| one pass |" in shown.partition(f"<!-- /bench-{kind} -->")[0]
+
+
+@pytest.mark.parametrize("passes", ["two", "one"])
+def test_padding_that_is_not_a_number(passes):
+    """The library computes padding as tokens. What becomes NaN there changes no loss, flag or statistic of ours."""
+    found = []
+    for content in (0.0, float("nan")):
+        torch.manual_seed(0)
+        model, batch = make(), make_batch()
+        stgc = stgc_hf.attach(model, STGCConfig(passes=passes, layers=(1,)))  # attention carries NaN on to those below
+        drop_BL1 = (batch["attention_mask"] == 0).unsqueeze(2)
+        experts = [module for module in model.modules() if stgc_hf.is_experts(module)][-1]
+        block = next(module for module in model.modules() if experts in module.children())  # of the last layer
+        block.register_forward_pre_hook(lambda _, args, x=content, drop_BL1=drop_BL1: args[0].masked_fill(drop_BL1, x))
+        loss = stgc.loss(forward(model, batch).loss)
+        loss.backward()
+        found.append((loss.item(), stgc.verdicts[1].conflict_TK.tolist(), stgc.stats()))
+    assert found[0][0] > 0 and found[0] == found[1]

@@ -271,17 +271,13 @@ def test_the_base_under_autocast():
 
 
 def test_a_second_object_replaces_the_first():
-    """And detach() ends a watch; an unwatched layer adds nothing to the graph."""
     net, batch = make_net(of=stgc), make_batch()
     first, second = stgc.STGC(net), stgc.STGC(net)
-    first.detach()
     main = main_loss(net, batch)
     with pytest.raises(RuntimeError, match="another STGC object"):
         first.loss(main)
     second.loss(main).backward()
     assert None not in second.verdicts
-    second.detach()
-    assert all(layer.watch is None for layer in net.layers)
 
 
 @pytest.mark.parametrize("of", [stgc, stgc_plus], ids=["base", "plus"])
@@ -401,3 +397,139 @@ def test_the_demo_as_a_picture(tmp_path):
         torch.testing.assert_close(moment.cosine_NN.diagonal(), torch.ones(len(moment.cosine_NN)))
         assert len(moment.similarity_N) == 512
     assert demo.plot_demo(tmp_path / "demo.png", steps=5).stat().st_size > 20_000
+
+
+# ---- 6. Padding and scales ----
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+@pytest.mark.parametrize("config", [{}, {"conflict_loss": "none"}, {"conflict_loss": "mse"}], ids=str)
+@pytest.mark.parametrize("of", [stgc, stgc_plus], ids=["base", "plus"])
+def test_nothing_comes_from_padding(of, config, value):
+    """Whatever stands there, or comes back there: the same loss, gradients, flags and statistics as with zeros."""
+    net, batch = Chain(make_net(of=of, dtype=torch.float32)), make_batch(dtype=torch.float32)
+    same_run(*(run(net, fill(batch, content), of=of, **config) for content in (0.0, value)))
+
+
+@pytest.mark.parametrize("config", [{"passes": "one"}, {"gradients": "weight"}, {"conflict_loss": "reroute"}], ids=str)
+def test_nothing_comes_from_padding_in_the_extension(config):
+    net, batch = Chain(make_net(dtype=torch.float32)), make_batch(dtype=torch.float32)
+    same_run(*(run(net, fill(batch, content), **config) for content in (0.0, float("nan"))))
+
+
+class Chain(nn.Module):
+    """Layers without a residual around them, which would carry padding on. What is in padding also comes back to it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.layers, self.head = net.layers, net.head
+
+    def forward(self, x_TD, keep_T):
+        back_TD = x_TD.detach()
+        for layer in self.layers:
+            x_TD = layer(x_TD, keep_T)
+            x_TD.register_hook(lambda grad_TD: torch.where(keep_T.unsqueeze(1), grad_TD, back_TD))
+        return self.head(x_TD)
+
+
+def fill(batch, content: float):
+    return batch._replace(x_TD=batch.x_TD.masked_fill(~batch.keep_T.unsqueeze(1), content))
+
+
+def same_run(expected, found):
+    assert found.total == expected.total and found.stats == expected.stats
+    for one, other in zip(found.verdicts, expected.verdicts):
+        assert torch.equal(one.conflict_TK, other.conflict_TK) and torch.equal(one.judged_TK, other.judged_TK)
+    for name, grad in expected.grads.items():
+        assert torch.equal(found.grads[name], grad), name
+
+
+def test_plain_functions_leave_padding_out():
+    logits_TE, keep_T = torch.randn(6, 4), torch.tensor([1, 1, 0, 1, 1, 0])
+    broken_TE = logits_TE.masked_fill(keep_T.unsqueeze(1) == 0, float("nan")).requires_grad_()
+    conflict_TK, load_E = (torch.rand(6, 2) < 0.7) & keep_T.bool().unsqueeze(1), torch.arange(4)
+    ids_TK = torch.randint(4, (6, 2))
+    for loss in (lambda z: stgc.balance_loss(z, load_E, keep_T), lambda z: stgc.conflict_loss(z, ids_TK, conflict_TK)):
+        assert loss(broken_TE) == loss(logits_TE)
+        assert torch.autograd.grad(loss(broken_TE), broken_TE)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.int32])
+def test_masks_of_any_whole_type(dtype):
+    net, batch = make_net(of=stgc), make_batch()
+    assert torch.equal(net(batch.x_TD, batch.keep_T.to(dtype)), net(batch.x_TD, batch.keep_T))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_an_additive_mask_is_refused(dtype):
+    """0 for tokens and -3e38 for padding: taken as numbers it would keep the padding alone."""
+    layer = make_net(of=stgc).layers[0]
+    mask_T = torch.zeros(6, dtype=dtype).index_fill(0, torch.tensor([4, 5]), torch.finfo(dtype).min)
+    with pytest.raises(TypeError, match=str(dtype)):
+        layer(torch.randn(6, 8, dtype=torch.float64), mask_T)
+    layer.mask = mask_T
+    with pytest.raises(TypeError, match=str(dtype)):
+        layer(torch.randn(6, 8, dtype=torch.float64))
+
+
+EXTENSIONS = [{}, {"passes": "one"}, {"gradients": "weight"}, {"leave_one_out": True}]
+SCALES = [2.0**-66, 1e-20, 1e-8, 1e12, 1e22, 2.0**73]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("config", EXTENSIONS, ids=str)
+def test_flags_do_not_depend_on_the_scale_of_the_loss(config, scale):
+    net, batch = make_net(dtype=torch.float32), make_batch(60, dtype=torch.float32)
+    expected, found = (run(net, batch, by, **config) for by in (1.0, scale))
+    for one, other in zip(found.verdicts, expected.verdicts):
+        assert torch.equal(one.conflict_TK, other.conflict_TK) and torch.equal(one.judged_TK, other.judged_TK)
+        close(one.similarity_TK, other.similarity_TK, rtol=1e-4, atol=1e-5)
+        assert one.similarity_TK.abs().max() <= 1 + 1e-5
+    for one, other in zip(found.stats, expected.stats):
+        for key in ("conflict_ratio", "conflict_ratio_others", "consistency", "consistency_by_chance"):
+            close(one[key], other[key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("small", [1.0, 1e-12, 1e-21, 1e-30])
+def test_small_gradients_are_compared_as_others_are(small):
+    """Float32 beside float64, whose squares have room for all of them."""
+    grads, ids_T = [torch.randn(40, size) for size in (8, 12)], torch.randint(4, (40,))
+    grads = [grad_TO * torch.where(torch.rand(40, 1) < 0.4, small, 1.0) for grad_TO in grads]
+    found, expected = (
+        stgc.find_conflicts([one.to(dtype) for one in grads], ids_T, 4) for dtype in (torch.float32, torch.float64)
+    )
+    close(found.similarity_TK, expected.similarity_TK.float(), rtol=1e-4, atol=1e-5)
+    close(found.norm_TKL, expected.norm_TKL.float(), rtol=1e-5, atol=0)
+    assert torch.equal(found.conflict_TK, expected.conflict_TK) and found.judged_TK.all()
+
+
+@pytest.mark.parametrize("infinite", [float("inf"), float("nan"), -float("inf"), 3e38])
+def test_infinite_gradients_are_left_out(infinite):
+    """They change no other pair, and are not judged."""
+    grads, ids_T = [torch.randn(20, 8), torch.randn(20, 6)], torch.arange(20) % 4
+    broken = [grads[0].index_put((torch.tensor([5]), torch.tensor([2])), torch.tensor(infinite)), grads[1]]
+    broken[0][5, 3] = infinite
+    others = [grads[0].index_fill(0, torch.tensor([5]), 0.0), grads[1]]
+    found, expected = (stgc.find_conflicts(given, ids_T, 4) for given in (broken, others))
+    rest_T = torch.arange(20) != 5
+    assert torch.equal(found.conflict_TK[rest_T], expected.conflict_TK[rest_T]) and not found.judged_TK[5]
+    assert torch.equal(found.similarity_TK[rest_T], expected.similarity_TK[rest_T])
+    assert found.similarity_TK.isfinite().all() and found.norm_TKL[5, 0] == float("inf")
+
+
+@pytest.mark.parametrize("config", [*EXTENSIONS, {"conflict_loss": "reroute"}], ids=str)
+def test_statistics_stay_finite(config):
+    """One infinite token gradient, of a token that is neither padding nor without a label: counted, and nothing else."""
+    net, batch = make_net(num_layers=1, dtype=torch.float32), make_batch(60, dtype=torch.float32)
+    token = int((batch.labels_T >= 0).nonzero()[7])
+    trainer = stgc_plus.STGC(net, stgc_plus.STGCConfig(**config))
+    out_TC = net(batch.x_TD, batch.keep_T)
+    out_TC.register_hook(lambda grad_TC: grad_TC.index_fill(0, torch.tensor([token]), float("inf")))
+    total = trainer.loss(F.cross_entropy(out_TC, batch.labels_T))
+    total.backward()
+    (numbers,), (verdict,) = trainer.stats(), trainer.verdicts
+    values = torch.cat([torch.tensor(value).flatten() for key, value in numbers.items() if key != "layer"])
+    assert values.isfinite().all() and total.isfinite(), numbers
+    assert not verdict.judged_TK[token].any() and not verdict.conflict_TK[token].any()
+    whole = "weight" in config.values()  # its experts' weight gradients are infinite
+    pairs = sum(numbers["load"][e] for e in verdict.target_TK[token]) if whole else 2 / (2 * batch.keep_T.sum())
+    assert numbers["infinite_ratio"] == pytest.approx(float(pairs), rel=1e-4)
+    assert verdict.judged_TK.any() != (numbers["infinite_ratio"] > 0.9)
