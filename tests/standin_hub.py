@@ -127,7 +127,12 @@ def tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
         first, _, deeper = path.removeprefix(prefix).partition("/")
         if path.startswith(prefix):
             one = prefix + first
-            rows[one] = {"type": "directory" if deeper else "file", "path": one, "oid": digest_of(one.encode())[:40], "size": 0}
+            rows[one] = {
+                "type": "directory" if deeper else "file",
+                "path": one,
+                "oid": digest_of(one.encode())[:40],
+                "size": 0,
+            }
             if not deeper or recursive:
                 rows[path] = {"type": "file", "path": path, "oid": digest_of(content)[:40], "size": len(content)}
                 if path.endswith(STORED):
