@@ -117,6 +117,6 @@ if __name__ == "__main__":
     for line in sys.stdin:
         one = multiprocessing.get_context("fork").Process(target=work, args=json.loads(line))
         one.start()
-        one.join(400)
+        one.join(120)
         one.kill()
         print(one.exitcode, flush=True)

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on 127.0.0.1 that answers what its libraries ask to download, or fails as it is told."""
+"""A stand-in of the Hugging Face hub on 127.0.0.1: it answers what its libraries ask to download, or fails as it is told."""
 
 import hashlib
 import json
