@@ -61,7 +61,7 @@ def files_of(folder):
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
-    """A BERT with the names that its weights had at first, and files that are not read; tables whose classes have no names."""
+    """A BERT with the names that its weights had at first, files that nobody reads, and tables without names of classes."""
     root = tmp_path_factory.mktemp("content")
     (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(root / "vocab.txt")).save_pretrained(root / "model")
@@ -115,8 +115,8 @@ class Place:
         assert len(line.replace(str(self.home), "~/.cache/huggingface")) < 300
         return line
 
-    def cached(self, ending):
-        (path,) = (path for path in self.home.glob("hub/*/snapshots/*/**/*") if path.name.endswith(ending))
+    def cached(self, name):
+        (path,) = (path for path in self.home.glob("hub/*/snapshots/*/**/*") if path.name == name)
         return path.resolve()
 
 
@@ -198,17 +198,17 @@ FAILURES = {
     "config, gated, no token": (Fault("401", CONFIG_FILE, code="GatedRepo"), "gated repo .*its owner says why", LOGIN),
     "config, gated, a token": (Fault("403", CONFIG_FILE, code="GatedRepo"), "gated repo .*its owner says why", LOGIN),
     "config, 404": (Fault("404", CONFIG_FILE), "404 Not Found", LOGIN),
-    "config, cut": (Fault("cut", CONFIG_FILE), "peer closed connection .received 335 bytes, expected", OF_MODEL),
+    "config, cut": (Fault("cut", CONFIG_FILE), "peer closed connection .*received .* bytes", OF_MODEL),
     "config, no answer": (Fault("drop", CONFIG_FILE), "Server disconnected", OF_MODEL),
     "config, half": (Fault("half", CONFIG_FILE), "'config.json' is not a valid JSON", OF_MODEL),
     "no repository": (Fault("401", "api/models", code="RepoNotFound"), "Repository Not Found", LOGIN),
     "repository, 500": (Fault("500", "api/models"), "500 Internal", OF_MODEL),
     "list, 500": (Fault("500", "api/models/.*/tree"), "500 Internal", OF_MODEL),
-    "tokenizer, 500": (Fault("500", TOKENIZER), "500 Internal Server Error .*tokenizer.json", OF_MODEL),
+    "tokenizer, 500": (Fault("500", TOKENIZER), "500 Internal Server Error", OF_MODEL),
     "tokenizer, 401": (Fault("401", TOKENIZER), "401 Unauthorized", LOGIN),
     "tokenizer, cut": (Fault("cut", TOKENIZER), "peer closed connection", OF_MODEL),
     "tokenizer, half": (Fault("half", TOKENIZER), "the tokenizer .*Expecting|the tokenizer .*Unterminated", OF_MODEL),
-    "weights, 500": (Fault("500", WEIGHTS), "500 Internal Server Error .*model.safetensors", OF_MODEL),
+    "weights, 500": (Fault("500", WEIGHTS), "the model .*500 Internal Server Error", OF_MODEL),
     "weights, gated": (Fault("403", WEIGHTS, code="GatedRepo"), "gated", LOGIN),
     "storage, 500": (
         Fault("500", STORE),
@@ -239,10 +239,12 @@ def matches(line, pattern):
     assert re.search(pattern, line), line
 
 
-@pytest.mark.parametrize("kind", ["500", "403", "cut"])
-def test_a_failing_xet_storage_is_one_line(place, kind):
+@pytest.mark.parametrize(
+    "kind, reason", [("500", "500 Internal"), ("403", "403 Forbidden"), ("404", "404 Not"), ("drop", "")]
+)
+def test_a_failing_xet_storage_is_one_line(place, kind, reason):
     place.hub.xet, place.hub.faults = True, [Fault(kind, "^/cas/")]
-    matches(place.refused(*TRAIN), "rte of nyu-mll/glue cannot be loaded .*; run the command again; HF_HUB_DISABLE_XET=1")
+    matches(place.refused(*TRAIN), f"rte of nyu-mll/glue cannot be loaded .*{reason}.*HF_HUB_DISABLE_XET=1")
 
 
 def changed(name, *, file, content):
@@ -306,21 +308,19 @@ def test_what_the_model_cannot_do_is_found_before_data_and_weights(place, flags)
 DAMAGED = {
     "train-00000-of-00001.parquet": "train-00000-of-00001.parquet is not readable Parquet",
     "model.safetensors": "--model: the model",
-    "bert-large-cased/config.json": "'config.json' is not a valid JSON",
+    "config.json": "'config.json' is not a valid JSON",
     "tokenizer.json": "the tokenizer",
     "README.md": "rte of nyu-mll/glue cannot be loaded",
 }
 
 
-@pytest.mark.parametrize("ending, message", DAMAGED.items())
+@pytest.mark.parametrize("name, message", DAMAGED.items())
 @pytest.mark.parametrize("offline", [False, True])
-def test_a_damaged_file_in_the_cache_names_the_folder_to_remove(place, offline, ending, message):
+def test_a_damaged_file_in_the_cache_names_the_folder_to_remove(place, offline, name, message):
     assert place.run(*TRAIN).returncode == 0
     shutil.rmtree(place.out)
-    file = place.cached(ending.split("/")[-1])
-    file.write_bytes(
-        b"---\ndataset_info: [\n---" if ending == "README.md" else file.read_bytes()[: file.stat().st_size // 2]
-    )
+    file = place.cached(name)
+    file.write_bytes(b"---\ndataset_info: [\n---" if name == "README.md" else file.read_bytes()[: file.stat().st_size // 2])
     line = place.refused(*TRAIN, offline=offline)
     matches(line, f"{message}.*remove {file.parents[1]}")
     if not offline:

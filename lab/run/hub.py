@@ -31,8 +31,8 @@ FIXES = {  # what a library's message contains: what to say instead of it, if no
         "give another, or one that save_pretrained of transformers wrote",
     ),
     "backend tokenizer": ("it has no tokenizer files that can be read", "add its tokenizer.json"),
-    r"\b40[134] [A-Z]": ("", "check the name; if it is gated or private, ask for access on its page, then: hf auth login"),
     "File reconstruction error": ("", "run the command again; HF_HUB_DISABLE_XET=1 avoids this storage"),
+    r"\b40[134] [A-Z]": ("", "check the name; if it is gated or private, ask for access on its page, then: hf auth login"),
 }
 
 
@@ -47,7 +47,9 @@ def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_W
         if isinstance(error, OfflineModeIsEnabled):
             raise UserError(offline_message(what, name, ways)) from None
         text, folder = " ".join(str(error).split()) or type(error).__name__, Path(name).is_dir()
-        reason = re.sub(r"(?<!\w)(https?:/)?/[^\s'\"]*/", "", text.replace(name, "it" if folder else name))
+        reason = re.sub(
+            r"Task error: .*Request error: |(?<!\w)(https?:/)?/[^\s'\"]*/", "", text.replace(name, "it" if folder else name)
+        )
         fix = "save or fetch it again" if folder else f"run the command again, or first remove {cache_of(name, kind)}"
         instead = next((instead for pattern, instead in FIXES.items() if re.search(pattern, text)), ("", again or fix))
         reason = instead[0] or textwrap.shorten(reason, WIDTH, placeholder=" ...")
@@ -69,7 +71,7 @@ def fetch(name: str, pattern: str, kind: str = "model") -> Path:
     """A folder of the hub's cache with the files of a repository whose names match; what it lacks is downloaded. If the hub
     does not answer, the cache has to do. Raises the errors of `huggingface_hub`."""
     logging.set_verbosity(logging.CRITICAL)  # otherwise each retry prints two lines
-    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")  # otherwise its client retries for five silent minutes
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "15s")  # otherwise its client retries for five silent minutes
     revision = resolve_revision(name, repo_type=kind).resolved
     folder = cache_of(name, kind) / "snapshots" / revision
     try:
