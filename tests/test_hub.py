@@ -48,6 +48,13 @@ dataset_info:
     num_examples: 24
   - name: validation
     num_examples: 9
+configs:
+- config_name: rte
+  data_files:
+  - split: train
+    path: rte/train-*
+  - split: validation
+    path: rte/validation-*
 ---
 """
 
