@@ -14,7 +14,6 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, list_repo_files, resolve_revision
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import logging
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
@@ -33,6 +32,7 @@ FIXES = {  # what a library's message contains: what to say instead of it, if no
     "backend tokenizer": ("it has no tokenizer files that can be read", "add its tokenizer.json"),
     "File reconstruction error": ("", "run the command again; HF_HUB_DISABLE_XET=1 avoids this storage"),
     r"\b40[134] [A-Z]": ("", "check the name; if it is gated or private, ask for access on its page, then: hf auth login"),
+    "[Rr]epo.id": ("", "give an existing folder, or a name on the hub"),
 }
 
 
@@ -61,7 +61,7 @@ SMALL, WEIGHTS = r"[^/]+\.(json|txt|model|jinja)", r"model(-\d+-of-\d+)?\.safete
 
 def cache_of(name: str, kind: str) -> Path:
     """The folder of a repository in the hub's cache."""
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
+    return Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
 
 
 @cache
