@@ -99,7 +99,7 @@ def parse(argv: list[str]):
     if not args.toy:
         options.check_model(parser, "--model", args.model, GLUE_WAYS)
         if Path(args.model).is_dir() and not args.data_dir:
-            hub_is_reachable()  # sets offline mode for the data, if needed
+            hub_is_reachable(parser)  # sets offline mode for the data, if needed
     return args
 
 
@@ -288,7 +288,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     check = partial(runs.check_folder, folder, vars(args), defaults, options.FREE, *flags, names)
     check()  # first, since everything else takes longer
     set_seed(args.seeds[0])
-    source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir)
+    source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir, partial(make_spec, args))
     spec = make_spec(args, source.config, source.tokenizer)
     limits = {"train": args.max_train_samples, **dict.fromkeys(task.dev, args.max_eval_samples)}
     for split, dataset in source.splits.items():

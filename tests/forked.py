@@ -2,9 +2,11 @@
 imports, which take longer than most of what the tests have them do. A script still runs as `__main__`, from its first line
 on, with its own arguments, environment, stdout, stderr and exit code. A few tests start `python` anew all the same."""
 
+import json
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from multiprocessing import connection, forkserver
@@ -86,3 +88,35 @@ class Launched:
         code = next((code for code in (one.wait() for one in self.ranks) if code), 0)
         stdout, stderr = ("".join(one.read(stream) for one in self.ranks) for stream in ("stdout", "stderr"))
         return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+
+class Server:
+    """A server of scripts with an environment of its own, which libraries read when they are imported."""
+
+    def __init__(self, **environment):
+        command = [sys.executable, __file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+
+    def run(self, script, *words, before="") -> SimpleNamespace:
+        with tempfile.TemporaryDirectory() as folder:
+            request = [script, [*map(str, words)], {}, f"{folder}/out", before]
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            code = int(self.process.stdout.readline())
+            stdout, stderr = (Path(f"{folder}/out.{stream}").read_text() for stream in ("stdout", "stderr"))
+        return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+    def close(self) -> None:
+        self.process.communicate()  # it ends with its stdin
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    import warm  # noqa: F401
+
+    for line in sys.stdin:
+        one = multiprocessing.get_context("fork").Process(target=work, args=json.loads(line))
+        one.start()
+        one.join(120)
+        one.kill()
+        print(one.exitcode, flush=True)

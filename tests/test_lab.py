@@ -231,17 +231,14 @@ def test_cached_models_are_found_without_the_network(tmp_path, monkeypatch):
     assert model_is_cached("a/b")
 
 
-@pytest.mark.parametrize("offline", ["1", "0"])
-def test_a_damaged_folder_says_why_also_offline(tmp_path, monkeypatch, offline):
+def test_a_damaged_folder_says_why_also_offline(tmp_path, monkeypatch):
     def load():
         raise ValueError("it is a siglip, not a CLIP")
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-    with pytest.raises(UserError, match="^--clip: the CLIP .* cannot be loaded .it is a siglip"):
-        from_hub("the CLIP", "--clip", str(tmp_path), load, "a way")
-    message = "is not in the local cache .*: a way$" if offline == "1" else "cannot be loaded .it is a siglip"
-    with pytest.raises(UserError, match=message):
-        from_hub("the CLIP", "--clip", "openai/clip", load, "a way")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (tmp_path, "openai/clip"):
+        with pytest.raises(UserError, match=f"^--clip: the CLIP {name} cannot be loaded .it is a siglip"):
+            from_hub("the CLIP", "--clip", str(name), load, "a way")
 
 
 def test_home_is_expanded(monkeypatch):

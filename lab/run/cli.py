@@ -9,6 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
@@ -86,31 +87,30 @@ def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
 
 def is_offline() -> bool:
     """Whether the environment sets the Hugging Face libraries to offline mode."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def hub_is_reachable(seconds: float = 6.0) -> bool:
+def hub_is_reachable(parser: Parser, seconds: float = 6.0) -> bool:
     """Whether the model and data hub answers. If it does not, this sets the Hugging Face libraries to offline mode, so that
     they use their cache at once instead of retrying for minutes. Call it before they are imported."""
     if is_offline():
         return False
-    answers = []
+    url, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
+    if not url.startswith(("https://", "http://")):
+        parser.error(f"HF_ENDPOINT={url:.80} is not an address: it must begin with https://, or be unset")
 
     def ask():
-        try:
-            url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        with suppress(Exception):  # of urllib: no connection, or an odd address
+            with suppress(urllib.error.HTTPError):  # it answered, too
+                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
             answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)  # it answered
-        except OSError:
-            pass
 
     thread = threading.Thread(target=ask, daemon=True)  # a name look-up has no timeout of its own
     thread.start()
     thread.join(seconds)
     if not answers:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"
     return bool(answers)
 
 

@@ -1,7 +1,7 @@
 """Loading from the Hugging Face hub, its cache, or a folder, with one-line errors.
 
 `Checkpoint` is the one way to a model, tokenizer or config that others made: their code is never run, nothing is unpickled,
-and what is incomplete or does not fit is refused.   1 Errors  2 Checkpoints  3 Inputs
+and what is incomplete or does not fit is refused.   1 Errors  2 Downloads  3 Checkpoints  4 Inputs
 """
 
 import os
@@ -9,45 +9,81 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from huggingface_hub import constants, hf_hub_download, list_repo_files, resolve_revision
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
+from huggingface_hub.utils import logging
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
-from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message
+from lab.run.cli import GLUE_WAYS, UserError, offline_message
 
 # ---- 1. Errors ----
 
-WIDTH = 120  # of a library's reason in a line of ours
-FIXES = {  # what a library's message contains: what to say instead of it, and what to do
+WIDTH = 100  # of a library's reason in a line of ours
+FIXES = {  # what a library's message contains: what to say instead of it, if not the same, and what to do
     "trust_remote_code|custom code": ("it needs code of its own, which is never run", "give a model that transformers has"),
     r"(no|a) file named \S*\.safetensors": (
         "it has no model.safetensors, and pickled weights are never read",
         "give another, or one that save_pretrained of transformers wrote",
     ),
     "backend tokenizer": ("it has no tokenizer files that can be read", "add its tokenizer.json"),
+    "File reconstruction error": ("", "run the command again; HF_HUB_DISABLE_XET=1 avoids this storage"),
+    r"\b40[134] [A-Z]": ("", "check the name; if it is gated or private, ask for access on its page, then: hf auth login"),
+    "[Rr]epo.id": ("", "give an existing folder, or a name on the hub"),
 }
 
 
-def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS, again: str = ""):
+def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_WAYS, again: str = "", kind: str = "model"):
     """Runs `load`, a loader of a library. UserError for any of its errors: `name` is absent, cut, damaged, or another kind.
     The message adds what to do: `ways` if neither the hub nor its cache has it, or `again`, or what the error asks for."""
     try:
         return load()
     except Exception as error:  # damaged files raise anything: tokenizers raises bare Exceptions only
-        text = " ".join(str(error).split()) or type(error).__name__
-        for pattern, (reason, fix) in FIXES.items():
-            if re.search(pattern, text):
-                raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again or fix}") from None
-        if is_offline() and not Path(name).is_dir():
+        while isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)) and error.__cause__:
+            error = error.__cause__  # they only guess at it
+        if isinstance(error, OfflineModeIsEnabled):
             raise UserError(offline_message(what, name, ways)) from None
-        download = "if a download was interrupted, run the command again to continue it"
-        again = again or ("save or fetch it again" if Path(name).is_dir() else download)
-        reason = textwrap.shorten(text.replace(str(name), "it"), WIDTH, placeholder=" ...")
-        raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again}") from None
+        text, folder = " ".join(str(error).split()) or type(error).__name__, Path(name).is_dir()
+        reason = re.sub(r"Task error: .*Request error: |(?<!\w)(https?:/)?/[^\s'\"]*/", "", text)  # and long addresses
+        fix = "save or fetch it again" if folder else f"run the command again, or first remove {cache_of(name, kind)}"
+        instead = next((instead for pattern, instead in FIXES.items() if re.search(pattern, text)), ("", again or fix))
+        reason = instead[0] or textwrap.shorten(reason, WIDTH, placeholder=" ...")
+        raise UserError(f"{flag}: {what} {name} cannot be loaded ({reason}); {again or instead[1]}") from None
 
 
-# ---- 2. Checkpoints ----
+# ---- 2. Downloads ----
+
+SMALL, WEIGHTS = r"[^/]+\.(json|txt|model|jinja)", r"model(-\d+-of-\d+)?\.safetensors"  # what is read of a model
+
+
+def cache_of(name: str, kind: str) -> Path:
+    """The folder of a repository in the hub's cache."""
+    return Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
+
+
+@cache
+def fetch(name: str, pattern: str, kind: str = "model") -> Path:
+    """A folder of the hub's cache with the files of a repository whose names match; what it lacks is downloaded. If the hub
+    does not answer, the cache has to do. Raises the errors of `huggingface_hub`."""
+    logging.set_verbosity(logging.CRITICAL)  # otherwise each retry prints two lines
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "15s")  # otherwise its client retries for five silent minutes
+    revision = resolve_revision(name, repo_type=kind).resolved
+    folder = cache_of(name, kind) / "snapshots" / revision
+    try:
+        files = list_repo_files(name, repo_type=kind, revision=revision)
+    except Exception:
+        if not any(re.fullmatch(pattern, path.relative_to(folder).as_posix()) for path in folder.rglob("*")):
+            raise
+        return folder
+    for file in filter(re.compile(pattern).fullmatch, files):
+        hf_hub_download(name, file, repo_type=kind, revision=revision)
+    return folder
+
+
+# ---- 3. Checkpoints ----
 
 
 @dataclass(frozen=True)
@@ -63,19 +99,24 @@ class Checkpoint:
         raise UserError(f"{self.flag} {self.name}: {reason}; {self.again or 'give another checkpoint'}")
 
     def require(self, *files: str) -> None:
-        """Refuses a folder without these files: transformers would replace some of them by something."""
+        """Refuses a model without these files: transformers would replace some of them by something."""
         for file in files:
-            if Path(self.name).is_dir() and not (Path(self.name) / file).is_file():
+            if not (self.folder() / file).is_file():
                 self.refuse(f"it has no {file}")
+
+    def folder(self, what: str = "the model", pattern: str = SMALL) -> Path:
+        """The folder itself, or that of the repository's files whose names match."""
+        own = Path(self.name)
+        return own if own.is_dir() else self.guard(what, lambda: fetch(str(self.name), pattern))
 
     def guard(self, what: str, load: Callable):
         return from_hub(what, self.flag, str(self.name), load, self.ways, self.again)
 
     def load(self, what: str, loader: type, **options):
-        """`loader.from_pretrained`. A folder is read without the hub."""
-        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a service of the hub to convert pickles
-        options |= {"trust_remote_code": False, "local_files_only": Path(self.name).is_dir()}
-        return self.guard(what, lambda: loader.from_pretrained(self.name, **options))
+        """`loader.from_pretrained`, which reads a folder without the hub."""
+        folder = self.folder(what, WEIGHTS if options.get("use_safetensors") else SMALL)
+        options |= {"trust_remote_code": False, "local_files_only": True}
+        return self.guard(what, lambda: loader.from_pretrained(folder, **options))
 
     def config(self, what: str = "the model", **changes) -> PreTrainedConfig:
         self.require("config.json")
@@ -128,7 +169,7 @@ class Checkpoint:
         return tokenizer
 
 
-# ---- 3. Inputs ----
+# ---- 4. Inputs ----
 
 
 def count_positions(config: PreTrainedConfig) -> int:

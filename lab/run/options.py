@@ -94,7 +94,7 @@ def check_model(parser: Parser, flag: str, name: str, ways: str) -> None:
         return
     if name.startswith((".", "/")) or name.count("/") > 1:
         parser.error(f"{flag} {name}: no such folder; give an existing one, or a hub name")
-    if not (hub_is_reachable() or model_is_cached(name)):
+    if not (hub_is_reachable(parser) or model_is_cached(name)):
         parser.error(offline_message("the model", name, ways))
 
 

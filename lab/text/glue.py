@@ -12,14 +12,15 @@ from pathlib import Path
 import datasets
 import pyarrow
 import torch
-from datasets import ClassLabel, load_dataset
+from datasets import ClassLabel
 from datasets.fingerprint import Hasher
+from datasets.info import DatasetInfo, DatasetInfosDict
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lab.run.cli import UserError
-from lab.run.hub import Checkpoint, from_hub
+from lab.run.hub import Checkpoint, cache_of, fetch, from_hub
 from lab.text.tables import read_parquet
 from lab.text.tasks import Task
 
@@ -42,29 +43,41 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
     """The train and dev splits, checked. UserError names the fault."""
     wanted = ("train", *task.dev)
     if data_dir is None:
-        where = HUB
-        dataset = from_hub("the data set", "--data-dir", where, lambda: load_dataset(where, name))
+        where, again = HUB, f"remove {cache_of(HUB, 'dataset')} and run the command again, or give --data-dir DIR"
+        guard = partial(from_hub, f"the data set {name} of", "--data-dir", HUB, kind="dataset")
+        root = guard(lambda: fetch(HUB, rf"{name}/({'|'.join(wanted)})-[^/]+\.parquet", "dataset"))
     else:
-        where = f"--data-dir {data_dir}"
-        root = Path(data_dir).expanduser()
-        folder = root if root.name == name else root / name
-        files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in wanted}
-        for split, found in files.items():
-            if not found:
-                raise UserError(f"{where} has no {name}/{split}-*.parquet: lay it out as {HUB} is on the hub")
-            counts = {match[1] for file in found if (match := re.search(r"-\d+-of-(\d+)$", file.stem))}
-            if counts and set(map(int, counts)) != {len(found)}:
-                fault = f"has {len(found)} files {name}/{split}-*, named as files of {', '.join(sorted(counts)):.40}"
-                raise UserError(f"{where} {fault}; fetch those that are missing, or remove those of another version")
-        dataset = {split: read_split(found, where) for split, found in files.items()}
-    splits = {split: dataset[split] for split in wanted}
+        where, again, root = f"--data-dir {data_dir}", "fetch it again", Path(data_dir).expanduser()
+    folder = root if root.name == name else root / name
+    files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in wanted}
+    for split, found in files.items():
+        if not found:
+            raise UserError(f"{where} has no {name}/{split}-*.parquet: {again}, laid out as {HUB} is on the hub")
+        counts = {match[1] for file in found if (match := re.search(r"-\d+-of-(\d+)$", file.stem))}
+        if counts and set(map(int, counts)) != {len(found)}:
+            fault = f"has {len(found)} files {name}/{split}-*, named as files of {', '.join(sorted(counts)):.40}"
+            raise UserError(f"{where} {fault}; fetch those that are missing, or remove those of another version")
+    splits = {split: read_split(found, where, again) for split, found in files.items()}
+    if data_dir is None:
+        splits = guard(lambda: as_the_card_says(splits, name))
     for split in wanted:
         check_split(splits[split], split, task, where)
     check_names(splits, task, where)
     return splits
 
 
-def read_split(files: list[Path], where: str) -> datasets.Dataset:
+def as_the_card_says(splits: dict[str, datasets.Dataset], name: str) -> dict[str, datasets.Dataset]:
+    """The splits with the features that the hub's card gives them. ValueError for another number of rows."""
+    card = DatasetInfosDict.from_directory(fetch(HUB, r"README\.md", "dataset")).get(name, DatasetInfo())
+    for split, dataset in splits.items():
+        if (expected := (card.splits or {}).get(split)) and len(dataset) != expected.num_examples:
+            raise ValueError(f"{split} has {len(dataset)} rows, by its card {expected.num_examples}")
+        if card.features not in (None, dataset.features):
+            splits = splits | {split: dataset.cast(card.features)}
+    return splits
+
+
+def read_split(files: list[Path], where: str, again: str) -> datasets.Dataset:
     """The rows of exactly these files, in memory. Results on them are cached under a hash of the files' contents, not under
     their paths and times as `load_dataset` does it. UserError."""
     parts = []
@@ -73,8 +86,8 @@ def read_split(files: list[Path], where: str) -> datasets.Dataset:
             table, digest = read_parquet(file)
             parts.append(datasets.Dataset(table, fingerprint=digest))
         except Exception as error:  # from a damaged file the libraries raise anything, such as TypeError
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{where}: {file.name} is not readable Parquet ({reason:.90}): fetch it again") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{where}: {file.name} is not readable Parquet ({reason:.90}): {again}") from None
         if parts[-1].features != parts[0].features:
             other = f"{file.name} has other columns, types or class names than {files[0].name}"
             raise UserError(f"{where}: {other}; make them the same")
@@ -141,12 +154,13 @@ def check_names(splits: dict[str, datasets.Dataset], task: Task, where: str) -> 
         print(f"note: f1 is that of class 1, {names[1]!r}")
 
 
-def load_source(name: str, task: Task, model: str, data_dir: str | None) -> Source:
-    """A task's data and a model, from the hub or from folders. UserError."""
+def load_source(name: str, task: Task, model: str, data_dir: str | None, check: Callable = lambda *_: None) -> Source:
+    """A task's data and a model, from the hub or from folders. `check`s config and tokenizer before more is downloaded."""
     checkpoint, kind = Checkpoint("--model", model), "folder" if data_dir else "hub"
     loss = "regression" if task.num_labels == 1 else "single_label_classification"
     config = checkpoint.config(num_labels=task.num_labels, problem_type=loss)
     tokenizer = checkpoint.tokenizer(config)
+    check(config, tokenizer)
     splits = load_splits(name, task, data_dir)
     names = label_names(splits, task) or ["LABEL_0"]
     config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
