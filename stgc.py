@@ -171,7 +171,7 @@ class MoELayer(nn.Module):
         mask = x_TD.new_ones(len(x_TD), dtype=torch.bool) if mask is None else mask
         if mask.is_floating_point() or mask.numel() != len(x_TD):
             error = TypeError if mask.is_floating_point() else ValueError
-            raise error(f"mask {tuple(mask.shape)} {mask.dtype} does not fit x {tuple(x.shape)}: use a bool or int per token")
+            raise error(f"mask {tuple(mask.shape)} {mask.dtype} does not fit x {tuple(x.shape)}: give a bool or int each")
         keep_T = mask.reshape(-1).to(torch.bool)
         padding_T1 = ~keep_T.unsqueeze(1)
         x_TD = x_TD.masked_fill(padding_T1, 0.0)  # not even a NaN comes out of padding
