@@ -349,7 +349,7 @@ def train_all(job: Job, parameters: moefication.Parameters) -> dict:
                     note = "; its model was not saved, train again with --overwrite to get one" * lost
                     print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already{note}")
                 if main and record.is_newer_than("curves.png"):
-                    figures.plot_run(folder, source.name)
+                    figures.plot_run(folder, record.record)
                 runs.remove_checkpoints(folder / runs.CHECKPOINTS / key, accelerator)
     if main:
         runs.write_json(folder / "all_results.json", all_results(record.record))

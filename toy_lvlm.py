@@ -151,7 +151,6 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and error
     ARGS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
-import json
 import random
 from functools import partial
 from itertools import zip_longest
@@ -165,6 +164,7 @@ from transformers.utils import logging
 from lab.moe import baselines, moefication
 from lab.report import compare, figures
 from lab.run import runs
+from lab.run.hub import Checkpoint
 from lab.run.training import MuonAdamW, Training
 from lab.vision import instructions, llava, lvlm, routes
 from lab.vision.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
@@ -286,9 +286,10 @@ def stage(job: Job, name: str, load, make):
                 runs.write_json(target / STAGE_FILE, {"stage": name, "seed": job.seed} | entry)
     runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
     accelerator.wait_for_everyone()
+    saved = Checkpoint("--output-dir", folder, again="remove it to train it again")
     if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right after saving
-        job.record.add(json.loads((folder / STAGE_FILE).read_text()), to="stages")
-    return load(folder)
+        job.record.add(saved.read(STAGE_FILE, **runs.STAGE), to="stages")
+    return load(saved)
 
 
 def clip_stage(job: Job) -> CLIPModel:
@@ -301,6 +302,8 @@ def clip_stage(job: Job) -> CLIPModel:
 
     def make(folder: Path, name: str):
         clip = lvlm.make_clip(data.tokenizer)
+        if cut := collate.cut + test.cut:
+            job.print_line(f"note: {cut} of {len(collate) + len(test)} captions are cut: CLIP reads {lvlm.CAPTION} tokens")
         loader = job.loader(collate, "clip", PAIRS * job.args.batch_size)
         entry = train(job, folder, name, clip, [*clip.parameters()], loader, "clip", alike=True)
         entry["retrieval"], group = lvlm.retrieval(clip, test)
@@ -332,7 +335,7 @@ def dense_model(job: Job):
     """The LLaVA after stages I and II, as in MoE-LLaVA: the projector on captions, then language model and projector on
     all."""
     size, save = job.args.batch_size, partial(lvlm.save, data=job.data)
-    load = lambda folder: lvlm.load(folder, "--output-dir")[0]  # noqa: E731
+    load = lambda saved: lvlm.load(saved)[0]  # noqa: E731
 
     def stage_1(folder: Path, name: str):
         clip, lm = job.clip or clip_stage(job), job.lm or text_stage(job)
@@ -498,7 +501,7 @@ def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
 def ask(args) -> None:
     """Answers --ask, then, with --chat, each line from the terminal. Questions are independent of each other."""
     folder = newest_model(Path(args.run).expanduser())
-    model, tokenizer, card = lvlm.load(folder, "--run")
+    model, tokenizer, card = lvlm.load(Checkpoint("--run", folder, again="train again"))
     model.to(runs.make_accelerator(args.device, "fp32").device)
     pictures = torch.empty(0, 3, card.size, card.size, dtype=torch.uint8)
     if args.image:
@@ -508,6 +511,8 @@ def ask(args) -> None:
             raise UserError(f"--image: {error}") from None
     print(f"{folder}, {args.image or 'no picture'}", file=sys.stderr)
     for question in questions(args):
+        if instructions.IMAGE in question:
+            print(f"note: {instructions.IMAGE} in a question is left out; a picture stands before it", file=sys.stderr)
         print(lvlm.ask(model, tokenizer, card, pictures, question) or "(no answer)", flush=True)
 
 
@@ -621,7 +626,7 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
                 job.print_line(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
             if main_process:
                 if record.is_newer_than("curves.png"):
-                    figures.plot_run(folder, record.record["name"])
+                    figures.plot_run(folder, record.record)
                 picture = folder / f"routes-{name}.png"
                 if entry.get("routes") and not picture.exists():
                     figures.plot_routes(entry["routes"], [f"layer {i}" for i in spec.layers.split(",")], picture, title=name)

@@ -518,7 +518,7 @@ def kill_while_a_stages_checkpoints_are_removed(done, out, patch):
     found = type("Found", (), {"find": lambda *_, **__: True})()
     accelerator = type("One", (), {"wait_for_everyone": lambda self: None, "is_main_process": True})()
     job = type("Job", (), {"folder": out, "seed": 0, "accelerator": accelerator, "record": found})()
-    assert toy_lvlm.stage(job, "clip", lambda folder: folder.name, None) == "clip-s0"
+    assert toy_lvlm.stage(job, "clip", lambda saved: saved.name.name, None) == "clip-s0"
     assert list(tree(out / "stages" / "checkpoints")) == ["mine.txt"]
 
 

@@ -1070,6 +1070,7 @@ def test_bench_in_readme(kind, tmp_path, monkeypatch):
     config.hidden_size, config.intermediate_size = 64, 32
     monkeypatch.setitem(bench.TEXT_MODELS, kind, (cls, config))
     output = tmp_path / "results" / f"bench-{kind}.json"
+    output.parent.mkdir()
     words = (
         f"bench --model {kind} --rounds 3 --batch-size 1 --length 6 --threads 1 --device cpu --output {output} --variants"
     )

@@ -158,13 +158,15 @@ def test_figures_draw_every_series(tmp_path):
         lines = [{"step": s, "loss": 1 / s, "conflict_ratio": 0.3, "layers": [{"load": [0.7, 0.3]}]} for s in range(1, 50)]
         lines.append({"step": 49, "eval_score": 0.5 + seed})
         (tmp_path / f"ce-one-s{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    curves = figures.read_curves(tmp_path)
+    record = {"name": "toy", "runs": [{"variant": "ce-one", "seed": seed, "lr": 0.1} for seed in (0, 1)]}
+    (tmp_path / "mine-s0.jsonl").write_text("no curve of a run")
+    curves = figures.read_curves(tmp_path, record)
     assert list(curves) == ["ce-one"] and len(curves["ce-one"]) == 2
     assert figures.series(curves["ce-one"][1], "eval_score") == ([49], [1.5])
     assert figures.series(curves["ce-one"][0], "load")[1][0] == 0.7
     values = figures.smooth([1.0] * 30 + [3.0] * 30)
     assert len(values) == 60 and values[0] == 1 and values[-1] == 3
-    assert figures.plot_run(tmp_path, "toy").stat().st_size > 10_000
+    assert figures.plot_run(tmp_path, record).stat().st_size > 10_000
     figures.draw_idea(tmp_path / "idea.png")
 
 

@@ -24,6 +24,7 @@ import toy_lvlm
 from lab.moe import moefication
 from lab.report import figures
 from lab.run.cli import UserError
+from lab.run.hub import Checkpoint
 from lab.vision import lvlm
 from lab.vision.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
 from stgc import MoELayer
@@ -67,10 +68,10 @@ def whole(tmp_path_factory):
     """The folder of a finished run of every kind of variant."""
     folder, draw = tmp_path_factory.mktemp("lvlm") / "whole", figures.plot_run
 
-    def draw_all(folder, title):
+    def draw_all(folder, record):
         """The curves once, not after each variant anew."""
         if len([*folder.glob("*.jsonl")]) == len(VARIANTS.split(",")):
-            draw(folder, title)
+            draw(folder, record)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "plot_run", draw_all)
@@ -108,7 +109,7 @@ def test_the_record_of_a_run(whole):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_moe_equals_the_dense_model_before_stage_iii(whole):
-    model, tokenizer, card = lvlm.load(whole / "stages" / "stage2-s0", "--run")
+    model, tokenizer, card = lvlm.load(Checkpoint("--run", whole / "stages" / "stage2-s0"))
     torch.manual_seed(0)
     image_id, ids = model.config.image_token_id, torch.randint(5, len(tokenizer), (2, 30))
     ids[:, 3 : 3 + card.image_tokens] = image_id
@@ -125,8 +126,8 @@ def test_the_moe_equals_the_dense_model_before_stage_iii(whole):
 
 @pytest.mark.slow
 def test_stage_iii_trains_the_moe_layers_alone(whole, tmp_path):
-    before, _, _ = lvlm.load(whole / "stages" / "stage2-s0", "--run")
-    after, _, _ = lvlm.load(whole / "model-ce-s0", "--run")
+    before, _, _ = lvlm.load(Checkpoint("--run", whole / "stages" / "stage2-s0"))
+    after, _, _ = lvlm.load(Checkpoint("--run", whole / "model-ce-s0"))
     old, new = before.state_dict(), after.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in old.keys() & new.keys())
     assert {name.rpartition(".layers.")[2].split(".")[0] for name in new.keys() - old.keys()} == {"1", "3"}
@@ -137,7 +138,7 @@ def test_stage_iii_trains_the_moe_layers_alone(whole, tmp_path):
     assert all(torch.equal(old[f"model.vision_tower.{name}"], value) for name, value in vision.items())
     (tmp_path / "all").mkdir()
     run([*WORDS, "--train", "all", "--conflict-loss", "none", "--output-dir", tmp_path / "all", "--overwrite"])
-    other, _, _ = lvlm.load(tmp_path / "all" / "model-none-s0", "--run")
+    other, _, _ = lvlm.load(Checkpoint("--run", tmp_path / "all" / "model-none-s0"))
     moved = {name for name, value in other.state_dict().items() if name in old and not torch.equal(value, old[name])}
     assert any("self_attn" in name for name in moved) and not any("vision_tower" in name for name in moved)
 
@@ -270,7 +271,7 @@ def test_pretrained_parts(tmp_path):
     command = [*SMALL, *STEPS[4:], "--conflict-loss", "none", "--clip", tmp_path / "clip", "--lm", tmp_path / "lm"]
     run([*command, "--output-dir", tmp_path / "out"])
     assert [one["stage"] for one in read(tmp_path / "out")["stages"]] == ["stage1", "stage2"]
-    model, _, card = lvlm.load(tmp_path / "out" / "model-none-s0", "--run")
+    model, _, card = lvlm.load(Checkpoint("--run", tmp_path / "out" / "model-none-s0"))
     assert card.size == 96 and card.image_tokens == 9 and model.config.text_config.hidden_size == 32
     fails([*command, "--lm", tmp_path / "clip", "--output-dir", tmp_path / "x"], "--lm: the .* cannot be loaded")
     fails([*command, "--clip", tmp_path / "lm", "--output-dir", tmp_path / "x"], "--clip .*it is a llama, not a CLIP")

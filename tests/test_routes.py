@@ -301,8 +301,10 @@ def test_sheet_shows_every_picture_with_its_verdict(tmp_path, monkeypatch):
 
 def test_curves_have_a_panel_for_what_was_logged(tmp_path, monkeypatch):
     lines = [{"step": s, "loss": 1 / s, "conflict_ratio": 0.3, "layers": [{"load": [0.7, 0.3]}]} for s in range(1, 9)]
-    log = tmp_path / "ce-s0.jsonl"
+    log, record = tmp_path / "ce-s0.jsonl", {"name": "toy", "runs": [{"variant": "ce", "seed": 0, "lr": 0.1}]}
     for more, labels in (([], []), ([{"step": 8, "eval_score": 0.5}], ["dev score"])):
         log.write_text("\n".join(map(json.dumps, lines + more)))
-        titles = [axis.get_title().partition("\n")[0] for axis in drawn(monkeypatch, figures.plot_run, tmp_path, "toy").axes]
+        titles = [
+            axis.get_title().partition("\n")[0] for axis in drawn(monkeypatch, figures.plot_run, tmp_path, record).axes
+        ]
         assert titles == ["training loss", "conflict ratio", "share of pairs", *labels]

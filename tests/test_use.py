@@ -239,7 +239,7 @@ def test_bad_files_are_named_and_nothing_is_written(run, tmp_path):
             "row 2 has 3 fields, the header has 2": good + "the, bird,sees\n",
             "row 1 has 1 fields, the header has 2": "sentence1,sentence2\nthe\n",
             "cannot be read as .csv (unexpected end of data": good + '"the,cat\n',
-            "two of its columns have the same name": "sentence1,sentence1\na,b\n",
+            "'sentence1' is there twice": "sentence1,sentence1\na,b\n",
             "has no rows": "sentence1,sentence2\n",
             "cannot be read as .csv ('utf-8' codec": b"sentence1,sentence2\n\xff,a\n",
         },
@@ -346,11 +346,11 @@ def test_cards_are_read_back_or_refused(tmp_path):
     bad += [("num_labels", 0), ("num_labels", "2"), ("num_labels", 1), ("max_length", 1.5), ("task", None)]
     for name, value in bad:
         (tmp_path / "task.json").write_text(json.dumps(good | {name: value}))
-        assert "task.json is damaged" in refused(use.read_task_card, tmp_path), (name, value)
+        assert "--run: task.json of" in refused(use.read_task_card, tmp_path), (name, value)
     with pytest.raises(ValueError, match="columns"):
         use.write_task_card(tmp_path, **good | {"columns": []})
     (tmp_path / "task.json").write_text("[]")
-    assert "task.json is damaged" in refused(use.read_task_card, tmp_path)
+    assert "--run: task.json of" in refused(use.read_task_card, tmp_path)
 
 
 def parse(text):

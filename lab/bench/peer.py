@@ -90,7 +90,9 @@ def run_ours(args, variant: str) -> float:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    args = (parser := make_parser()).parse_args()
+    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+        parser.error(f"--output {args.output}: name a file in a folder that exists")
     if args.trainer:
         print(json.dumps({"samples_per_second": run_trainer(args)}))
         return

@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     parser.add_argument("--output", type=Path, help="write the record here as json")
     args = parser.parse_args()
+    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+        parser.error(f"--output {args.output}: name a file in a folder that exists")
     torch.set_num_threads(args.threads)
     device = make_accelerator(args.device, "fp32").device
     layers = str(SIZES[args.size].num_hidden_layers // 2 - 1) if args.moe_layers == "middle" else args.moe_layers
@@ -224,7 +226,6 @@ def main() -> None:
     if args.output:
         config = vars(args) | {"output": str(args.output)}
         gib = {name: vars(value) for name, value in memory.items()}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(
             args.output, environment(device) | {"config": config, "base": base, "variants": rows, "gradient_memory_gib": gib}
         )

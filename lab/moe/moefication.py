@@ -16,7 +16,6 @@ Shapes as in stgc.py: E experts, D hidden size, F neurons (the FFN's size), N ne
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,21 +33,13 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    CamembertConfig,
-    ElectraConfig,
-    LlavaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    RobertaConfig,
-    XLMRobertaConfig,
-)
+from transformers import CONFIG_MAPPING, LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lab.moe import baselines
 from lab.run.cli import UserError
-from lab.run.hub import Checkpoint
+from lab.run.hub import Checkpoint, check_sizes, sketch
+from lab.run.reading import read_json
 from stgc import MoELayer
 from stgc_plus import Experts
 
@@ -214,40 +205,11 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-# Own model types, so that the Auto classes of transformers refuse the model: they would fill in random FFNs.
-class MoefiedBertConfig(BertConfig):
-    model_type = "moefied-bert"
-
-
-class MoefiedRobertaConfig(RobertaConfig):
-    model_type = "moefied-roberta"
-
-
-class MoefiedElectraConfig(ElectraConfig):
-    model_type = "moefied-electra"
-
-
-class MoefiedXLMRobertaConfig(XLMRobertaConfig):
-    model_type = "moefied-xlm-roberta"
-
-
-class MoefiedCamembertConfig(CamembertConfig):
-    model_type = "moefied-camembert"
-
-
-class MoefiedLlavaConfig(LlavaConfig):
-    model_type = "moefied-llava"
-
-
-MOEFIED_CONFIGS = (
-    MoefiedBertConfig,
-    MoefiedRobertaConfig,
-    MoefiedElectraConfig,
-    MoefiedXLMRobertaConfig,
-    MoefiedCamembertConfig,
-    MoefiedLlavaConfig,
-)
-MOEFIED = {config.model_type.removeprefix("moefied-"): config for config in MOEFIED_CONFIGS}
+MOEFIED = {  # own model types, so that the Auto classes of transformers refuse the model: they would fill in random FFNs
+    kind: type(f"Moefied{CONFIG_MAPPING[kind].__name__}", (CONFIG_MAPPING[kind],), {"model_type": f"moefied-{kind}"})
+    for kind in ("bert", "roberta", "electra", "xlm-roberta", "camembert", "llava")
+}
+globals().update({config.__name__: config for config in MOEFIED.values()})  # so that a model can be pickled
 
 
 def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
@@ -332,7 +294,8 @@ def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
     `split` a linear router starts at MoEfication's parameter centres: the mean of the normalised rows of each part.
     """
     shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters)
-    router = baselines.make_router(spec.router, *shape, device="cpu", dtype=torch.float32).to(ffn.first.weight)
+    device = "meta" if ffn.first.weight.is_meta else "cpu"
+    router = baselines.make_router(spec.router, *shape, device=device, dtype=torch.float32).to(ffn.first.weight)
     if spec.experts == "copy":
         experts = copy_ffn(ffn, spec.num_experts)
     else:
@@ -405,6 +368,8 @@ def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
 
 # ---- 6. Loading ----
 
+FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError)
+
 
 def load_moefied(folder: str | Path) -> PreTrainedModel:
     """A moefied model from a folder that `save_pretrained` wrote: same class, tensors and dtypes, in eval mode.
@@ -414,9 +379,9 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        kind = saved.get("model_type", "none")
-        config_class = MOEFIED[kind.removeprefix("moefied-")] if kind.startswith("moefied-") else None
+        saved = check_sizes(read_json(folder / "config.json", architectures=list))
+        kind = str(saved.get("model_type", "none"))
+        config_class = MOEFIED.get(kind.removeprefix("moefied-")) if kind.startswith("moefied-") else None
         if config_class is None:
             raise ValueError(f"its model type is {kind}, not that of a moefied model")
         spec = MoESpec(**saved["moe"])
@@ -424,12 +389,18 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         model_class = getattr(transformers, (saved["architectures"] or ["none"])[0], None)
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             raise ValueError(f"its architecture, {saved['architectures']}, is not in transformers")
-        with no_init_weights():  # all weights are read: drawing random ones first would take most of the time
-            model = model_class(config)
-        model.tie_weights()
-        install(model, replace(spec, split="contiguous"))  # the weights are in their final order already
-        own = model.state_dict(keep_vars=True)
+
+        def build() -> PreTrainedModel:
+            with no_init_weights():  # all weights are read: drawing random ones first would take most of the time
+                model = model_class(config)
+            model.tie_weights()
+            install(model, replace(spec, split="contiguous"))  # the weights are in their final order already
+            return model
+
+        sketch(build, folder)
+        model = build()
         saved_tensors = load_file(folder / "model.safetensors")
+        own = model.state_dict(keep_vars=True)
         for old, new in (("gamma", "weight"), ("beta", "bias")):  # the first names of BERT, and of models saved from it
             saved_tensors = {re.sub(rf"\bLayerNorm\.{old}$", f"LayerNorm.{new}", k): v for k, v in saved_tensors.items()}
         if any("language_model.model." in name for name in saved_tensors):  # written by transformers before 5
@@ -440,16 +411,7 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
         tied = {id(own[name]): value for name, value in saved_tensors.items() if name in own}  # saved under one of its names
         saved_tensors |= {name: tied[id(value)] for name, value in own.items() if id(value) in tied}
         model.load_state_dict(saved_tensors)  # strict; it copies, so the file may be replaced later
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
+    except FAULTS as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"cannot load a moefied model from {folder}: {reason}") from error
     return model.eval()
@@ -457,9 +419,7 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
 
 def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
     """A moefied model, or a dense one of `dense_class` (of transformers), from a folder, in eval mode. UserError."""
-    read = PreTrainedConfig.get_config_dict
-    kind = saved.guard("the config", lambda: read(saved.name, local_files_only=True)[0].get("model_type"))
-    if not str(kind).startswith("moefied-"):
+    if not str(saved.read("config.json").get("model_type")).startswith("moefied-"):
         return saved.model("the model", dense_class, saved.config())
     saved.require("model.safetensors")
     model = saved.guard("the model", lambda: load_moefied(saved.name))

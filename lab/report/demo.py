@@ -7,7 +7,6 @@ conflict ratio and the consistency at each step. Below: the similarities of all 
 matrix of the tokens on the busiest expert, ordered by their similarity with the expert's mean.
 """
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lab.report.figures import STYLES, smooth
+from lab.report.figures import STYLES, save, smooth
+from lab.run.cli import Parser, run_main
 from stgc import STGC, Demo, Experts, LayerStep, STGCConfig
 
 
@@ -94,17 +94,15 @@ def plot_demo(path: Path, steps: int = 200) -> Path:
     axes["histogram"].set(xlabel="similarity of a pair with its expert's mean (eq. 12)", ylabel="density")
     axes["histogram"].legend(frameon=False)
     figure.colorbar(image, ax=[axes["before"], axes["after"]], label="cosine of two tokens' gradients")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="lab.report.demo", description=__doc__)
     parser.add_argument("file", type=Path, help="the picture to write")
     torch.set_num_threads(1)  # more would only wait for each other
     print(plot_demo(parser.parse_args().file))
 
 
 if __name__ == "__main__":
-    main()
+    run_main("lab.report.demo", main, resumes=False)

@@ -8,8 +8,6 @@
 Variants differ in line style and marker as well as in colour, so that a grey print stays readable.
 """
 
-import argparse
-import json
 import os
 import textwrap
 from itertools import cycle, product
@@ -22,8 +20,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lab.report.compare import has_best, select_rows
+from lab.run.cli import Parser, UserError, run_main
 from lab.run.files import written
+from lab.run.runs import read_lines, read_record
 
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 STYLES = [
     ("#1b1b1b", "-", "o"),
     ("#d1495b", "--", "s"),
@@ -44,12 +45,13 @@ HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
 MARKS = {True: ("\u2713 right", "-", "#2e86ab", 1.2), False: ("\u2717 wrong", (0, (4, 2)), "#d1495b", 2.6)}
 
 
-def read_curves(folder: Path) -> dict[str, list[list[dict]]]:
-    """variant -> one list of log lines per seed, from <variant>-s<seed>.jsonl."""
+def read_curves(folder: Path, record: dict) -> dict[str, list[list[dict]]]:
+    """variant, or variant and learning rate -> one list of log lines per seed, of the recorded runs. RunFailed."""
+    names = {f"{run['variant']}{rate}-s{run['seed']}" for run in record["runs"] for rate in ("", f"-lr{run['lr']:g}")}
     curves: dict[str, list[list[dict]]] = {}
-    for path in sorted(folder.glob("*-s[0-9]*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        curves.setdefault(path.stem.rpartition("-s")[0], []).append(lines)
+    for name in sorted(names):
+        if (path := folder / f"{name}.jsonl").is_file():
+            curves.setdefault(name.rpartition("-s")[0], []).append(read_lines(path))
     return curves
 
 
@@ -75,18 +77,21 @@ def smooth(values: list[float]) -> np.ndarray:
 
 
 def save(figure, path: Path) -> Path:
-    """Writes the figure and closes it. Returns the path."""
-    with written(path) as new:
-        figure.savefig(new, dpi=110)
+    """Writes the figure and closes it. Returns the path. UserError if it cannot be a picture's."""
+    try:
+        with written(path) as new:
+            figure.savefig(new, dpi=110)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError) as error:
+        raise UserError(f"{path}: cannot be drawn ({error!s:.120}); name another file or folder") from None
     plt.close(figure)
     return path
 
 
-def plot_run(folder: Path, title: str) -> Path:
+def plot_run(folder: Path, record: dict) -> Path:
     """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, and a thick line
     for the mean over a variant's seeds. Values that no run has logged get no panel. Returns the path of the PNG,
     `curves.png`."""
-    curves = read_curves(folder)
+    curves = read_curves(folder, record)
     lines = [line for runs in curves.values() for lines in runs for line in lines]
     panels = [panel for panel in PANELS if panel[0] == "loss" or any(value_of(line, panel[0]) is not None for line in lines)]
     size = (3.3 * max(2, len(panels)), 3.1)
@@ -103,11 +108,9 @@ def plot_run(folder: Path, title: str) -> Path:
                 points = {"marker": marker, "markersize": 4} if key == "eval_score" else {}
                 axis.plot(drawn[0][0][:shared], mean, style, color=colour, linewidth=1.8, label=variant, **points)
         axis.set(xlabel="step", title=label)
-        axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(record["name"], fontsize=11)
     return save(figure, folder / "curves.png")
 
 
@@ -138,9 +141,7 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> 
             axis.plot(joined, values, "-", color="#999999", linewidth=0.8, zorder=1)
         axis.set_xticks(range(len(rows)), [row.label.replace(", ", "\n") for row in rows], rotation=30, fontsize=9)
         axis.set(title=record["name"], xlim=(-0.6, len(rows) - 0.4))
-        axis.title.set_fontsize(10)
         axis.grid(alpha=0.25, axis="y")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"{what} score in % ({select})")
     for seed, (colour, _, marker) in styles.items():
         axes[0][0].plot([], [], marker, color=colour, label=f"seed {seed}")
@@ -192,8 +193,6 @@ def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str =
         right.set(xlabel=f"% of {modality} tokens", xlim=(0, 116 * max(shares)), ylim=(len(paths) - 0.4, -0.6))
         right.set_title(f"{modality}: the most frequent paths, together {percent(sum(shares))} %", fontsize=10)
         right.locator_params(axis="x", nbins=5)
-        for axis in (left, right):
-            axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper", fontsize=9, handleheight=1.6)
@@ -236,7 +235,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
             picture.imshow(np.asarray(images_N3SS[number]).transpose(1, 2, 0), interpolation="nearest")
         picture.set(xticks=[], yticks=[])
         for spine in picture.spines.values():
-            spine.set(linestyle=style, color=colour, linewidth=width)
+            spine.set(visible=True, linestyle=style, color=colour, linewidth=width)
         title = f"{verdict} ({row['kind']})"
         axis.text(0.5, (deep + side + 0.1) / tall, title, fontsize=10, weight="bold", ha="center")
         text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "parse_math": False, "clip_on": True}
@@ -274,10 +273,8 @@ def draw_idea(path: Path) -> None:
     right.axhline(0, color="#1b1b1b", linewidth=0.8)
     right.set_xticks(x, ["expert 0\n(it conflicts here)", "expert 1", "expert 2", "expert 3"])
     right.set(title="router logits of a conflicting token, pushed by CE(-z, 0)", ylabel="logit")
-    right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 SIX_TOKENS = {  # the example of tutorial.md, section 6: expert -> token -> gradient
@@ -308,13 +305,10 @@ def draw_six_tokens(path: Path) -> None:
         draw_arrow(axis, mean, color="#1b1b1b", linewidth=4.5)
         axis.text(*(mean + (0.35, 0.35)), "mean", fontsize=11, weight="bold")
         axis.set(xlim=(-7, 7), ylim=(-7, 12), aspect="equal", title=f"expert {expert}: gradients, cosines with the mean")
-        axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("dotted: a right angle to the mean. dashed: beyond it, in conflict", fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def pushes(p: np.ndarray) -> dict[str, np.ndarray]:
@@ -337,9 +331,7 @@ def draw_push(path: Path) -> None:
         axis.text(*place, label, color=colour, fontsize=10)
     axis.set(xlabel="score p of the token's expert", ylabel="push on its logit, downwards", ylim=(0, 1.05), xlim=(0, 1))
     axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_taps(path: Path) -> None:
@@ -366,14 +358,11 @@ def draw_taps(path: Path) -> None:
     axis.text(2.7, -1.75, "both seen: flags, and a push on the logits", color="#2e86ab", fontsize=10, ha="center", va="top")
     axis.set(xlim=(-0.9, 12.8), ylim=(-2.2, 1.7))
     axis.axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.report.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = Parser(prog="lab.report.figures", description=__doc__)
     wanted = "a run's output folder, or several; --idea: a PNG; --tutorial: a folder to write"
     parser.add_argument("folder", type=Path, nargs="+", help=wanted)
     parser.add_argument("--idea", action="store_true", help="draw the README's picture of the method instead")
@@ -387,13 +376,17 @@ if __name__ == "__main__":
         draw_push(folder / "tutorial-push.png")
         draw_taps(folder / "tutorial-taps.png")
     else:
-        if missing := [path for path in args.folder if not (path / "results.json").is_file()]:
-            parser.error(f"{missing[0]}: no results.json; give a run's output folder")
-        records = [json.loads((path / "results.json").read_text()) for path in args.folder]
+        records = [read_record(path, "folder") for path in args.folder]
+        if missing := [path for path, record in zip(args.folder, records) if not (record and record["runs"])]:
+            parser.error(f"{missing[0]}: no results.json with a finished run; give a run's output folder")
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:
             print(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
         else:
-            print(plot_run(folder, records[0]["name"]))
+            print(plot_run(folder, records[0]))
             if len({run["variant"] for run in records[0]["runs"]}) > 1:
                 print(plot_comparison(folder, records, select))
+
+
+if __name__ == "__main__":
+    run_main("lab.report.figures", main, resumes=False)

@@ -3,11 +3,12 @@
 A gap within the spread is reported as no difference. No cell is emphasised, and collapsed runs stay in the table.
 """
 
-import argparse
 import json
 from statistics import mean, median, stdev
 
-from lab.run.runs import ROOT
+from lab.run.cli import Parser, UserError
+from lab.run.reading import read_json
+from lab.run.runs import ROOT, read_record
 from lab.vision.instructions import KINDS
 
 RENAMED = {"lab.peer": "lab.bench.peer"}  # old name of a module in recorded commands -> its name now
@@ -115,13 +116,16 @@ def lvlm_table(records: list[dict]) -> str:
 
 def sections() -> dict[str, str]:
     """Mark -> generated text."""
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").rglob("results.json"))]
+    found = [read_record(path.parent, "results of") for path in sorted((ROOT / "results").rglob("results.json"))]
     pictures = [record for record in found if "stages" in record]
     texts = {"results": results_table([record for record in found if "stages" not in record])}
     if pictures:
         texts["lvlm"] = lvlm_table(pictures)
     for path in sorted((ROOT / "results").glob("bench*.json")):
-        record = json.loads(path.read_text())
+        try:
+            record = read_json(path, command=str)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}; restore it") from None
         record["command"] = " ".join(RENAMED.get(word, word) for word in record["command"].split(" "))
         texts[path.stem] = (bench_table if "variants" in record else peer_table)(record)
     return texts
@@ -138,7 +142,7 @@ def render(readme: str) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m lab.report", description=__doc__).parse_args()
+    Parser(prog="lab.report", description=__doc__).parse_args()
     path = ROOT / "README.md"
     before = path.read_text()
     path.write_text(render(before))

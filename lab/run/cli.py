@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -78,6 +79,11 @@ def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
         line, code = f"stopped: {error}; free the disk{', then ' + CONTINUE if resumes else ''}", FAILED
+    except (MemoryError, RuntimeError) as error:
+        text = "out of memory" if isinstance(error, MemoryError) else str(error)
+        if not (found := re.search(r"(out of|not enough|can't allocate) memory[^\n]{,60}", text)):
+            raise
+        line, code = f"stopped: {found[0]}; lower --batch-size or --max-length, or use a smaller model", FAILED
     except KeyboardInterrupt:
         line, code = f"interrupted{'; finished runs are kept, ' + CONTINUE if resumes else ''}", INTERRUPTED
     if os.environ.get("RANK", "0") == "0":

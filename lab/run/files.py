@@ -133,7 +133,7 @@ def make_part(parent: Path) -> Path:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes atomically: a reader finds the old file or the new one, also after a crash."""
-    text = json.dumps(content, indent=1) + "\n"
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     with written(path) as new:
         new.write_text(text)
 

@@ -9,9 +9,11 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import psutil
+import torch
 from huggingface_hub import constants, hf_hub_download, list_repo_files, resolve_revision
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 from huggingface_hub.utils import logging
@@ -19,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
 from lab.run.cli import GLUE_WAYS, UserError, offline_message
+from lab.run.reading import read_json
 
 # ---- 1. Errors ----
 
@@ -29,6 +32,7 @@ FIXES = {  # what a library's message contains: what to say instead of it, if no
         "it has no model.safetensors, and pickled weights are never read",
         "give another, or one that save_pretrained of transformers wrote",
     ),
+    "(of|enough|allocate) memory|MemoryError|Unable to allocate": ("the memory is too small for it", "give a smaller one"),
     "backend tokenizer": ("it has no tokenizer files that can be read", "add its tokenizer.json"),
     "File reconstruction error": ("", "run the command again; HF_HUB_DISABLE_XET=1 avoids this storage"),
     r"\b40[134] [A-Z]": ("", "check the name; if it is gated or private, ask for access on its page, then: hf auth login"),
@@ -85,6 +89,30 @@ def fetch(name: str, pattern: str, kind: str = "model") -> Path:
 
 # ---- 3. Checkpoints ----
 
+SIZES = {"hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads"}
+FEW = 10**8  # weights that every machine can hold
+
+
+def check_sizes(config: dict) -> dict:
+    """The config. ValueError for a size below 1, and for more layers than a model has: some configs list theirs."""
+    for key, value in config.items():
+        low, high = 1 if key in SIZES else value, 1000 if key.endswith(("n_layer", "layers")) else value
+        if isinstance(value, dict):
+            check_sizes(value)
+        elif type(value) is int and not low <= value <= high:
+            raise ValueError(f"its {key} is {value!r:.40}")
+    return config
+
+
+def sketch(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    """`build()` without memory for its weights. ValueError if they are more than its files, or this machine, can hold."""
+    with torch.device("meta"):
+        model = build()
+    count, size = sum(p.numel() for p in model.parameters()), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    if count > (room := FEW + 2 * size if size else psutil.virtual_memory().total // 4):
+        raise ValueError(f"its config describes {count:.2g} weights, its files or this machine hold {room:.2g} at most")
+    return model
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -118,14 +146,26 @@ class Checkpoint:
         options |= {"trust_remote_code": False, "local_files_only": True}
         return self.guard(what, lambda: loader.from_pretrained(folder, **options))
 
+    def read(self, file: str, make: Callable = dict, **kinds):
+        """`make`, such as a dataclass, of the JSON object in a file of the folder."""
+        self.require(file)
+        return self.guard(f"{file} of", lambda: make(**read_json(self.folder() / file, **kinds)))
+
     def config(self, what: str = "the model", **changes) -> PreTrainedConfig:
         self.require("config.json")
+        self.guard(what, lambda: check_sizes(read_json(self.folder() / "config.json")))
         return self.load(what, AutoConfig, **changes)
+
+    def sketch(self, what: str, loader: type, config: PreTrainedConfig) -> nn.Module:
+        """The model without memory for its weights. Refused if its files, or this machine, cannot hold as many."""
+        build = partial(loader.from_config, trust_remote_code=False) if hasattr(loader, "from_config") else loader
+        return self.guard(what, lambda: sketch(partial(build, config), self.folder(what)))
 
     def model(self, what: str, loader: type, config: PreTrainedConfig, new: str = "", dtype="auto") -> nn.Module:
         """The model in eval mode, with every weight from the files. `new`: a pattern of names that the files may lack; the
         head, all that is not below the base model, then is always new. Both are drawn from the global seed. Saved again,
         the weights have the model's own names."""
+        self.sketch(what, loader, config)
         options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = self.load(what, loader, config=config, dtype=dtype, **options)
         prefix, absent = f"{model.base_model_prefix}.", set(info["missing_keys"])
@@ -160,10 +200,11 @@ class Checkpoint:
     def tokenizer(self, config: PreTrainedConfig, added: tuple[str, ...] = ()):
         """The tokenizer, which knows words, and whose tokens, except those `added`, all have a row in the model's table."""
         tokenizer = self.load("the tokenizer", AutoTokenizer, config=config)
+        rows = self.guard("the tokenizer", lambda: tokenizer("a") and config.get_text_config().vocab_size)  # or raises
         ids, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
         if not any(any(map(str.isalnum, token)) for token in ids.keys() - special):  # as transformers makes without files
             self.refuse("its tokenizer knows no words: tokenizer.json is missing or empty")
-        rows, top = config.get_text_config().vocab_size, max(id for token, id in ids.items() if token not in added)
+        top = max(id for token, id in ids.items() if token not in added)
         if top >= rows:
             self.refuse(f"its tokenizer has {top + 1} tokens, the model {rows}")
         return tokenizer

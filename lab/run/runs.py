@@ -10,6 +10,7 @@ is complete or absent. How all of this is written and removed: lab/run/files.py.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -34,6 +35,7 @@ from tqdm.auto import tqdm
 import lab
 from lab.run.cli import Interrupted, RunFailed, UserError
 from lab.run.files import RECORD, claim, lock_list, read_list, refuse_foreign, remove, sync, write_json, written
+from lab.run.reading import check_kinds, parse_json, read_json
 
 ROOT = Path(lab.__file__).resolve().parent.parent  # of the project, wherever in lab/ this file lies
 CHECKPOINTS, STAGES, ENTRIES = "checkpoints", "stages", "entries.json"
@@ -92,19 +94,23 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 # ---- 2. Record ----
 
+RUN = {"variant": str, "seed": int, "lr": float | int, "best": dict | None, "last": dict, "collapsed": bool}
+STAGE = {"stage": str, "seed": int, "scores": dict | None, "blind": dict | None}
+
 
 def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
     """The record of a run folder, or None if there is none. UserError if it is damaged or something else."""
     try:
-        record = json.loads((folder / RECORD).read_text())
-        kinds = {"name": str, "config": dict, "data": dict, "runs": list}
-        wrong = [key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)]
-        if wrong or not all(isinstance(entry, dict) for entry in [*record["runs"], *record.get("stages", [])]):
-            raise ValueError(f"it is not a run's record: no valid {(wrong or ['entries'])[0]}")
+        record = read_json(folder / RECORD, name=str, config=dict, data=dict, runs=list)
+        for key, kinds in (("runs", RUN), ("stages", STAGE), ("resumed", {"versions": dict | None})):
+            for entry in record.get(key, []):
+                check_kinds(entry, f"one of its {key}", **kinds)
+        for scores in (run.get(key) or {} for run in record["runs"] for key in ("best", "last")):
+            check_kinds(scores, "a run's score", **dict.fromkeys(scores, float | int))
         return record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{flag} {folder}: {RECORD} cannot be read ({error}); remove it, or name another folder") from None
 
 
@@ -316,7 +322,7 @@ class RunLog:
         self.file = None
         if main:
             with written(path) as new:  # so that a kill never leaves half of the kept lines
-                new.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+                new.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
             self.file = open(path, "a")
         hidden = None if main else True  # None: off if stderr is not a terminal
         self.bar = tqdm(total=steps, initial=step, desc=path.stem, dynamic_ncols=True, disable=hidden)
@@ -338,7 +344,7 @@ class RunLog:
     def write(self, line: dict) -> None:
         self.lines.append(line)
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
         for name, value in line.items() if self.board else ():
             if isinstance(value, float):
@@ -368,13 +374,15 @@ class RunLog:
                 file.close()
 
 
-def read_lines(path: Path, count: int) -> list[dict]:
-    """The first `count` lines of a curve. RunFailed if it has fewer."""
+def read_lines(path: Path, count: int | None = None) -> list[dict]:
+    """The first `count` lines of a curve, or all. RunFailed if it has fewer, or if one of them is damaged."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()[:count]]
+        lines = [parse_json(line, "one line", step=int) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+        for line in lines:
+            check_kinds(line, "one line", **{key: list if key == "layers" else float | int for key in line})
     except (OSError, ValueError) as error:
         raise RunFailed(f"the curve {path} cannot be read ({error}); start again with --overwrite") from None
-    if len(lines) < count:
+    if count and len(lines) < count:
         raise RunFailed(f"the curve {path} has {len(lines)} lines, its checkpoint {count}; start again with --overwrite")
     return lines
 
@@ -389,8 +397,9 @@ def summary_writer_class():
 
 
 def stats_line(stats: list[dict]) -> dict:
-    """STGC's statistics for a curve: the mean of each over the MoE layers, and the values of each layer under `layers`."""
+    """STGC's finite statistics for a curve: the mean of each over the MoE layers, and each layer's under `layers`."""
     names = ["balance_loss", "conflict_ratio", "judged_ratio", "consistency", "consistency_std", "conflict_loss"]
+    stats = [{key: v for key, v in layer.items() if not isinstance(v, float) or math.isfinite(v)} for layer in stats]
     found = {name: [layer[name] for layer in stats if name in layer] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items() if values} | {"layers": stats}
 
@@ -400,7 +409,7 @@ def check_losses(losses: list[torch.Tensor], last_step: int, accelerator: accele
     names the first step whose loss is not finite."""
     values = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
     for step, value in enumerate(values, start=last_step - len(values) + 1):
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             raise RunFailed(
                 f"the loss is {value} at step {step}; lower the learning rate or --beta, or use --precision fp32 "
                 "(bf16 rather than fp16)"
@@ -520,9 +529,7 @@ class Checkpoints:
         return None
 
     def load_one(self, path: Path) -> dict:
-        state = json.loads((path / "state.json").read_text())
-        if not isinstance(state, dict):
-            raise ValueError("state.json is not a checkpoint's")
+        state = read_json(path / "state.json", digest=str, state=dict, sha256=dict)
         if state.pop("digest") != digest(state):
             raise ValueError("state.json has changed since it was written")
         for name, expected in state["sha256"].items():

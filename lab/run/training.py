@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.run.cli import CONTINUE, Interrupted
+from lab.run.cli import CONTINUE, Interrupted, RunFailed
 from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
@@ -148,6 +148,8 @@ class Training:
         """Writes the epoch's scores to the curve and, with `shown`, to the terminal. Then starts the next epoch."""
         at = self.at
         if scores is not None:
+            if not torch.tensor([*scores.values()]).isfinite().all():
+                raise RunFailed(f"the scores after epoch {at.epoch} are {scores}; lower the learning rate or --beta")
             self.log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in scores.items()})
             shown |= {"epoch": at.epoch, "step": at.step}
             for key in ("loss", "conflict_ratio"):  # the latest value of each
@@ -162,7 +164,7 @@ class Training:
         self.at.losses = check_losses(self.losses, self.at.step, self.accelerator)
         self.at.lines = len(self.log.lines)
         if self.stgc:
-            self.at.stats = [{key: value.tolist() for key, value in numbers.items()} for numbers in self.stgc.numbers]
+            self.at.stats = [{k: v.tolist() for k, v in own.items() if v.isfinite().all()} for own in self.stgc.numbers]
         self.log.sync()
         self.checkpoints.save(self.at.step, asdict(self.at))
 

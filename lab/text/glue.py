@@ -159,6 +159,7 @@ def load_source(name: str, task: Task, model: str, data_dir: str | None, check: 
     checkpoint, kind = Checkpoint("--model", model), "folder" if data_dir else "hub"
     loss = "regression" if task.num_labels == 1 else "single_label_classification"
     config = checkpoint.config(num_labels=task.num_labels, problem_type=loss)
+    checkpoint.sketch("the model", AutoModelForSequenceClassification, config)
     tokenizer = checkpoint.tokenizer(config)
     check(config, tokenizer)
     splits = load_splits(name, task, data_dir)

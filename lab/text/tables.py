@@ -13,6 +13,7 @@ import pyarrow
 from pyarrow.parquet import ParquetFile, write_table
 
 from lab.run.cli import UserError
+from lab.run.reading import parse_json, without_repeats
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # .json also means JSON lines
 Rows = list[dict] | pyarrow.Table
@@ -26,6 +27,7 @@ def read_parquet(file: Path) -> tuple[pyarrow.Table, str]:
     content = file.read_bytes()
     table = ParquetFile(pyarrow.BufferReader(content)).read()
     table.validate(full=True)
+    without_repeats([(name, None) for name in table.column_names])
     return table, sha256(content).hexdigest()
 
 
@@ -40,16 +42,11 @@ def read_rows(file: Path) -> Rows:
         return read_parquet(file)[0]
     with open(file, encoding="utf-8-sig", newline="" if kind == ".csv" else "\n") as lines:
         if kind in (".jsonl", ".json"):
-            for number, line in enumerate(lines, start=1):
-                try:
-                    rows += [{**json.loads(line)}] if line.strip() else []
-                except (ValueError, TypeError):
-                    raise ValueError(f"line {number} is not a JSON object, and each line must be one") from None
-            return rows
+            return [parse_json(line, f"line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+        csv.field_size_limit(2**31 - 1)  # of characters; without it 131,072
         table = csv.reader(lines, strict=True) if kind == ".csv" else (line.rstrip("\r\n").split("\t") for line in lines)
         header = next(table, [])
-        if len(set(header)) < len(header):
-            raise ValueError("two of its columns have the same name")
+        without_repeats([(name, None) for name in header])
         for fields in table:
             if len(fields or [""]) == len(header):
                 rows.append(dict(zip(header, fields or [""])))

@@ -9,7 +9,6 @@ the model's inputs and answers. Nothing in the folder is unpickled or run as cod
   1 Card  2 Saved models  3 Predict  4 Inspect
 """
 
-import json
 import os
 import re
 import textwrap
@@ -78,12 +77,7 @@ def write_task_card(folder: Path, task: str, columns, num_labels: int, max_lengt
 
 def read_task_card(folder: Path, flag: str = "--run") -> TaskCard:
     """The card of a model folder. UserError if it is missing or damaged."""
-    try:
-        return TaskCard(**json.loads((folder / CARD).read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{flag} {folder} has no {CARD}: give a model that was trained with --save-model") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag} {folder}: {CARD} is damaged ({error}); train again with --save-model") from error
+    return Checkpoint(flag, folder, again="train again with --save-model").read(CARD, TaskCard)
 
 
 # ---- 2. Saved models ----

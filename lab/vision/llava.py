@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lab.run.cli import UserError
+from lab.run.reading import name_repeated
 from lab.vision.instructions import IMAGE, KINDS, Instruction, InstructionSet
 
 NAMED = 3  # entries that a message names for each kind of problem
@@ -84,12 +85,6 @@ def by_kind(problems: list[tuple[str, str]]) -> str:
 # ---- 2. Entries ----
 
 ENTRY_KEYS, TURN_KEYS = {"image", "conversations", "id", "kind", "accept"}, {"from", "value"}
-
-
-def name_repeated(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dict. If a key is given twice, its name is under the key None."""
-    found, names = dict(pairs), [name for name, _ in pairs]
-    return found if len(found) == len(names) else {**found, None: max(names, key=names.count)}
 
 
 parse_json = partial(json.loads, object_pairs_hook=name_repeated)

@@ -3,7 +3,7 @@
 Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.   1 Data  2 Parts  3 LLaVA  4 Saved models
 """
 
-import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +27,9 @@ from transformers import (
 
 from lab.moe import baselines, moefication
 from lab.run.cli import UserError
+from lab.run.files import write_json
 from lab.run.hub import Checkpoint
 from lab.run.options import spec_options
-from lab.run.runs import write_json
 from lab.vision.instructions import (
     EOS,
     IMAGE,
@@ -47,6 +47,7 @@ from lab.vision.llava import Problems, load_llava
 from lab.vision.scenes import make_scenes
 
 SIZE = 64  # of a picture without a pretrained CLIP, in pixels
+CAPTION = 77  # positions of a tiny CLIP's text, its end included
 PATCH = 32  # a cell of lab.vision.scenes: with smaller patches the language model hardly learns where the things are
 
 # ---- 1. Data ----
@@ -202,7 +203,7 @@ def caption_end(tokenizer) -> int:
 def make_clip(tokenizer) -> CLIPModel:
     """A tiny, untrained CLIP: four layers for pictures, two for texts, width 128."""
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
-    end, layers = caption_end(tokenizer), {"num_hidden_layers": 2, "max_position_embeddings": 77}
+    end, layers = caption_end(tokenizer), {"num_hidden_layers": 2, "max_position_embeddings": CAPTION}
     text = shape | layers | {"vocab_size": max(len(tokenizer), end + 1)} | special_ids(tokenizer) | {"eos_token_id": end}
     vision = shape | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": PATCH}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
@@ -221,18 +222,21 @@ def load_clip(name: str) -> CLIPModel:
 
 
 def clip_pixels(name: str, clip: CLIPModel) -> Pixels:
-    processor = Checkpoint("--clip", name).load("the image processor", CLIPImageProcessorPil)
-    mean, std = (tuple(map(float, own)) for own in (processor.image_mean, processor.image_std))
-    return Pixels(clip.config.vision_config.image_size, mean, std)
+    checkpoint, vision = Checkpoint("--clip", name), clip.config.vision_config
+    processor = checkpoint.load("the image processor", CLIPImageProcessorPil)
+    triples = lambda: (tuple(map(float, own)) for own in (processor.image_mean, processor.image_std))  # noqa: E731
+    card = checkpoint.guard("the image processor", lambda: Card(vision.image_size, *triples(), count_patches(vision)))
+    return card.pixels
 
 
 class CollateClip:
-    """Pictures with captions, for the contrastive loss of `CLIPModel`. Captions longer than its 77 positions are cut."""
+    """Pictures with captions, for the contrastive loss of `CLIPModel`. `cut`: how many captions are longer than it reads."""
 
     def __init__(self, images_N3SS: Tensor, captions: Sequence[str], tokenizer, pixels: Pixels):
         self.images_N3SS, self.pixels, self.pad_id = images_N3SS, pixels, tokenizer.pad_token_id
         plain = tokenizer(list(captions), split_special_tokens=True)["input_ids"]  # an end inside a text is text
-        self.ids = [[*ids[:76], caption_end(tokenizer)] for ids in plain]
+        self.ids = [[*ids[: CAPTION - 1], caption_end(tokenizer)] for ids in plain]
+        self.cut = sum(len(ids) >= CAPTION for ids in plain)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -280,9 +284,7 @@ def load_lm(name: str) -> tuple[PreTrainedModel, object]:
     """A pretrained decoder and its tokenizer, to which `<image>` is added, and a padding token if it has none. UserError."""
     checkpoint = Checkpoint("--lm", name, "give a folder (--lm DIR), or leave --lm out: a small one is trained")
     config = checkpoint.config("the language model")
-    with torch.device("meta"):  # without memory for its weights
-        options = {"config": config, "trust_remote_code": False}
-        check_decoder(checkpoint.guard("the language model", lambda: AutoModelForCausalLM.from_config(**options)))
+    check_decoder(checkpoint.sketch("the language model", AutoModelForCausalLM, config))
     tokenizer = checkpoint.tokenizer(config, added=(EOS, PAD, IMAGE))
     lm = checkpoint.model("the language model", AutoModelForCausalLM, config, dtype=torch.float32)
     if tokenizer.eos_token_id is None:
@@ -406,27 +408,22 @@ class Card:
     def __post_init__(self):
         whole = all(type(value) is int and 0 < value < 10_000 for value in (self.size, self.image_tokens))
         triples = all(len(value) == 3 and all(type(v) is float for v in value) for value in (self.mean, self.std))
-        if not (whole and triples and 0 not in self.std):
-            raise ValueError(f"{CARD} has invalid values: {asdict(self)}")
+        if not (whole and triples and math.isfinite(sum(self.mean + self.std)) and min(self.std) > 1e-6):
+            raise ValueError(f"invalid values: {asdict(self)}")
 
     @property
     def pixels(self) -> Pixels:
         return Pixels(self.size, tuple(self.mean), tuple(self.std))
 
 
-def load_own(folder: Path, loader: type) -> PreTrainedModel:
+def load_own(saved: Checkpoint, loader: type) -> PreTrainedModel:
     """The model of a stage without a tokenizer. UserError."""
-    saved = Checkpoint("--output-dir", folder, again="remove it to train it again")
     return saved.model("the model", loader, saved.config(), dtype=torch.float32)
 
 
-def load(folder: Path, flag: str) -> tuple[PreTrainedModel, object, Card]:
+def load(saved: Checkpoint) -> tuple[PreTrainedModel, object, Card]:
     """Model (moefied or dense, in eval mode), tokenizer and card, read from this folder only. UserError if it is damaged."""
-    saved = Checkpoint(flag, folder, again="remove it to train it again" if flag == "--output-dir" else "train again")
-    saved.require("config.json", "tokenizer.json", CARD)
-    try:
-        card = Card(**json.loads((folder / CARD).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        saved.refuse(f"its {CARD} cannot be loaded ({error!s:.120})")
+    saved.require("config.json", "tokenizer.json")
+    card = saved.read(CARD, Card)
     model = moefication.load_either(saved, LlavaForConditionalGeneration)
     return model, saved.tokenizer(model.config), card
