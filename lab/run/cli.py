@@ -4,14 +4,19 @@ import argparse
 import errno
 import math
 import os
+import signal
+import stat
 import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+BAD_INPUT, FAILED, CLOSED_PIPE = 2, 1, 141  # exit codes; for a signal 128 + its number
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LONGEST = 400  # characters of a line that reports a failure
 CONTINUE = "the same command with --resume continues"
 
 
@@ -23,8 +28,31 @@ class RunFailed(Exception):
     """A run that cannot continue, such as one with a NaN loss. The message names the step and the fix. Exit code 1."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. The message says what is saved and how to continue. Exit code 130."""
+class Interrupted(KeyboardInterrupt):
+    """One of SIGNALS, by its number. The message says what is saved and how to continue. Exit code 128 + number."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+def printable(text: str) -> str:
+    """The text as one line: what could change the terminal, such as a line break or a colour, is written as `\\n`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def say(*lines: str) -> None:
+    """Prints lines on stdout. All that the scripts print there goes through here."""
+    print(*map(printable, lines), sep="\n")
+
+
+def report(line: str) -> None:
+    """Prints a line on stderr, from one process, and without the middle of a very long one."""
+    line, half = printable(line), LONGEST // 2
+    line = line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+    with suppress(OSError, RuntimeError):  # a closed pipe; a signal that came while a line was printed
+        if sys.stderr and os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +62,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+        report(f"{self.prog}: error: {message}")
+        self.exit(BAD_INPUT)
+
+    def exit(self, *args):
+        sys.stdout.flush()  # --help into a closed pipe or a full disk: argparse would say nothing
+        super().exit(*args)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -61,26 +94,87 @@ def number(convert: type, low: float, high: float | None = None) -> Callable[[st
     return parse
 
 
-def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
-    """Runs a script's main. Bad input, failures and Ctrl-C become an exit code and one line on stderr, from one process.
-    `resumes`: the script trains, and the same command with --resume continues."""
+def path(kind: str) -> Callable[[str], str]:
+    """An argparse type: a path, with its `~` expanded, since a shell does not expand it in --flag=~/path. `kind`: a "file" or
+    "folder", which is there and can be read; a "new file" or "new folder"; a "model": a folder, or the name of a hub model."""
+
+    def parse(text: str) -> str:
+        what, new = ("folder" if kind == "model" else kind.removeprefix("new ")), kind not in ("file", "folder")
+        name, mode, fault = os.path.expanduser(text), None, None
+        try:
+            name.encode()
+            mode = os.stat(name).st_mode
+        except FileNotFoundError:
+            fault = None if new else f"no such {what}; give an existing one"
+        except UnicodeError:
+            fault = "its name is not UTF-8; rename it"
+        except (OSError, ValueError) as error:
+            fault = f"{getattr(error, 'strerror', None) or error}; name another {what}"
+        if not text:
+            fault = f"the name is empty; name a {what}, or leave the flag out"
+        elif name.startswith("~"):
+            fault = "there is no such user; give the whole path"
+        elif mode and not (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode):
+            fault = f"it is not a {what}; name another"
+        elif mode and not os.access(name, os.R_OK | os.X_OK * (what == "folder")):
+            fault = "it cannot be read; change its permissions, or name another"
+        if fault:
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: {fault}")
+        return name
+
+    return parse
+
+
+def handle_signals(handler) -> dict:
+    """Sets the handler of SIGNALS, except of those that are ignored, as SIGHUP is under nohup. Returns the ones before."""
+    return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def run_main(prog: str, main: Callable, resumes: bool = True):
+    """Runs a script's main, or a part of it such as the parsing of its options, and returns the result. Bad input, failures,
+    signals and a closed pipe become an exit code and at most one line on stderr, from one process. Signals do so from then
+    on, also between two parts. `resumes`: the script trains, and the same command with --resume continues."""
+
+    def interrupt(number, _):
+        raise Interrupted("", number)
+
+    def leave(number, _):  # an exception would end up in the imports of a library
+        report(f"{prog}: interrupted")
+        os._exit(128 + number)
+
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a pipe may have an encoding of few characters
+    afterwards, line = signal.SIG_DFL, None  # if this fails, the process ends
+    handle_signals(interrupt)
     try:
-        main()
-        return
+        result = main()
+        sys.stdout.flush()
+        afterwards = leave
+        return result
+    except SystemExit as error:
+        code = error.code
     except UserError as error:
         line, code = f"error: {error}", BAD_INPUT
     except RunFailed as error:
         line, code = f"stopped: {error}", FAILED
-    except Interrupted as error:
-        line, code = f"interrupted: {error}", INTERRUPTED
+    except BrokenPipeError:  # of `| head -1`
+        code = CLOSED_PIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
         line, code = f"stopped: {error}; free the disk{', then ' + CONTINUE if resumes else ''}", FAILED
-    except KeyboardInterrupt:
-        line, code = f"interrupted{'; finished runs are kept, ' + CONTINUE if resumes else ''}", INTERRUPTED
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: {line}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        said = str(error) or (f"finished runs are kept, {CONTINUE}" if resumes else "")
+        line, code = f"interrupted{': ' * bool(said)}{said}", 128 + getattr(error, "number", signal.SIGINT)
+    finally:
+        handle_signals(afterwards)
+    if line:
+        report(f"{prog}: {line}")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # Python tries again at its end, and fails with an exit code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 

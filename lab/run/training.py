@@ -142,7 +142,7 @@ class Training:
             self.save()
             self.start = time.perf_counter()
         if stopped:
-            raise Interrupted(f"{self.name} is saved at step {at.step}; {CONTINUE} there")
+            raise Interrupted(f"{self.name} is saved at step {at.step}; {CONTINUE} there", stopped)
 
     def epoch_done(self, scores: dict | None = None, **shown) -> None:
         """Writes the epoch's scores to the curve and, with `shown`, to the terminal. Then starts the next epoch."""
@@ -155,8 +155,8 @@ class Training:
             self.log.print_line(**shown, **scores)
         at.epoch, at.batch = at.epoch + 1, 0
         self.save()
-        if self.stop.should_stop(0):  # the signal came during the evaluation
-            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {CONTINUE} there")
+        if stopped := self.stop.should_stop(0):  # the signal came during the evaluation
+            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {CONTINUE} there", stopped)
 
     def save(self) -> None:
         self.at.losses = check_losses(self.losses, self.at.step, self.accelerator)
