@@ -62,12 +62,12 @@ def make_parser() -> Parser:
     # use of a saved model
     file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
     parser.add_argument("--predict", **file, help="csv, tsv, jsonl or parquet with the task's sentences; needs --run")
-    text = "output folder of a run with --save-model, or a model folder in it, for --predict"
-    parser.add_argument("--run", type=folder, help=text)
+    parser.add_argument(
+        "--run", type=folder, help="output folder of a run with --save-model, or a model in it, to --predict"
+    )
     text = "where --predict writes; default: <name>.predictions.<ending>"
     parser.add_argument("--output", type=path("new file"), metavar="FILE", help=text)
-    text = "print experts and conflicts of example sentences, token by token"
-    parser.add_argument("--inspect", type=folder, metavar="RUN", help=text)
+    parser.add_argument("--inspect", type=folder, metavar="RUN", help="print experts and conflicts of examples by token")
     return parser
 
 

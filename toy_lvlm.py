@@ -39,17 +39,15 @@ def make_parser() -> Parser:
     parser = Parser(prog="toy_lvlm.py", description=__doc__)
     # what
     options.add_compare(parser, more=f", {', '.join(ROUTINGS)} (see --routing)")
-    text = "hub name or folder of a pretrained CLIP; default: a tiny one is trained"
-    parser.add_argument("--clip", type=path("model"), help=text)
-    text = "hub name or folder of a pretrained Llama-like decoder; default: a small one is trained"
-    parser.add_argument("--lm", type=path("model"), help=text)
+    text = "hub name or folder of a pretrained {}; default: a small one is trained"
+    parser.add_argument("--clip", type=path("model"), help=text.format("CLIP"))
+    parser.add_argument("--lm", type=path("model"), help=text.format("Llama-like decoder"))
     # data
     parser.add_argument("--scenes", type=number(int, 64), default=12000, help="generated pictures to train on")
     parser.add_argument("--test-scenes", type=number(int, 3), default=300, help="generated pictures to test on")
     file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
     parser.add_argument("--data", **file, help="your own instructions in LLaVA's format (JSON list or JSON lines)")
-    text = "the folder of the pictures of --data and --eval-data"
-    parser.add_argument("--image-dir", type=folder, metavar="DIR", help=text)
+    parser.add_argument("--image-dir", type=folder, metavar="DIR", help="folder of the pictures of --data and --eval-data")
     parser.add_argument("--eval-data", **file, help="test data; default: a tenth of --data is held out")
     parser.add_argument("--max-bad", type=number(int, 0), default=0, help="bad entries of your data that may be left out")
     parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
@@ -93,8 +91,7 @@ def make_parser() -> Parser:
     parser.add_argument("--ask", metavar="QUESTION", help="answer a question about --image with the model of --run")
     parser.add_argument("--chat", action="store_true", help="keep asking about --image, line by line")
     parser.add_argument("--image", **file, help="the picture for --ask or --chat; none: text only")
-    text = "output folder of a run, or a model folder in it, for --ask and --chat"
-    parser.add_argument("--run", type=folder, help=text)
+    parser.add_argument("--run", type=folder, help="output folder of a run, or a model in it, for --ask and --chat")
     return parser
 
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lab.report.figures import STYLES, smooth
+from lab.run.cli import say
 from stgc import STGC, Demo, Experts, LayerStep, STGCConfig
 
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the picture to write")
     torch.set_num_threads(1)  # more would only wait for each other
-    print(plot_demo(parser.parse_args().file))
+    say(plot_demo(parser.parse_args().file))
 
 
 if __name__ == "__main__":

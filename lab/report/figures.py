@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import textwrap
+import warnings
 from itertools import cycle, product
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lab.report.compare import has_best, select_rows
+from lab.run.cli import say
 from lab.run.files import written
 
+matplotlib.rcParams["text.parse_math"] = False  # a name such as a$x$ is not a formula
 STYLES = [
     ("#1b1b1b", "-", "o"),
     ("#d1495b", "--", "s"),
@@ -76,7 +79,8 @@ def smooth(values: list[float]) -> np.ndarray:
 
 def save(figure, path: Path) -> Path:
     """Writes the figure and closes it. Returns the path."""
-    with written(path) as new:
+    with written(path) as new, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # its font has no Chinese, for example
         figure.savefig(new, dpi=110)
     plt.close(figure)
     return path
@@ -239,7 +243,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
             spine.set(linestyle=style, color=colour, linewidth=width)
         title = f"{verdict} ({row['kind']})"
         axis.text(0.5, (deep + side + 0.1) / tall, title, fontsize=10, weight="bold", ha="center")
-        text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "parse_math": False, "clip_on": True}
+        text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "clip_on": True}
         axis.text(0.05, (deep - 0.08) / tall, "\n".join(lines), **text)
     return save(figure, path)
 
@@ -392,8 +396,8 @@ if __name__ == "__main__":
         records = [json.loads((path / "results.json").read_text()) for path in args.folder]
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:
-            print(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
+            say(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
         else:
-            print(plot_run(folder, records[0]["name"]))
+            say(plot_run(folder, records[0]["name"]))
             if len({run["variant"] for run in records[0]["runs"]}) > 1:
-                print(plot_comparison(folder, records, select))
+                say(plot_comparison(folder, records, select))

@@ -7,6 +7,7 @@ import argparse
 import json
 from statistics import mean, median, stdev
 
+from lab.run.cli import say
 from lab.run.runs import ROOT
 from lab.vision.instructions import KINDS
 
@@ -142,4 +143,4 @@ def main() -> None:
     path = ROOT / "README.md"
     before = path.read_text()
     path.write_text(render(before))
-    print(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")
+    say(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")

@@ -95,21 +95,20 @@ def number(convert: type, low: float, high: float | None = None) -> Callable[[st
 
 
 def path(kind: str) -> Callable[[str], str]:
-    """An argparse type: a path, with its `~` expanded, since a shell does not expand it in --flag=~/path. `kind`: a "file" or
-    "folder", which is there and can be read; a "new file" or "new folder"; a "model": a folder, or the name of a hub model."""
+    """An argparse type: a path, with the `~` that a shell leaves in --flag=~/path expanded. `kind`: file or folder, for one
+    that can be read; new file or new folder, for one that may be absent; model, for a folder or a name of the hub."""
+    what, absent = kind.replace("model", "folder").removeprefix("new "), kind not in ("file", "folder")
 
     def parse(text: str) -> str:
-        what, new = ("folder" if kind == "model" else kind.removeprefix("new ")), kind not in ("file", "folder")
         name, mode, fault = os.path.expanduser(text), None, None
         try:
-            name.encode()
+            name.encode()  # libraries take no other names
             mode = os.stat(name).st_mode
         except FileNotFoundError:
-            fault = None if new else f"no such {what}; give an existing one"
-        except UnicodeError:
-            fault = "its name is not UTF-8; rename it"
+            fault = None if absent else f"no such {what}; give an existing one"
         except (OSError, ValueError) as error:
-            fault = f"{getattr(error, 'strerror', None) or error}; name another {what}"
+            reason = "it is not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", error)
+            fault = f"{reason}; name another {what}"
         if not text:
             fault = f"the name is empty; name a {what}, or leave the flag out"
         elif name.startswith("~"):
