@@ -62,11 +62,9 @@ def make_parser() -> Parser:
     # use of a saved model
     file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
     parser.add_argument("--predict", **file, help="csv, tsv, jsonl or parquet with the task's sentences; needs --run")
-    parser.add_argument(
-        "--run", type=folder, help="output folder of a run with --save-model, or a model in it, to --predict"
-    )
-    text = "where --predict writes; default: <name>.predictions.<ending>"
-    parser.add_argument("--output", type=path("new file"), metavar="FILE", help=text)
+    parser.add_argument("--run", type=folder, help="folder of a run with --save-model, or of a model in it, for --predict")
+    text = "file that --predict writes; default: <name>.predictions.<ending>"
+    parser.add_argument("--output", type=path("new file"), help=text)
     parser.add_argument("--inspect", type=folder, metavar="RUN", help="print experts and conflicts of examples by token")
     return parser
 
@@ -389,11 +387,10 @@ def main(args) -> None:
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
         device = runs.make_accelerator(args.device, "fp32").device
-        if args.predict:
-            say(*use.predict(args.run, args.predict, args.output, device=device).split("\n"))
-        else:
-            say(*use.inspect(args.inspect, device).split("\n"))
-        return
+        do = (
+            partial(use.predict, args.run, args.predict, args.output) if args.predict else partial(use.inspect, args.inspect)
+        )
+        return say(*do(device=device).split("\n"))
     accelerator = runs.start(args)
     names = PAPER if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"

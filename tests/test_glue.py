@@ -446,7 +446,7 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
             "--data-dir",
             bad_data(tmp_path / "4", sentence2=["a", None, *"abcdef"]),
         ],  # fmt: skip
-        "--seeds 1 1: a seed repeated": ["--seeds", 1, 1],
+        "--seeds 1 1: one repeated": ["--seeds", 1, 1],
         "--lr: 'fast' must be a number at least 0": ["--lr", "fast"],
         "--batch-size: '0' must be an integer at least 1": ["--batch-size", 0],
         "--tau: 'nan' must be a number between": ["--tau", "nan"],

@@ -355,7 +355,7 @@ def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
         ("--routing embedding --top-k 1", "--top-k 1: nothing trains the router of embedding"),
         ("--capacity 0.5 0.5", "--capacity 0.5 0.5: one repeated"),
         ("--variants none,everything", "--variants everything: unknown"),
-        ("--seeds 1 1", "--seeds 1 1: a seed repeated"),
+        ("--seeds 1 1", "--seeds 1 1: one repeated"),
         ("--top-k 5", "--top-k 5 is above --num-experts 4"),
         ("--top-k 4 --conflict-loss reroute", "needs --top-k below --num-experts"),
         ("--clip ./nowhere", "--clip ./nowhere: no such folder"),

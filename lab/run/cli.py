@@ -29,11 +29,7 @@ class RunFailed(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of SIGNALS, by its number. The message says what is saved and how to continue. Exit code 128 + number."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
+    """One of SIGNALS. Its args: what is saved and how to continue, and the signal's number. Exit code 128 + number."""
 
 
 def printable(text: str) -> str:
@@ -78,18 +74,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if hidden else super()._get_help_string(action)
 
 
-def number(convert: type, low: float, high: float | None = None) -> Callable[[str], float]:
+def number(convert: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or a float within [low, high]."""
 
     def parse(text: str):
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value < math.inf or (high is not None and value > high):  # NaN fails the comparison
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} must be a{'n integer' if convert is int else ' number'} {bounds}")
-        return value
+        with suppress(ValueError):
+            if low <= (value := convert(text)) <= high and value < math.inf:  # NaN fails the comparison
+                return value
+        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be a{'n integer' if convert is int else ' number'} {bounds}")
 
     return parse
 
@@ -100,25 +93,22 @@ def path(kind: str) -> Callable[[str], str]:
     what, absent = kind.replace("model", "folder").removeprefix("new "), kind not in ("file", "folder")
 
     def parse(text: str) -> str:
-        name, mode, fault = os.path.expanduser(text), None, None
+        name, reason = os.path.expanduser(text), None
         try:
             name.encode()  # libraries take no other names
             mode = os.stat(name).st_mode
+            if not (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode):
+                reason = f"it is not a {what}"
+            elif not os.access(name, os.R_OK | os.X_OK * stat.S_ISDIR(mode)):
+                reason = "it may not be read"
         except FileNotFoundError:
-            fault = None if absent else f"no such {what}; give an existing one"
+            reason = None if absent else f"no such {what}"
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", error)
-            fault = f"{reason}; name another {what}"
-        if not text:
-            fault = f"the name is empty; name a {what}, or leave the flag out"
-        elif name.startswith("~"):
-            fault = "there is no such user; give the whole path"
-        elif mode and not (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode):
-            fault = f"it is not a {what}; name another"
-        elif mode and not os.access(name, os.R_OK | os.X_OK * (what == "folder")):
-            fault = "it cannot be read; change its permissions, or name another"
-        if fault:
-            raise argparse.ArgumentTypeError(f"{text!r:.80}: {fault}")
+        if not text or name.startswith("~"):
+            reason = "there is no such user" if text else "the name is empty"
+        if reason:
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: {reason}; name another {what}, or leave the flag out")
         return name
 
     return parse
@@ -134,39 +124,40 @@ def run_main(prog: str, main: Callable, resumes: bool = True):
     signals and a closed pipe become an exit code and at most one line on stderr, from one process. Signals do so from then
     on, also between two parts. `resumes`: the script trains, and the same command with --resume continues."""
 
-    def interrupt(number, _):
-        raise Interrupted("", number)
+    at_work, line = True, None
 
-    def leave(number, _):  # an exception would end up in the imports of a library
-        report(f"{prog}: interrupted")
+    def on_signal(number, _):
+        if at_work:
+            raise Interrupted("", number)
+        if line is None:  # between two parts: an exception would end up in a library's imports
+            report(f"{prog}: interrupted")
         os._exit(128 + number)
 
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a pipe may have an encoding of few characters
-    afterwards, line = signal.SIG_DFL, None  # if this fails, the process ends
-    handle_signals(interrupt)
+    handle_signals(on_signal)
     try:
         result = main()
         sys.stdout.flush()
-        afterwards = leave
         return result
     except SystemExit as error:
-        code = error.code
+        line, code = "", error.code
     except UserError as error:
         line, code = f"error: {error}", BAD_INPUT
     except RunFailed as error:
         line, code = f"stopped: {error}", FAILED
     except BrokenPipeError:  # of `| head -1`
-        code = CLOSED_PIPE
+        line, code = "", CLOSED_PIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
         line, code = f"stopped: {error}; free the disk{', then ' + CONTINUE if resumes else ''}", FAILED
     except KeyboardInterrupt as error:
-        said = str(error) or (f"finished runs are kept, {CONTINUE}" if resumes else "")
-        line, code = f"interrupted{': ' * bool(said)}{said}", 128 + getattr(error, "number", signal.SIGINT)
+        said, number = error.args or ("", signal.SIGINT)
+        said = said or f"finished runs are kept, {CONTINUE}" * resumes
+        line, code = f"interrupted{': ' * bool(said)}{said}", 128 + number
     finally:
-        handle_signals(afterwards)
+        at_work = False
     if line:
         report(f"{prog}: {line}")
     for stream in filter(None, (sys.stdout, sys.stderr)):
