@@ -387,10 +387,9 @@ def main(args) -> None:
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
         device = runs.make_accelerator(args.device, "fp32").device
-        do = (
-            partial(use.predict, args.run, args.predict, args.output) if args.predict else partial(use.inspect, args.inspect)
-        )
-        return say(*do(device=device).split("\n"))
+        if args.inspect:
+            return say(*use.inspect(args.inspect, device).split("\n"))
+        return say(*use.predict(args.run, args.predict, args.output, device=device).split("\n"))
     accelerator = runs.start(args)
     names = PAPER if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"

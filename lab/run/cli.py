@@ -93,14 +93,12 @@ def path(kind: str) -> Callable[[str], str]:
     what, absent = kind.replace("model", "folder").removeprefix("new "), kind not in ("file", "folder")
 
     def parse(text: str) -> str:
-        name, reason = os.path.expanduser(text), None
+        name = os.path.expanduser(text)
         try:
             name.encode()  # libraries take no other names
             mode = os.stat(name).st_mode
-            if not (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode):
-                reason = f"it is not a {what}"
-            elif not os.access(name, os.R_OK | os.X_OK * stat.S_ISDIR(mode)):
-                reason = "it may not be read"
+            fits = (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode) and os.access(name, os.R_OK)
+            reason = None if fits else f"it is not a {what} that can be read"
         except FileNotFoundError:
             reason = None if absent else f"no such {what}"
         except (OSError, ValueError) as error:
@@ -114,9 +112,10 @@ def path(kind: str) -> Callable[[str], str]:
     return parse
 
 
-def handle_signals(handler) -> dict:
-    """Sets the handler of SIGNALS, except of those that are ignored, as SIGHUP is under nohup. Returns the ones before."""
-    return {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+def handle_signals(handler: Callable) -> Callable[[], object]:
+    """Sets the handler of SIGNALS, except of those that are ignored, as SIGHUP is under nohup. Returns what undoes it."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    return lambda: [*map(signal.signal, before.keys(), before.values())]
 
 
 def run_main(prog: str, main: Callable, resumes: bool = True):

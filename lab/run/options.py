@@ -125,9 +125,7 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
         parser.error(f"--lr {args.lr:g} is not read when --lrs is given: name all rates in --lrs")
     for flag, values in (("--seeds", args.seeds), ("--variants", args.variants), ("--lrs", lrs)):
         if len(set(values)) < len(values):
-            one = "a seed" if flag == "--seeds" else "one"
-            shown = " ".join(map(str, values))
-            parser.error(f"{flag} {shown}: {one} repeated gives the same run again; name each once")
+            parser.error(f"{flag} {' '.join(map(str, values))}: one repeated gives the same run again; name each once")
     if args.resume and args.overwrite:
         parser.error("--resume keeps the content of --output-dir and --overwrite replaces it: choose one")
 

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm.auto import tqdm
 
 import lab
-from lab.run.cli import Interrupted, RunFailed, UserError, handle_signals, report, say
+from lab.run.cli import Interrupted, RunFailed, UserError, report, say
 from lab.run.files import RECORD, claim, lock_list, read_list, refuse_foreign, remove, sync, write_json, written
 
 ROOT = Path(lab.__file__).resolve().parent.parent  # of the project, wherever in lab/ this file lies
@@ -418,14 +417,6 @@ class StopSignal:
 
     def __init__(self, accelerator: accelerate.Accelerator):
         self.requested, self.accelerator = 0, accelerator  # requested: the signal's number
-
-    def __enter__(self):
-        self.before = handle_signals(self.on_signal)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def on_signal(self, number: int, _):
         if self.requested:

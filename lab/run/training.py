@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.run.cli import CONTINUE, Interrupted
+from lab.run.cli import CONTINUE, Interrupted, handle_signals
 from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
@@ -96,11 +96,11 @@ class Training:
         self.stop = StopSignal(accelerator)
 
     def __enter__(self) -> "Training":
-        self.stop.__enter__()
+        self.let_go = handle_signals(self.stop.on_signal)
         return self
 
     def __exit__(self, *error) -> None:
-        self.stop.__exit__(*error)
+        self.let_go()
         self.log.close()
         if self.stgc:
             self.stgc.detach()
