@@ -61,9 +61,8 @@ class Parser(argparse.ArgumentParser):
         report(f"{self.prog}: error: {message}")
         self.exit(BAD_INPUT)
 
-    def exit(self, *args):
-        sys.stdout.flush()  # --help into a closed pipe or a full disk: argparse would say nothing
-        super().exit(*args)
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)  # argparse would pass over a closed pipe and a full disk
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -136,9 +135,7 @@ def run_main(prog: str, main: Callable, resumes: bool = True):
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a pipe may have an encoding of few characters
     handle_signals(on_signal)
     try:
-        result = main()
-        sys.stdout.flush()
-        return result
+        return main()
     except SystemExit as error:
         line, code = "", error.code
     except UserError as error:
