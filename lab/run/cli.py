@@ -99,7 +99,8 @@ def path(kind: str) -> Callable[[str], str]:
             fits = (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode) and os.access(name, os.R_OK)
             reason = None if fits else f"it is not a {what} that can be read"
         except FileNotFoundError:
-            reason = None if absent else f"no such {what}"
+            long = max(map(len, name.encode().split(b"/"))) > 255  # which the system finds after making the folders above
+            reason = "File name too long" if long else None if absent else f"no such {what}"
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", error)
         if not text or name.startswith("~"):
