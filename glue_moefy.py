@@ -63,8 +63,7 @@ def make_parser() -> Parser:
     file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
     parser.add_argument("--predict", **file, help="csv, tsv, jsonl or parquet with the task's sentences; needs --run")
     parser.add_argument("--run", type=folder, help="folder of a run with --save-model, or of a model in it, for --predict")
-    text = "file that --predict writes; default: <name>.predictions.<ending>"
-    parser.add_argument("--output", type=path("new file"), help=text)
+    parser.add_argument("--output", type=path("new file"), help="of --predict; default: <name>.predictions.<ending>")
     parser.add_argument("--inspect", type=folder, metavar="RUN", help="print experts and conflicts of examples by token")
     return parser
 

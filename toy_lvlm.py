@@ -107,10 +107,9 @@ def parse(argv: list[str]):
     for flag in ("run", "image"):
         if getattr(args, flag):
             parser.error(f"--{flag} goes with --ask or --chat: leave it out, or add one of them")
-    for one, others in (("clip", ["clip"]), ("lm", ["text"])):
-        for flag in (f"{name}_{what}" for name in others for what in ("steps", "lr")):
-            if getattr(args, one) and getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag.replace('_', '-')}: not read with --{one}; leave one of them out")
+    for one, flag in (("clip", "clip_steps"), ("clip", "clip_lr"), ("lm", "text_steps"), ("lm", "text_lr")):
+        if getattr(args, one) and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')}: not read with --{one}; leave one of them out")
     if args.routing != "token" and any(getattr(args, name) != parser.get_default(name) for name in METHOD_FLAGS):
         parser.error(f"--routing {args.routing} has neither loss: leave out --conflict-loss, --beta and similar flags")
     if args.routing != "token" and (args.compare or args.variants):

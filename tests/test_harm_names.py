@@ -1,5 +1,6 @@
 """Names, texts and signals that would end in a traceback, in a raw terminal code or in another exit code: a row per case."""
 
+import argparse
 import ast
 import io
 import json
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -105,6 +107,45 @@ def test_a_path_that_cannot_be_is_one_line(place, capsys, flag, name, reason):
     assert sorted(os.listdir()) == before
 
 
+PERMISSIONS = [  # of a folder or file, whether it is used, and the reason
+    ("folder", 0o444, False, "it is not a folder that can be read"),
+    ("folder", 0o111, False, "it is not a folder that can be read"),
+    ("folder", 0o555, False, None),
+    ("file", 0o222, False, "it is not a file that can be read"),
+    ("file", 0o444, False, None),
+    ("file", 0o666, True, "Permission denied"),  # in a folder that may not be entered
+    ("new file", 0o666, True, "Permission denied"),
+]
+
+
+@pytest.mark.parametrize("kind, mode, closed, reason", PERMISSIONS)
+def test_permissions(kind, mode, closed, reason):
+    """As nobody, if this is root, who may read everything."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
+        path = Path(folder, "x")
+        path.mkdir() if kind == "folder" else path.write_text("")
+        path.chmod(mode)
+        os.chmod(folder, 0o600 if closed else 0o755)
+        if not (child := os.fork()):
+            if os.getuid() == 0:
+                os.setuid(65534)
+            elif closed:
+                os.chmod(folder, 0)
+            try:
+                cli.path(kind)(str(path))
+            except argparse.ArgumentTypeError as error:
+                said.write(str(error))
+                said.flush()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        os.chmod(folder, 0o755)
+        path.chmod(0o755)
+        said.seek(0)
+        text = said.read()
+    assert reason in text and "name another" in text if reason else text == ""
+
+
 def test_home_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "bert").mkdir()
@@ -187,6 +228,13 @@ def test_what_could_change_the_terminal_is_escaped(capsys, text, shown):
     say(text, "two")
     cli.report(text)
     assert capsys.readouterr() == (f"{shown}\ntwo\n", f"{shown}\n")
+
+
+def test_one_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    say("a")
+    cli.report("b")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_line_is_not_longer_than_a_screen(capsys):

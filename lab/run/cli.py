@@ -38,8 +38,9 @@ def printable(text: str) -> str:
 
 
 def say(*lines: str) -> None:
-    """Prints lines on stdout. All that the scripts print there goes through here."""
-    print(*map(printable, lines), sep="\n")
+    """Prints lines on stdout, from one process. All that the scripts print there goes through here."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*map(printable, lines), sep="\n")
 
 
 def report(line: str) -> None:
@@ -90,13 +91,13 @@ def path(kind: str) -> Callable[[str], str]:
     """An argparse type: a path, with the `~` that a shell leaves in --flag=~/path expanded. `kind`: file or folder, for one
     that can be read; new file or new folder, for one that may be absent; model, for a folder or a name of the hub."""
     what, absent = kind.replace("model", "folder").removeprefix("new "), kind not in ("file", "folder")
+    is_right, access = (stat.S_ISDIR, os.R_OK | os.X_OK) if what == "folder" else (stat.S_ISREG, os.R_OK)
 
     def parse(text: str) -> str:
         name = os.path.expanduser(text)
         try:
             name.encode()  # libraries take no other names
-            mode = os.stat(name).st_mode
-            fits = (stat.S_ISDIR if what == "folder" else stat.S_ISREG)(mode) and os.access(name, os.R_OK)
+            fits = is_right(os.stat(name).st_mode) and os.access(name, access)
             reason = None if fits else f"it is not a {what} that can be read"
         except FileNotFoundError:
             long = max(map(len, name.encode().split(b"/"))) > 255  # which the system finds after making the folders above
@@ -122,7 +123,6 @@ def run_main(prog: str, main: Callable, resumes: bool = True):
     """Runs a script's main, or a part of it such as the parsing of its options, and returns the result. Bad input, failures,
     signals and a closed pipe become an exit code and at most one line on stderr, from one process. Signals do so from then
     on, also between two parts. `resumes`: the script trains, and the same command with --resume continues."""
-
     at_work, line = True, None
 
     def on_signal(number, _):

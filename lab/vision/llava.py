@@ -224,8 +224,6 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
     """The good entries in the file's order, each picture once. The others go to `problems`. `image_dir` None: no
     pictures."""
     path, folder = Path(path), None if image_dir is None else Path(image_dir)
-    if folder and not folder.is_dir():
-        raise UserError(f"--image-dir {folder}: no such folder; give the one with the pictures of {flag}")
     entries, earlier, checked = read_entries(path, flag), len(problems.left_out), []
     problems.total += len(entries)
     for where, entry in entries:
