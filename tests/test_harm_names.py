@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow  # many short stories: the table as a whole
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG, RAW = "x" * 300, "\udcff"  # a name that the system refuses, and a byte that is not UTF-8
-CALM = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CALM = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": ""}
 
 
 # ---- 1. Paths on the command line ----
@@ -280,6 +280,8 @@ STREAMS = [  # a program, where its output goes, its exit code, and its stderr
     ([sys.executable, "-c", SAY], "| true", 141, ""),
     ([sys.executable, "-c", SAY], "| head -1 > /dev/null", 141, ""),
     ([sys.executable, "-c", SAY], "> /dev/full", 1, FULL),
+    ([sys.executable, "-c", HEAD + "run_main('p', lambda: say('a'))"], "> /dev/full", 1, FULL),
+    ([sys.executable, "-c", HEAD + "import time; run_main('p', lambda: [time.sleep(0.3), say('a')])"], "| true", 141, ""),
     ([sys.executable, "-c", SAY], "2> /dev/full > /dev/full", 1, ""),
     ([sys.executable, "-c", SAY], ">&-", 0, ""),
     ([sys.executable, "-c", BAD], "2> /dev/full", 2, ""),
@@ -442,11 +444,13 @@ def test_a_signal_during_a_run(words, tmp_path, server, moment, number):  # noqa
     assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name], "a temporary folder is left"
 
 
-def test_each_of_several_processes_stops_and_one_speaks(words, server):  # noqa: F811
-    before = HERE.format(number=int(signal.SIGHUP)) + STEP.format(times=1)
-    done = Launched(2, "glue_moefy.py", *words, "--epochs", "4", before=before).wait()
-    assert done.returncode == 129
-    assert done.stderr.count("glue_moefy.py: interrupted: ce-s0 is saved after epoch 2") == done.stderr.count(NOTICE) == 1
+@pytest.mark.parametrize("rank", "01")
+def test_a_signal_to_one_of_several_processes_stops_all_and_one_speaks(words, server, rank):  # noqa: F811
+    before = HERE.format(number=int(signal.SIGHUP)).replace("here(): ", f"here(): os.environ['RANK'] == '{rank}' and ")
+    started = Launched(2, "glue_moefy.py", *words, "--epochs", "4", before=before + STEP.format(times=1)).ranks
+    assert [one.wait(timeout=120) for one in started] == [129, 129]
+    line = "glue_moefy.py: interrupted: ce-s0 is saved after epoch 2; the same command with --resume continues there\n"
+    assert [one.read("stderr") for one in started] == [NOTICE * (rank == "0") + line, ""]
 
 
 @pytest.mark.parametrize("number", ALL)
