@@ -447,10 +447,10 @@ def test_a_signal_during_a_run(words, tmp_path, server, moment, number):  # noqa
 @pytest.mark.parametrize("rank", "01")
 def test_a_signal_to_one_of_several_processes_stops_all_and_one_speaks(words, server, rank):  # noqa: F811
     before = HERE.format(number=int(signal.SIGHUP)).replace("here(): ", f"here(): os.environ['RANK'] == '{rank}' and ")
-    started = Launched(2, "glue_moefy.py", *words, "--epochs", "4", before=before + STEP.format(times=1)).ranks
-    assert [one.wait(timeout=120) for one in started] == [129, 129]
+    started = Launched(2, "glue_moefy.py", *words, "--epochs", "4", before=before + STEP.format(times=1))
+    assert [one.wait(timeout=60) for one in started.ranks] == [129, 129]
     line = "glue_moefy.py: interrupted: ce-s0 is saved after epoch 2; the same command with --resume continues there\n"
-    assert [one.read("stderr") for one in started] == [NOTICE * (rank == "0") + line, ""]
+    assert [one.read("stderr") for one in started.ranks] == [NOTICE * (rank == "0") + line, ""]
 
 
 @pytest.mark.parametrize("number", ALL)
