@@ -395,9 +395,9 @@ def test_a_signal_while_the_hub_does_not_answer(tmp_path):
         host = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
         line = [sys.executable, "glue_moefy.py", "--task", "rte"]
         with subprocess.Popen(line, cwd=ROOT, env=CALM | host, text=True, stderr=subprocess.PIPE) as process:
-            server.accept()
-            process.send_signal(signal.SIGTERM)
-            assert process.communicate(timeout=30)[1] == "glue_moefy.py: interrupted\n" and process.returncode == 143
+            with server.accept()[0]:  # open, and silent
+                process.send_signal(signal.SIGTERM)
+                assert process.communicate(timeout=30)[1] == "glue_moefy.py: interrupted\n" and process.returncode == 143
 
 
 HERE = "import os, signal\ndef here(): os.kill(os.getpid(), {number})\n"
