@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 
 from lab.run import options
-from lab.run.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, run_main
-from lab.text.tasks import PAPER, TASKS, Task
+from lab.run.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, path, run_main, say
+from lab.text.tasks import HUB, PAPER, TASKS, Task
 
 TOY_DEFAULTS = {"task": "rte", "moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
 
@@ -35,10 +35,10 @@ def make_parser() -> Parser:
     toys = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items())
     text = f"tiny BERT and generated sentence pairs, nothing downloaded; also trains the baseline; other defaults: {toys}"
     parser.add_argument("--toy", action="store_true", help=text)
-    parser.add_argument("--model", default="google-bert/bert-large-cased", help="hub name or folder of a BERT-like encoder")
-    parser.add_argument(
-        "--data-dir", help="folder with <task>/train-*.parquet, as on the hub; default: nyu-mll/glue of the hub"
-    )
+    text = "hub name or folder of a BERT-like encoder"
+    parser.add_argument("--model", type=path("model"), default="google-bert/bert-large-cased", help=text)
+    text = f"folder with <task>/train-*.parquet, as on the hub; default: {HUB} of the hub"
+    parser.add_argument("--data-dir", type=path("folder"), help=text)
     options.add_compare(parser)
     # Mixture-of-Experts
     routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
@@ -60,12 +60,11 @@ def make_parser() -> Parser:
     options.add_run(parser, "runs/<task>-<variant>")
     parser.add_argument("--save-model", action="store_true", help="keep each run's last model, as model-<variant>-s<seed>")
     # use of a saved model
-    parser.add_argument(
-        "--predict", metavar="FILE", help="csv, tsv, jsonl or parquet with the task's sentences; needs --run"
-    )
-    parser.add_argument("--run", help="output folder of a run with --save-model, or a model folder in it, for --predict")
-    parser.add_argument("--output", metavar="FILE", help="where --predict writes; default: <name>.predictions.<ending>")
-    parser.add_argument("--inspect", metavar="RUN", help="print experts and conflicts of example sentences, token by token")
+    file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
+    parser.add_argument("--predict", **file, help="csv, tsv, jsonl or parquet with the task's sentences; needs --run")
+    parser.add_argument("--run", type=folder, help="folder of a run with --save-model, or of a model in it, for --predict")
+    parser.add_argument("--output", type=path("new file"), help="of --predict; default: <name>.predictions.<ending>")
+    parser.add_argument("--inspect", type=folder, metavar="RUN", help="print experts and conflicts of examples by token")
     return parser
 
 
@@ -75,7 +74,6 @@ def parse(argv: list[str]):
     if "--toy" in argv:
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
-    options.expand(args, ("model", "data_dir", "predict", "run", "output", "inspect", "output_dir"))
     if args.predict or args.inspect:
         if args.predict and not args.run:
             parser.error("--predict FILE needs --run RUN (a run with --save-model)")
@@ -94,9 +92,10 @@ def parse(argv: list[str]):
         parser.error(f"--toy makes pairs in the format of rte: use --task rte, or {args.task} without --toy")
     if args.toy and (args.data_dir or args.model != parser.get_default("model")):
         parser.error("--toy makes its own model and data: leave out --model and --data-dir, or leave out --toy")
-    if args.data_dir and not Path(args.data_dir).is_dir():
-        parser.error(f"--data-dir {args.data_dir}: no such folder; give an existing one, or leave it out to use the hub")
     if not args.toy:
+        if not args.data_dir and Path(HUB).is_dir():  # `datasets` reads it
+            args.data_dir = HUB
+            say(f"note: the data are read from the folder {HUB} here, not from the hub")
         options.check_model(parser, "--model", args.model, GLUE_WAYS)
         if Path(args.model).is_dir() and not args.data_dir:
             hub_is_reachable(parser)  # sets offline mode for the data, if needed
@@ -109,7 +108,7 @@ def run_key(args, variant: str, lr: float, seed: int) -> str:
 
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and errors come at once
-    ARGS = parse(sys.argv[1:])
+    ARGS = run_main("glue_moefy.py", lambda: parse(sys.argv[1:]), resumes=False)
 
 # ruff: noqa: E402
 from itertools import product
@@ -223,7 +222,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
             run.epoch_done(scores, task=job.source.name, variant=variant, seed=seed)
     if kept["answer"] is not None and accelerator.is_main_process:
         kind = "the number" if job.task.num_labels == 1 else "class"
-        print(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {kept['answer']}; this is not a result")
+        say(f"collapse: {variant}, seed {seed}: every dev example gets {kind} {kept['answer']}; this is not a result")
     if args.save_model:
         save_model(job, name, model)
     return {
@@ -257,7 +256,7 @@ def make_card(args, task: Task, source: glue.Source) -> use.TaskCard:
     try:
         return use.TaskCard(source.name, task.columns, task.num_labels, args.max_length, labels, examples)
     except ValueError as error:
-        where = args.data_dir or glue.HUB
+        where = args.data_dir or HUB
         raise UserError(f"--data-dir {where}: a saved model's card would have {error}; rename the classes") from None
 
 
@@ -330,9 +329,9 @@ def train_all(job: Job, parameters: moefication.Parameters) -> dict:
     data = {"train": len(job.encoded["train"]), "dev": len(job.encoded[job.task.dev[0]]), "source": source.kind}
     record = runs.RunFolder(folder, source.name, vars(args), data, accelerator, made_from(job))
     if main:
-        print(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
+        say(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
         million = (parameters.total / 1e6, parameters.active / 1e6)
-        print("{}\nparameters: {:.1f} M in all, {:.1f} M active per token".format(job.spec, *million))
+        say(job.spec, "parameters: {:.1f} M in all, {:.1f} M active per token".format(*million))
         runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         for variant in args.variants:
@@ -347,7 +346,7 @@ def train_all(job: Job, parameters: moefication.Parameters) -> dict:
                 elif main:
                     lost = args.save_model and not (folder / f"model-{key}").is_dir()
                     note = "; its model was not saved, train again with --overwrite to get one" * lost
-                    print(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already{note}")
+                    say(f"task={source.name} variant={variant} seed={seed} lr={lr:g}: complete already{note}")
                 if main and record.is_newer_than("curves.png"):
                     figures.plot_run(folder, record.record)
                 runs.remove_checkpoints(folder / runs.CHECKPOINTS / key, accelerator)
@@ -355,7 +354,7 @@ def train_all(job: Job, parameters: moefication.Parameters) -> dict:
         runs.write_json(folder / "all_results.json", all_results(record.record))
         if len(args.variants) > 1:
             figures.plot_comparison(folder, [record.record])
-        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and plots")
+        say("", *summarize(record.record).split("\n"), "", f"written: {folder}/results.json and plots")
     return record.record
 
 
@@ -387,11 +386,9 @@ def main(args) -> None:
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
         device = runs.make_accelerator(args.device, "fp32").device
-        if args.predict:
-            print(use.predict(args.run, args.predict, args.output, device=device))
-        else:
-            print(use.inspect(args.inspect, device))
-        return
+        if args.inspect:
+            return say(*use.inspect(args.inspect, device).split("\n"))
+        return say(*use.predict(args.run, args.predict, args.output, device=device).split("\n"))
     accelerator = runs.start(args)
     names = PAPER if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
@@ -407,8 +404,8 @@ def main(args) -> None:
             return
         figures.plot_comparison(folder, records)
         for select in ("best", "last"):
-            print(f"\n{compare.paper_table(records, select)}")
+            say("", *compare.paper_table(records, select).split("\n"))
 
 
 if __name__ == "__main__":
-    run_main("glue_moefy.py", lambda: main(ARGS))
+    run_main("glue_moefy.py", lambda: main(ARGS), resumes=not (ARGS.predict or ARGS.inspect))

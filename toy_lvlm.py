@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab.run import options
-from lab.run.cli import Parser, UserError, number, run_main
+from lab.run.cli import Parser, UserError, number, path, report, run_main, say
 
 ROUTINGS = ("embedding", "feature", "task")
 STAGES = {  # flag: (default steps, learning rate, rate with a pretrained language model as in MoE-LLaVA, what is trained)
@@ -39,16 +39,16 @@ def make_parser() -> Parser:
     parser = Parser(prog="toy_lvlm.py", description=__doc__)
     # what
     options.add_compare(parser, more=f", {', '.join(ROUTINGS)} (see --routing)")
-    parser.add_argument("--clip", help="hub name or folder of a pretrained CLIP; default: a tiny one is trained")
-    parser.add_argument(
-        "--lm", help="hub name or folder of a pretrained Llama-like decoder; default: a small one is trained"
-    )
+    text = "hub name or folder of a pretrained {}; default: a small one is trained"
+    parser.add_argument("--clip", type=path("model"), help=text.format("CLIP"))
+    parser.add_argument("--lm", type=path("model"), help=text.format("Llama-like decoder"))
     # data
     parser.add_argument("--scenes", type=number(int, 64), default=12000, help="generated pictures to train on")
     parser.add_argument("--test-scenes", type=number(int, 3), default=300, help="generated pictures to test on")
-    parser.add_argument("--data", metavar="FILE", help="your own instructions in LLaVA's format (JSON list or JSON lines)")
-    parser.add_argument("--image-dir", metavar="DIR", help="the folder of the pictures of --data and --eval-data")
-    parser.add_argument("--eval-data", metavar="FILE", help="test data; default: a tenth of --data is held out")
+    file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
+    parser.add_argument("--data", **file, help="your own instructions in LLaVA's format (JSON list or JSON lines)")
+    parser.add_argument("--image-dir", type=folder, metavar="DIR", help="folder of the pictures of --data and --eval-data")
+    parser.add_argument("--eval-data", **file, help="test data; default: a tenth of --data is held out")
     parser.add_argument("--max-bad", type=number(int, 0), default=0, help="bad entries of your data that may be left out")
     parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
     # Mixture-of-Experts
@@ -90,8 +90,8 @@ def make_parser() -> Parser:
     # use of a trained model
     parser.add_argument("--ask", metavar="QUESTION", help="answer a question about --image with the model of --run")
     parser.add_argument("--chat", action="store_true", help="keep asking about --image, line by line")
-    parser.add_argument("--image", metavar="FILE", help="the picture for --ask or --chat; none: text only")
-    parser.add_argument("--run", help="output folder of a run, or a model folder in it, for --ask and --chat")
+    parser.add_argument("--image", **file, help="the picture for --ask or --chat; none: text only")
+    parser.add_argument("--run", type=folder, help="output folder of a run, or a model in it, for --ask and --chat")
     return parser
 
 
@@ -99,7 +99,6 @@ def parse(argv: list[str]):
     """The options, checked as far as possible without loading anything. `args.variants` is the list of variants to train."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    options.expand(args, ("clip", "lm", "data", "image_dir", "eval_data", "image", "run", "output_dir"))
     if args.ask is not None or args.chat:
         if not args.run:
             parser.error("--ask and --chat need --run RUN, the output folder of a finished run")
@@ -108,10 +107,9 @@ def parse(argv: list[str]):
     for flag in ("run", "image"):
         if getattr(args, flag):
             parser.error(f"--{flag} goes with --ask or --chat: leave it out, or add one of them")
-    for one, others in (("clip", ["clip"]), ("lm", ["text"])):
-        for flag in (f"{name}_{what}" for name in others for what in ("steps", "lr")):
-            if getattr(args, one) and getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag.replace('_', '-')}: not read with --{one}; leave one of them out")
+    for one, flag in (("clip", "clip_steps"), ("clip", "clip_lr"), ("lm", "text_steps"), ("lm", "text_lr")):
+        if getattr(args, one) and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')}: not read with --{one}; leave one of them out")
     if args.routing != "token" and any(getattr(args, name) != parser.get_default(name) for name in METHOD_FLAGS):
         parser.error(f"--routing {args.routing} has neither loss: leave out --conflict-loss, --beta and similar flags")
     if args.routing != "token" and (args.compare or args.variants):
@@ -138,9 +136,6 @@ def parse(argv: list[str]):
         parser.error("--bpr needs a capacity: add --capacity 0.5, or leave it out")
     if (args.image_dir or args.eval_data or args.max_bad) and not args.data:
         parser.error("--image-dir, --eval-data and --max-bad go with --data: add --data FILE.json, or leave them out")
-    for flag, value in (("--data", args.data), ("--eval-data", args.eval_data)):
-        if value and not Path(value).expanduser().is_file():
-            parser.error(f"{flag} {value}: no such file; give a JSON file in LLaVA's format")
     for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
         if name:
             options.check_model(parser, flag, name, f"give a folder ({flag} DIR), or leave {flag} out: one is trained")
@@ -148,7 +143,7 @@ def parse(argv: list[str]):
 
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and errors come at once
-    ARGS = parse(sys.argv[1:])
+    ARGS = run_main("toy_lvlm.py", lambda: parse(sys.argv[1:]), resumes=False)
 
 # ruff: noqa: E402
 import random
@@ -209,7 +204,7 @@ class Job:
 
     def print_line(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            print(f"seed {self.seed}: {text}", flush=True)
+            say(f"seed {self.seed}: {text}")
 
 
 # ---- 1. Training ----
@@ -500,20 +495,20 @@ def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
 
 def ask(args) -> None:
     """Answers --ask, then, with --chat, each line from the terminal. Questions are independent of each other."""
-    folder = newest_model(Path(args.run).expanduser())
+    folder = newest_model(Path(args.run))
     model, tokenizer, card = lvlm.load(Checkpoint("--run", folder, again="train again"))
     model.to(runs.make_accelerator(args.device, "fp32").device)
     pictures = torch.empty(0, 3, card.size, card.size, dtype=torch.uint8)
     if args.image:
         try:
-            pictures = llava.read_picture(Path(args.image).expanduser(), card.size).unsqueeze(0)
+            pictures = llava.read_picture(Path(args.image), card.size).unsqueeze(0)
         except llava.BadEntry as error:
             raise UserError(f"--image: {error}") from None
-    print(f"{folder}, {args.image or 'no picture'}", file=sys.stderr)
+    report(f"{folder}, {args.image or 'no picture'}")
     for question in questions(args):
         if instructions.IMAGE in question:
-            print(f"note: {instructions.IMAGE} in a question is left out; a picture stands before it", file=sys.stderr)
-        print(lvlm.ask(model, tokenizer, card, pictures, question) or "(no answer)", flush=True)
+            report(f"note: {instructions.IMAGE} in a question is left out; a picture stands before it")
+        say(lvlm.ask(model, tokenizer, card, pictures, question) or "(no answer)")
 
 
 def questions(args):
@@ -606,13 +601,13 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
     record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator, made_from)
     if main_process and problems.total:
         runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})
-        print(problems.summary() or f"all {problems.total} entries are used unchanged")
+        say(problems.summary() or f"all {problems.total} entries are used unchanged")
     if main_process:
-        print(
+        say(
             f"{record.record['name']}: {sizes['train']} instructions on {pictures['train_pictures']} pictures to train, "
             f"{sizes['test']} on {pictures['test_pictures']} to test"
         )
-        print(spec)
+        say(spec)
         runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)
@@ -634,8 +629,8 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
     if main_process:
         if len(args.variants) > 1:
             figures.plot_comparison(folder, [record.record], "last")
-        print(f"\n{summarize(record.record)}\n\nwritten: {folder}/results.json and plots")
+        say("", *summarize(record.record).split("\n"), "", f"written: {folder}/results.json and plots")
 
 
 if __name__ == "__main__":
-    run_main("toy_lvlm.py", lambda: main(ARGS))
+    run_main("toy_lvlm.py", lambda: main(ARGS), resumes=not (ARGS.chat or ARGS.ask is not None))

@@ -1,6 +1,7 @@
 """What the tests share: a seed, one thread, a small network of MoE layers with a batch for it, and comparisons."""
 
 import gc
+import signal
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ from forked import serve
 from torch import Tensor, nn
 
 import stgc_plus
+from lab.run.cli import SIGNALS
 from stgc import MoELayer, Verdict
 from stgc_plus import STGC
 
@@ -45,6 +47,15 @@ def swift():
 def seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def handlers():
+    """For what runs `run_main` in this process: signals are handled as before again."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Net(nn.Module):

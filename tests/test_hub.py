@@ -207,7 +207,7 @@ FAILURES = {
     "config, 404": (Fault("404", CONFIG_FILE), "404 Not Found", LOGIN),
     "config, cut": (Fault("cut", CONFIG_FILE), "peer closed connection .*received .* bytes", OF_MODEL),
     "config, no answer": (Fault("drop", CONFIG_FILE), "Server disconnected", OF_MODEL),
-    "config, half": (Fault("half", CONFIG_FILE), "'config.json' is not a valid JSON", OF_MODEL),
+    "config, half": (Fault("half", CONFIG_FILE), "config.json is not a JSON object", OF_MODEL),
     "no repository": (Fault("401", "api/models", code="RepoNotFound"), "Repository Not Found", LOGIN),
     "repository, 500": (Fault("500", "api/models"), "500 Internal", OF_MODEL),
     "list, 500": (Fault("500", "api/models/.*/tree"), "500 Internal", OF_MODEL),
@@ -315,7 +315,7 @@ def test_what_the_model_cannot_do_is_found_before_data_and_weights(place, flags)
 DAMAGED = {
     "train-00000-of-00001.parquet": "train-00000-of-00001.parquet is not readable Parquet",
     "model.safetensors": "--model: the model",
-    "config.json": "'config.json' is not a valid JSON",
+    "config.json": "config.json is not a JSON object",
     "tokenizer.json": "the tokenizer",
     "README.md": "rte of nyu-mll/glue cannot be loaded",
 }

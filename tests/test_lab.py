@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -16,7 +15,7 @@ from test_glue import data, model  # noqa: F401  (fixtures)
 
 from lab.bench import step as bench
 from lab.report import figures, readme
-from lab.run import options, runs
+from lab.run import runs
 from lab.run.cli import Parser, RunFailed, UserError, model_is_cached, number, run_main
 from lab.run.hub import from_hub
 from lab.text.metrics import GlueMetric
@@ -243,14 +242,7 @@ def test_a_damaged_folder_says_why_also_offline(tmp_path, monkeypatch):
             from_hub("the CLIP", "--clip", str(name), load, "a way")
 
 
-def test_home_is_expanded(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    args = SimpleNamespace(model="~/bert", data_dir=None, run="a~b")
-    options.expand(args, ("model", "data_dir", "run"))
-    assert vars(args) == {"model": "/home/me/bert", "data_dir": None, "run": "a~b"}
-
-
-def test_who_cannot_resume_is_not_told_to(capsys):
+def test_who_cannot_resume_is_not_told_to(capsys, handlers):
     def interrupted():
         raise KeyboardInterrupt
 

@@ -384,8 +384,6 @@ def test_fatal(data, content, message):
 
 
 def test_no_image_dir(data):
-    with pytest.raises(UserError, match="^--image-dir /no/such: no such folder; give the one .* of --eval-data$"):
-        data(GOOD, image_dir="/no/such", flag="--eval-data")
     with pytest.raises(UserError, match="^--image-dir is missing: give the folder"):
         data(GOOD, Problems(100), image_dir=None)
     with pytest.raises(UserError, match="^--eval-data .*neither"):

@@ -14,22 +14,22 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from lab.run.cli import Parser, RunFailed, number, run_main
+from lab.run.cli import Parser, RunFailed, number, path, run_main, say
 from lab.text.tasks import TASKS
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="lab.bench.peer", description=__doc__)
     parser.add_argument("--task", choices=list(TASKS), default="rte", help="GLUE task")
-    parser.add_argument("--model", required=True, help="hub name or folder of a BERT-like encoder")
-    parser.add_argument("--data-dir", help="folder in the hub's layout; default: nyu-mll/glue there")
+    parser.add_argument("--model", type=path("model"), required=True, help="hub name or folder of a BERT-like encoder")
+    parser.add_argument("--data-dir", type=path("folder"), help="folder in the hub's layout; default: nyu-mll/glue there")
     parser.add_argument("--moe-layers", default="2", help="as for glue_moefy.py")
     parser.add_argument("--variants", nargs="+", default=["none", "ce", "ce-one"], help="as for glue_moefy.py")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of both")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--samples", type=number(int, 1), default=640, help="training examples of a round, one epoch")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="rounds; in each, all take turns")
-    parser.add_argument("--output", type=Path, help="write the record here as json")
+    parser.add_argument("--output", type=path("new file"), help="write the record here as json")
     parser.add_argument("--trainer", action="store_true", help="only one round of the Trainer, in this process")
     return parser
 
@@ -94,25 +94,23 @@ def main() -> None:
     if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
         parser.error(f"--output {args.output}: name a file in a folder that exists")
     if args.trainer:
-        print(json.dumps({"samples_per_second": run_trainer(args)}))
+        say(json.dumps({"samples_per_second": run_trainer(args)}))
         return
     rounds = []
     for turn in range(args.rounds):
         words = [sys.executable, "-m", "lab.bench.peer", "--trainer", *sys.argv[1:]]
         found = {"Trainer, dense": json.loads(run_child(words).splitlines()[-1])["samples_per_second"]}
         rounds.append(found | {variant: run_ours(args, variant) for variant in args.variants})
-        print(f"round {turn + 1}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in rounds[-1].items()), flush=True)
+        say(f"round {turn + 1}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in rounds[-1].items()))
     ratios = {name: [row[name] / row["Trainer, dense"] for row in rounds] for name in rounds[0]}
     for name, values in ratios.items():
-        print(f"{name:<20}{median(row[name] for row in rounds):8.1f} samples/s {median(values):8.3f}x of the Trainer's")
+        say(f"{name:<20}{median(row[name] for row in rounds):8.1f} samples/s {median(values):8.3f}x of the Trainer's")
     if args.output:
         from lab.run.runs import environment, make_accelerator, write_json
 
         made_by = environment(make_accelerator("auto", "fp32").device)
-        config = vars(args) | {"output": str(args.output)}
-        write_json(
-            args.output, made_by | {"config": config, "rounds": rounds, "ratio": {k: median(v) for k, v in ratios.items()}}
-        )
+        rest = {"config": vars(args), "rounds": rounds, "ratio": {k: median(v) for k, v in ratios.items()}}
+        write_json(Path(args.output), made_by | rest)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from transformers import (
 
 import stgc_hf
 from lab.moe import moefication
-from lab.run.cli import Parser, number
+from lab.run.cli import Parser, number, path, say
 from lab.run.runs import environment, make_accelerator, write_json
 from stgc_plus import STGC, STGCConfig
 
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--length", type=number(int, 4), default=64, help="tokens of the longest sequence")
     parser.add_argument("--threads", type=number(int, 1), default=2, help="threads of the CPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-    parser.add_argument("--output", type=Path, help="write the record here as json")
+    parser.add_argument("--output", type=path("new file"), help="write the record here as json")
     args = parser.parse_args()
     if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
         parser.error(f"--output {args.output}: name a file in a folder that exists")
@@ -191,10 +191,10 @@ def main() -> None:
     names = list(dict.fromkeys([*bases, *(args.variants or variants)]))
     shared = (args.size, layers, args.batch_size, args.length, device)
 
-    print("stored token gradients, the paper's settings (sec. 6.4)")
+    say("stored token gradients, the paper's settings (sec. 6.4)")
     memory = {name: gradient_memory(*setting) for name, setting in PAPER_MODELS.items()}
     for name, gib in memory.items():
-        print(f"  {name:<15} biases {gib.bias_gib:7.2f} GiB   weights {gib.weight_gib:7.1f} GiB   one pass: none stored")
+        say(f"  {name:<15} biases {gib.bias_gib:7.2f} GiB   weights {gib.weight_gib:7.1f} GiB   one pass: none stored")
 
     peaks = {name: peak_bytes(name, *shared, kind=args.model) for name in names}
     benches = [Bench(name, *shared, kind=args.model) for name in names]
@@ -207,8 +207,8 @@ def main() -> None:
     rows = {}
     base = min(bases, key=lambda name: median(seconds[name]))
     title = f"{args.size} BERT, MoE in layer(s) {layers}" if args.model == "bert" else f"{args.size} {args.model}"
-    print(f"\n{title}, {args.batch_size} x {args.length}, {device}, {args.threads} threads; ratio to {base}")
-    print(f"  {'variant':<30}{'step':>10}{'ratio':>14}{'middle half':>16}{'peak memory':>13}")
+    say("", f"{title}, {args.batch_size} x {args.length}, {device}, {args.threads} threads; ratio to {base}")
+    say(f"  {'variant':<30}{'step':>10}{'ratio':>14}{'middle half':>16}{'peak memory':>13}")
     for name in names:
         ratios = [taken / base for taken, base in zip(seconds[name], seconds[base], strict=True)]
         low, _, high = quantiles(ratios, n=4)
@@ -219,13 +219,11 @@ def main() -> None:
             "peak_bytes": peaks[name],
             "peak_ratio": peaks[name] / peaks[base],
         }
-        print(
+        say(
             f"  {name:<30}{rows[name]['seconds']:>9.3f}s{rows[name]['ratio']:>13.3f}x{low:>8.3f} to {high:.3f}"
             f"{rows[name]['peak_ratio']:>12.3f}x"
         )
     if args.output:
-        config = vars(args) | {"output": str(args.output)}
         gib = {name: vars(value) for name, value in memory.items()}
-        write_json(
-            args.output, environment(device) | {"config": config, "base": base, "variants": rows, "gradient_memory_gib": gib}
-        )
+        record = environment(device) | {"config": vars(args), "base": base, "variants": rows, "gradient_memory_gib": gib}
+        write_json(Path(args.output), record)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from scipy.stats import t as student
 
 from lab.report.readme import spread
+from lab.run.cli import printable
 
 BASELINE = "none"
 FIRST = ("dense", BASELINE)  # the rows at the top
@@ -196,7 +197,7 @@ def paper_table(records: list[dict], select: str = "best") -> str:
             texts.append(f"{row.label}{'' if whole else ' ' + spread(scores)} ({count})")
             if whole:
                 ours.setdefault(row.variant if select == "best" else row.label, {})[name] = scores
-        notes[whole].append(f"- {name}, {config.get('model', 'model not recorded')}: {'; '.join(texts)}")
+        notes[whole].append(f"- {name}, {printable(config.get('model', 'model not recorded'))}: {'; '.join(texts)}")
     lines = [["row", *COLUMNS.values(), "Avg"]]
     lines += [[f"published: {name}", *(f"{value:.1f}" for value in row)] for name, row in PUBLISHED.items()]
     for name in in_order(ours):

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lab.report.figures import STYLES, save, smooth
-from lab.run.cli import Parser, run_main
+from lab.run.cli import Parser, run_main, say
 from stgc import STGC, Demo, Experts, LayerStep, STGCConfig
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser = Parser(prog="lab.report.demo", description=__doc__)
     parser.add_argument("file", type=Path, help="the picture to write")
     torch.set_num_threads(1)  # more would only wait for each other
-    print(plot_demo(parser.parse_args().file))
+    say(plot_demo(parser.parse_args().file))
 
 
 if __name__ == "__main__":

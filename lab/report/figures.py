@@ -10,6 +10,7 @@ Variants differ in line style and marker as well as in colour, so that a grey pr
 
 import os
 import textwrap
+import warnings
 from itertools import cycle, product
 from pathlib import Path
 
@@ -20,11 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lab.report.compare import has_best, select_rows
-from lab.run.cli import Parser, UserError, run_main
+from lab.run.cli import Parser, UserError, run_main, say
 from lab.run.files import written
 from lab.run.runs import read_lines, read_record
 
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+plt.rcParams["text.parse_math"] = False  # a name such as a$x$ is not a formula
 STYLES = [
     ("#1b1b1b", "-", "o"),
     ("#d1495b", "--", "s"),
@@ -79,7 +81,8 @@ def smooth(values: list[float]) -> np.ndarray:
 def save(figure, path: Path) -> Path:
     """Writes the figure and closes it. Returns the path. UserError if it cannot be a picture's."""
     try:
-        with written(path) as new:
+        with written(path) as new, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # its font has no Chinese, for example
             figure.savefig(new, dpi=110)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError) as error:
         raise UserError(f"{path}: cannot be drawn ({error!s:.120}); name another file or folder") from None
@@ -238,7 +241,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
             spine.set(visible=True, linestyle=style, color=colour, linewidth=width)
         title = f"{verdict} ({row['kind']})"
         axis.text(0.5, (deep + side + 0.1) / tall, title, fontsize=10, weight="bold", ha="center")
-        text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "parse_math": False, "clip_on": True}
+        text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "clip_on": True}
         axis.text(0.05, (deep - 0.08) / tall, "\n".join(lines), **text)
     return save(figure, path)
 
@@ -381,11 +384,11 @@ def main() -> None:
             parser.error(f"{missing[0]}: no results.json with a finished run; give a run's output folder")
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:
-            print(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
+            say(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
         else:
-            print(plot_run(folder, records[0]))
+            say(plot_run(folder, records[0]))
             if len({run["variant"] for run in records[0]["runs"]}) > 1:
-                print(plot_comparison(folder, records, select))
+                say(plot_comparison(folder, records, select))
 
 
 if __name__ == "__main__":

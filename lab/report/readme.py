@@ -6,7 +6,7 @@ A gap within the spread is reported as no difference. No cell is emphasised, and
 import json
 from statistics import mean, median, stdev
 
-from lab.run.cli import Parser, UserError
+from lab.run.cli import Parser, UserError, say
 from lab.run.reading import read_json
 from lab.run.runs import ROOT, read_record
 from lab.vision.instructions import KINDS
@@ -146,4 +146,4 @@ def main() -> None:
     path = ROOT / "README.md"
     before = path.read_text()
     path.write_text(render(before))
-    print(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")
+    say(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")

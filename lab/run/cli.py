@@ -5,6 +5,8 @@ import errno
 import math
 import os
 import re
+import signal
+import stat
 import sys
 import threading
 import urllib.error
@@ -13,7 +15,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+BAD_INPUT, FAILED, CLOSED_PIPE = 2, 1, 141  # exit codes; for a signal 128 + its number
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LONGEST = 400  # characters of a line that reports a failure
 CONTINUE = "the same command with --resume continues"
 
 
@@ -25,8 +29,28 @@ class RunFailed(Exception):
     """A run that cannot continue, such as one with a NaN loss. The message names the step and the fix. Exit code 1."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. The message says what is saved and how to continue. Exit code 130."""
+class Interrupted(KeyboardInterrupt):
+    """One of SIGNALS. Its args: what is saved and how to continue, and the signal's number. Exit code 128 + number."""
+
+
+def printable(text: str) -> str:
+    """The text as one line: what could change the terminal, such as a line break or a colour, is written as `\\n`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def say(*lines: str) -> None:
+    """Prints lines on stdout, from one process. All that the scripts print there goes through here."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*map(printable, lines), sep="\n")
+
+
+def report(line: str) -> None:
+    """Prints a line on stderr, from one process, and without the middle of a very long one."""
+    line, half = printable(line), LONGEST // 2
+    line = line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+    with suppress(OSError, RuntimeError):  # a closed pipe; a signal that came while a line was printed
+        if sys.stderr and os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +60,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+        report(f"{self.prog}: error: {message}")
+        self.exit(BAD_INPUT)
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)  # argparse would pass over a closed pipe and a full disk
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,34 +75,77 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if hidden else super()._get_help_string(action)
 
 
-def number(convert: type, low: float, high: float | None = None) -> Callable[[str], float]:
+def number(convert: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or a float within [low, high]."""
 
     def parse(text: str):
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value < math.inf or (high is not None and value > high):  # NaN fails the comparison
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} must be a{'n integer' if convert is int else ' number'} {bounds}")
-        return value
+        with suppress(ValueError):
+            if low <= (value := convert(text)) <= high and value < math.inf:  # NaN fails the comparison
+                return value
+        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be a{'n integer' if convert is int else ' number'} {bounds}")
 
     return parse
 
 
-def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
-    """Runs a script's main. Bad input, failures and Ctrl-C become an exit code and one line on stderr, from one process.
-    `resumes`: the script trains, and the same command with --resume continues."""
+def path(kind: str) -> Callable[[str], str]:
+    """An argparse type: a path, with the `~` that a shell leaves in --flag=~/path expanded. `kind`: file or folder, for one
+    that can be read; new file or new folder, for one that may be absent; model, for a folder or a name of the hub."""
+    what, absent = kind.replace("model", "folder").removeprefix("new "), kind not in ("file", "folder")
+    is_right, access = (stat.S_ISDIR, os.R_OK | os.X_OK) if what == "folder" else (stat.S_ISREG, os.R_OK)
+
+    def parse(text: str) -> str:
+        name = os.path.expanduser(text)
+        try:
+            name.encode()  # libraries take no other names
+            fits = is_right(os.stat(name).st_mode) and os.access(name, access)
+            reason = None if fits else f"it is not a {what} that can be read"
+        except FileNotFoundError:
+            long = max(map(len, name.encode().split(b"/"))) > 255  # which the system finds after making the folders above
+            reason = "File name too long" if long else None if absent else f"no such {what}"
+        except (OSError, ValueError) as error:
+            reason = "it is not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", error)
+        if not text or name.startswith("~"):
+            reason = "there is no such user" if text else "the name is empty"
+        if reason:
+            raise argparse.ArgumentTypeError(f"{text!r:.80}: {reason}; name another {what}, or leave the flag out")
+        return name
+
+    return parse
+
+
+def handle_signals(handler: Callable) -> Callable[[], object]:
+    """Sets the handler of SIGNALS, except of those that are ignored, as SIGHUP is under nohup. Returns what undoes it."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    return lambda: [*map(signal.signal, before.keys(), before.values())]
+
+
+def run_main(prog: str, main: Callable, resumes: bool = True):
+    """Runs a script's main, or a part of it such as the parsing of its options, and returns the result. Bad input, failures,
+    signals and a closed pipe become an exit code and at most one line on stderr, from one process. Signals do so from then
+    on, also between two parts. `resumes`: the script trains, and the same command with --resume continues."""
+    at_work, line = True, None
+
+    def on_signal(number, _):
+        if at_work:
+            raise Interrupted("", number)
+        if line is None:  # between two parts: an exception would end up in a library's imports
+            report(f"{prog}: interrupted")
+        os._exit(128 + number)
+
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a pipe may have an encoding of few characters
+    handle_signals(on_signal)
     try:
-        main()
-        return
+        return main()
+    except SystemExit as error:
+        line, code = "", error.code
     except UserError as error:
         line, code = f"error: {error}", BAD_INPUT
     except RunFailed as error:
         line, code = f"stopped: {error}", FAILED
-    except Interrupted as error:
-        line, code = f"interrupted: {error}", INTERRUPTED
+    except BrokenPipeError:  # of `| head -1`
+        line, code = "", CLOSED_PIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
@@ -84,10 +155,19 @@ def run_main(prog: str, main: Callable[[], None], resumes: bool = True) -> None:
         if not (found := re.search(r"(out of|not enough|can't allocate) memory[^\n]{,60}", text)):
             raise
         line, code = f"stopped: {found[0]}; lower --batch-size or --max-length, or use a smaller model", FAILED
-    except KeyboardInterrupt:
-        line, code = f"interrupted{'; finished runs are kept, ' + CONTINUE if resumes else ''}", INTERRUPTED
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: {line}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        said, number = error.args or ("", signal.SIGINT)
+        said = said or f"finished runs are kept, {CONTINUE}" * resumes
+        line, code = f"interrupted{': ' * bool(said)}{said}", 128 + number
+    finally:
+        at_work = False
+    if line:
+        report(f"{prog}: {line}")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # Python tries again at its end, and fails with an exit code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 

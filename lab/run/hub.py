@@ -25,7 +25,7 @@ from lab.run.reading import read_json
 
 # ---- 1. Errors ----
 
-WIDTH = 100  # of a library's reason in a line of ours
+WIDTH = 120  # of a library's reason in a line of ours
 FIXES = {  # what a library's message contains: what to say instead of it, if not the same, and what to do
     "trust_remote_code|custom code": ("it needs code of its own, which is never run", "give a model that transformers has"),
     r"(no|a) file named \S*\.safetensors": (
@@ -104,11 +104,11 @@ def check_sizes(config: dict) -> dict:
     return config
 
 
-def sketch(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
+def sketch(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
     """`build()` without memory for its weights. ValueError if they are more than its files, or this machine, can hold."""
     with torch.device("meta"):
         model = build()
-    count, size = sum(p.numel() for p in model.parameters()), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    count, size = sum(p.numel() for p in model.parameters()), sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
     if count > (room := FEW + 2 * size if size else psutil.virtual_memory().total // 4):
         raise ValueError(f"its config describes {count:.2g} weights, its files or this machine hold {room:.2g} at most")
     return model

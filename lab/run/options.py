@@ -8,9 +8,10 @@ from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.run.cli import Parser, hub_is_reachable, model_is_cached, number, offline_message
+from lab.run.cli import Parser, hub_is_reachable, model_is_cached, number, offline_message, path, say
 
 VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 COMPARED = ["none", "ce", "placebo"]
 METHOD = ("conflict_loss", "select", "passes", "gradients")  # the flags that a variant's name replaces
 # options that may differ when a run is resumed
@@ -76,25 +77,20 @@ def add_run(parser: Parser, folder: str) -> None:
     parser.add_argument("--log-steps", type=number(int, 1), default=10, help="write a line of the curve at every n-th step")
     parser.add_argument("--save-steps", type=number(int, 1), help="also write a checkpoint at every n-th step")
     parser.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="also log to this tracker")
-    parser.add_argument("--output-dir", help=f"folder of the run; default: {folder}")
+    parser.add_argument("--output-dir", type=path("new folder"), help=f"folder of the run; default: {folder}")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir; finished runs are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
 
 
-def expand(args, names: Sequence[str]) -> None:
-    """Expands `~` in these paths, since a shell does not expand it in --flag=~/path."""
-    for name in names:
-        if (getattr(args, name) or "").startswith("~"):
-            setattr(args, name, str(Path(getattr(args, name)).expanduser()))
-
-
 def check_model(parser: Parser, flag: str, name: str, ways: str) -> None:
-    """An error for a missing folder, and for a hub model that is neither reachable nor cached; `ways`: what to do then."""
+    """An error for a missing folder, and for a hub model that is neither reachable nor cached; `ways`: what to do then. A
+    folder goes before a hub model of the same name, and a note says so."""
     if Path(name).is_dir():
-        return
-    if name.startswith((".", "/")) or name.count("/") > 1:
+        if HUB_NAME.fullmatch(name):
+            say(f"note: {flag} {name} is the folder of this name, not a model of the hub")
+    elif not HUB_NAME.fullmatch(name):
         parser.error(f"{flag} {name}: no such folder; give an existing one, or a hub name")
-    if not (hub_is_reachable(parser) or model_is_cached(name)):
+    elif not (hub_is_reachable(parser) or model_is_cached(name)):
         parser.error(offline_message("the model", name, ways))
 
 
@@ -129,9 +125,7 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
         parser.error(f"--lr {args.lr:g} is not read when --lrs is given: name all rates in --lrs")
     for flag, values in (("--seeds", args.seeds), ("--variants", args.variants), ("--lrs", lrs)):
         if len(set(values)) < len(values):
-            one = "a seed" if flag == "--seeds" else "one"
-            shown = " ".join(map(str, values))
-            parser.error(f"{flag} {shown}: {one} repeated gives the same run again; name each once")
+            parser.error(f"{flag} {' '.join(map(str, values))}: one repeated gives the same run again; name each once")
     if args.resume and args.overwrite:
         parser.error("--resume keeps the content of --output-dir and --overwrite replaces it: choose one")
 

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm.auto import tqdm
 
 import lab
-from lab.run.cli import Interrupted, RunFailed, UserError
+from lab.run.cli import Interrupted, RunFailed, UserError, report, say
 from lab.run.files import RECORD, claim, lock_list, read_list, refuse_foreign, remove, sync, write_json, written
 from lab.run.reading import check_kinds, parse_json, read_json
 
@@ -76,8 +75,8 @@ def start(args) -> accelerate.Accelerator:
 def print_settings(args, device: torch.device, configs: list) -> None:
     """Prints what is compared and on which device. `configs`: an STGCConfig per entry of args.variants, None for `dense`."""
     for variant, config in zip(args.variants, configs, strict=True):
-        print(f"{variant}: {config or 'the dense model, no MoE'}")
-    print(f"device={device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+        say(f"{variant}: {config or 'the dense model, no MoE'}")
+    say(f"device={device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -254,14 +253,14 @@ class RunFolder:
     def note_changes(self, before: dict, made_by: dict) -> None:
         """Prints what may change the last digits of the weights, although it is no reason to stop."""
         if not before.get("made_from"):
-            print(f"note: {self.folder} has no digests of its data and model: whether they are the same is not checked")
+            say(f"note: {self.folder} has no digests of its data and model: whether they are the same is not checked")
         last = [before, *before.get("resumed", [])][-1]
         old, new = (
             one.get("versions", {}) | {key: one.get(key) for key in ("threads", "device")} for one in (last, made_by)
         )
         other = [f"{key} {new[key]} instead of {old[key]}" for key in new if old.get(key, new[key]) != new[key]]
         if other:
-            print(f"note: resumed with {', '.join(other)}: the weights may differ in the last digits")
+            say(f"note: resumed with {', '.join(other)}: the weights may differ in the last digits")
 
     def find(self, to: str = "runs", **key) -> dict | None:
         """The entry of a finished run (variant, seed, lr), or of a finished stage (`to="stages"`). None if there is none."""
@@ -359,7 +358,7 @@ class RunLog:
         """Prints one line such as `step=200 loss=0.412 conflict=0.07` on stdout, above the bar."""
         if self.main:
             self.bar.clear()
-            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
+            say(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()))
 
     def tenths(self, key: str) -> list[float] | None:
         """Means of a logged value over the first and the last tenth of the training. None if it was never logged."""
@@ -421,35 +420,28 @@ def check_losses(losses: list[torch.Tensor], last_step: int, accelerator: accele
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request: the step is finished and saved first. A second signal stops at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request: the step is finished and saved first. A second one stops at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
     STEPS = 10  # several processes agree on stopping every so many steps
 
     def __init__(self, accelerator: accelerate.Accelerator):
-        self.requested, self.accelerator = False, accelerator
+        self.requested, self.accelerator = 0, accelerator  # requested: the signal's number
 
-    def __enter__(self):
-        self.before = [signal.signal(number, self.on_signal) for number in self.SIGNALS]
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in zip(self.SIGNALS, self.before, strict=True):
-            signal.signal(number, handler)
-
-    def on_signal(self, *_):
+    def on_signal(self, number: int, _):
         if self.requested:
-            raise Interrupted("at once; --resume continues from the last checkpoint")
-        self.requested = True
-        print("stopping after this step, which is saved; a second signal stops at once", file=sys.stderr, flush=True)
+            raise Interrupted("at once; --resume continues from the last checkpoint", number)
+        self.requested = number
+        report("stopping after this step, which is saved; a second signal stops at once")
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to stop after this step. All processes get the same answer, although their signals arrive at different
-        times: they agree on it at every tenth step. Step 0 makes them agree now."""
-        if self.accelerator.num_processes == 1 or step % self.STEPS:
-            return self.requested and self.accelerator.num_processes == 1
-        requested = torch.tensor(float(self.requested), device=self.accelerator.device)
-        return self.accelerator.reduce(requested).item() > 0
+    def should_stop(self, step: int) -> int:
+        """The number of the signal to stop for after this step, or 0. All processes get the same answer, although their
+        signals arrive at different times: they agree on it at every tenth step. Step 0 makes them agree now."""
+        if self.accelerator.num_processes == 1:
+            return self.requested
+        if step % self.STEPS:
+            return 0
+        requested = torch.tensor([self.requested], device=self.accelerator.device)
+        return self.accelerator.gather(requested).max().item()
 
 
 # ---- 5. Checkpoints ----
@@ -525,7 +517,7 @@ class Checkpoints:
                 return self.load_one(path)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 if self.accelerator.is_main_process:
-                    print(f"damaged checkpoint {path}: {error}; using the one before it", flush=True)
+                    say(f"damaged checkpoint {path}: {error}; using the one before it")
         return None
 
     def load_one(self, path: Path) -> dict:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.run.cli import CONTINUE, Interrupted, RunFailed
+from lab.run.cli import CONTINUE, Interrupted, RunFailed, handle_signals
 from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
@@ -96,11 +96,11 @@ class Training:
         self.stop = StopSignal(accelerator)
 
     def __enter__(self) -> "Training":
-        self.stop.__enter__()
+        self.let_go = handle_signals(self.stop.on_signal)
         return self
 
     def __exit__(self, *error) -> None:
-        self.stop.__exit__(*error)
+        self.let_go()
         self.log.close()
         if self.stgc:
             self.stgc.detach()
@@ -142,7 +142,7 @@ class Training:
             self.save()
             self.start = time.perf_counter()
         if stopped:
-            raise Interrupted(f"{self.name} is saved at step {at.step}; {CONTINUE} there")
+            raise Interrupted(f"{self.name} is saved at step {at.step}; {CONTINUE} there", stopped)
 
     def epoch_done(self, scores: dict | None = None, **shown) -> None:
         """Writes the epoch's scores to the curve and, with `shown`, to the terminal. Then starts the next epoch."""
@@ -157,8 +157,8 @@ class Training:
             self.log.print_line(**shown, **scores)
         at.epoch, at.batch = at.epoch + 1, 0
         self.save()
-        if self.stop.should_stop(0):  # the signal came during the evaluation
-            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {CONTINUE} there")
+        if stopped := self.stop.should_stop(0):  # the signal came during the evaluation
+            raise Interrupted(f"{self.name} is saved after epoch {at.epoch - 1}; {CONTINUE} there", stopped)
 
     def save(self) -> None:
         self.at.losses = check_losses(self.losses, self.at.step, self.accelerator)

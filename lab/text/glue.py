@@ -19,12 +19,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lab.run.cli import UserError
+from lab.run.cli import UserError, say
 from lab.run.hub import Checkpoint, cache_of, fetch, from_hub
 from lab.text.tables import read_parquet
-from lab.text.tasks import Task
-
-HUB = "nyu-mll/glue"
+from lab.text.tasks import HUB, Task
 
 
 @dataclass
@@ -47,7 +45,7 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
         guard = partial(from_hub, f"the data set {name} of", "--data-dir", HUB, kind="dataset")
         root = guard(lambda: fetch(HUB, rf"{name}/({'|'.join(wanted)})-[^/]+\.parquet", "dataset"))
     else:
-        where, again, root = f"--data-dir {data_dir}", "fetch it again", Path(data_dir).expanduser()
+        where, again, root = f"--data-dir {data_dir}", "fetch it again", Path(data_dir)
     folder = root if root.name == name else root / name
     files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in wanted}
     for split, found in files.items():
@@ -122,9 +120,9 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
             if not isinstance(text, str):
                 raise UserError(f"{where}: {split} has no text in column {column!r}, row {row}; add one, or remove the row")
         if blank := sum(not text.strip() for text in texts):
-            print(f"note: {blank} of {len(texts)} texts in {split}, column {column}, are blank; they are kept")
+            say(f"note: {blank} of {len(texts)} texts in {split}, column {column}, are blank; they are kept")
     if task.num_labels > 1 and (absent := classes - set(labels)):
-        print(f"note: {split} has no example of class {', '.join(map(str, sorted(absent)))}: its scores say little")
+        say(f"note: {split} has no example of class {', '.join(map(str, sorted(absent)))}: its scores say little")
 
 
 def class_names(dataset: datasets.Dataset) -> list[str] | None:
@@ -151,7 +149,7 @@ def check_names(splits: dict[str, datasets.Dataset], task: Task, where: str) -> 
             one, two = (f"{', '.join(map(repr, some)):.60}" for some in (names, expected))
             raise UserError(f"{where}: the classes of {split} are {one}, those of {first} {two}; make them the same")
     if named and "f1" in task.metrics and plain[1] != task.labels[1]:
-        print(f"note: f1 is that of class 1, {names[1]!r}")
+        say(f"note: f1 is that of class 1, {names[1]!r}")
 
 
 def load_source(name: str, task: Task, model: str, data_dir: str | None, check: Callable = lambda *_: None) -> Source:
@@ -191,7 +189,7 @@ def print_copies(splits: dict[str, datasets.Dataset], task: Task) -> None:
     for split in task.dev:
         if copies := sum(row in train for row in texts[split]):
             share = f"{copies} of {len(texts[split])} examples in {split} are in train, too"
-            print(f"warning: {share}: its scores are biased upward")
+            say(f"warning: {share}: its scores are biased upward")
 
 
 def tokenize(splits: dict[str, datasets.Dataset], task: Task, tokenizer, max_length: int) -> dict[str, datasets.Dataset]:

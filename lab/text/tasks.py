@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+HUB = "nyu-mll/glue"  # their data
+
 
 @dataclass(frozen=True)
 class Task:

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from lab.moe import moefication
 from lab.moe.baselines import CosineRouter
-from lab.run.cli import UserError
+from lab.run.cli import UserError, printable
 from lab.run.files import write_json, written
 from lab.run.hub import Checkpoint, count_positions, misfit
 from lab.text.tables import load_rows, write_rows
@@ -162,7 +162,7 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
     blank = sum(not all(text.strip() for text in texts) for texts in zip(*sentences))
     ids = [one for row in encoded["input_ids"] for one in row]
     lost = ids.count(tokenizer.unk_token_id)
-    said = f"written: {target}, {len(rows)} rows" + (f", {blank} of them with an empty sentence" if blank else "")
+    said = f"written: {printable(target)}, {len(rows)} rows" + (f", {blank} of them with an empty sentence" if blank else "")
     unknown = f"{lost} of {len(ids)} tokens are unknown to the model, which reads each as {tokenizer.unk_token}"
     return said + (f"\nwarning: {unknown}" if lost else "")
 
@@ -223,11 +223,6 @@ def explain_marks(text: str) -> list[str]:
     return lines
 
 
-def printable(text: str) -> str:
-    """The text without control characters, which could change the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def describe_example(card: TaskCard, number: int, logits_C: Tensor) -> str:
     """Gold label, answer and text of an example."""
     row = card.examples[number]
@@ -268,7 +263,8 @@ def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, v
     for number, part in enumerate(tokens, start=1):
         lines = [f"MoE layer {name}, example {number}"]
         for token, pairs in zip(part, found):
-            token = printable(token if len(token) <= TOKEN else token[: TOKEN - 3] + "...")
+            token = printable(token)
+            token = token if len(token) <= TOKEN else token[: TOKEN - 3] + "..."
             cells = []
             for e, weight, judged, conflict, cos in zip(*pairs):
                 mark = f"! {cos:+.2f}" if conflict else " " if judged else "-"

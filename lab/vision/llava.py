@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lab.run.cli import UserError
+from lab.run.cli import UserError, printable
 from lab.run.reading import name_repeated
 from lab.vision.instructions import IMAGE, KINDS, Instruction, InstructionSet
 
@@ -160,7 +160,8 @@ def find_picture(picture: str, folder: Path | None) -> Path:
     if path.drive or path.root or ".." in path.parts:
         raise BadEntry(f"path outside --image-dir: {picture!r:.80}")
     if not os.path.isfile(folder / picture):  # also False for a text that cannot be a path
-        raise BadEntry(f"picture not found: {picture!r:.80}" + ", as URLs are not fetched" * ("://" in picture))
+        why = ", as URLs are not fetched" * ("://" in picture) + ", write / instead of its \\" * ("\\" in picture)
+        raise BadEntry(f"picture not found: '{printable(picture):.80}'{why}")
     return folder / picture
 
 
@@ -217,9 +218,7 @@ def transparent_pixels(image: Image.Image, depth: object, file: Path) -> np.ndar
 def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--data") -> InstructionSet:
     """The good entries in the file's order, each picture once. The others go to `problems`. `image_dir` None: no
     pictures."""
-    path, folder = Path(path).expanduser(), None if image_dir is None else Path(image_dir).expanduser()
-    if folder and not folder.is_dir():
-        raise UserError(f"--image-dir {folder}: no such folder; give the one with the pictures of {flag}")
+    path, folder = Path(path), None if image_dir is None else Path(image_dir)
     entries, earlier, checked = read_entries(path, flag), len(problems.left_out), []
     problems.total += len(entries)
     for where, entry in entries:
@@ -232,7 +231,7 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
         raise UserError(f"{flag} {path}: {fit} of its {count} pictures of {size} x {size} fit in memory; give fewer")
     images_N3SS = torch.empty(count, 3, size, size, dtype=torch.uint8)
     rows, instructions, problems.places[flag] = {}, [], []
-    for where, file, instruction, changed in tqdm(checked, f"read {path.name}", dynamic_ncols=True, disable=None):
+    for where, file, instruction, changed in tqdm(checked, f"read {printable(path.name)}", dynamic_ncols=True, disable=None):
         try:
             if file and file not in rows:
                 images_N3SS[len(rows)] = read_picture(file, size)

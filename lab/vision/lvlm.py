@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lab.moe import baselines, moefication
-from lab.run.cli import UserError
+from lab.run.cli import UserError, printable
 from lab.run.files import write_json
 from lab.run.hub import Checkpoint
 from lab.run.options import spec_options
@@ -128,7 +128,7 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
             problems.shared = len(trained_on & tested_on)
         else:
             sets, places = hold_out(train, problems.places["--data"], seed=0)
-        name = Path(args.data).stem
+        name = printable(Path(args.data).stem)
     else:
         scenes = make_scenes(args.scenes, args.test_scenes, size=pixels.size)
         sets, name = [scenes["train"], scenes["test"]], "scenes"
