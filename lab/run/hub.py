@@ -108,7 +108,8 @@ def sketch(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
     """`build()` without memory for its weights. ValueError if they are more than its files, or this machine, can hold."""
     with torch.device("meta"):
         model = build()
-    count, size = sum(p.numel() for p in model.parameters()), sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     if count > (room := FEW + 2 * size if size else psutil.virtual_memory().total // 4):
         raise ValueError(f"its config describes {count:.2g} weights, its files or this machine hold {room:.2g} at most")
     return model
