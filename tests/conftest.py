@@ -16,6 +16,14 @@ from stgc import MoELayer, Verdict
 from stgc_plus import STGC
 
 
+def pytest_configure():
+    """Signals are tested, also where a shell that starts the tests in the background has them ignored."""
+    for name, handler in {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}.items():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def server():
     """For what `forked.py` starts."""
