@@ -82,7 +82,7 @@ def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: stgc
         ends_E = torch.cat([pairs.ends_E[:-1], pairs.ends_E.new_full((1,), end)]).to(torch.int32)
         out_SO = F.grouped_mm(x_SI[:end], w_EIO, offs=ends_E)
         out_SO = out_SO if end == len(x_SI) else F.pad(out_SO, (0, 0, 0, len(x_SI) - end))
-    return out_SO if b_EO is None else out_SO + onehot_SE @ b_EO
+    return out_SO if b_EO is None else out_SO.addmm_(onehot_SE, b_EO)
 
 
 class Experts(stgc.Experts):

@@ -90,9 +90,7 @@ def run_ours(args, variant: str) -> float:
 
 
 def main() -> None:
-    args = (parser := make_parser()).parse_args()
-    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
-        parser.error(f"--output {args.output}: name a file in a folder that exists")
+    args = make_parser().parse_args()
     if args.trainer:
         say(json.dumps({"samples_per_second": run_trainer(args)}))
         return
@@ -105,12 +103,11 @@ def main() -> None:
     ratios = {name: [row[name] / row["Trainer, dense"] for row in rounds] for name in rounds[0]}
     for name, values in ratios.items():
         say(f"{name:<20}{median(row[name] for row in rounds):8.1f} samples/s {median(values):8.3f}x of the Trainer's")
-    if args.output:
-        from lab.run.runs import environment, make_accelerator, write_json
+    from lab.bench.measure import write_record
+    from lab.run.runs import make_accelerator
 
-        made_by = environment(make_accelerator("auto", "fp32").device)
-        rest = {"config": vars(args), "rounds": rounds, "ratio": {k: median(v) for k, v in ratios.items()}}
-        write_json(Path(args.output), made_by | rest)
+    ratio = {name: median(values) for name, values in ratios.items()}
+    write_record(args.output, make_accelerator("auto", "fp32").device, config=vars(args), rounds=rounds, ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,16 @@
   python -m lab.bench --model olmoe --output results/bench-olmoe.json     writes the record that README shows
 
 A step is forward, losses, backward and AdamW. All variants take turns within each round, so that other load on the machine
-affects all of them. The result is the median over rounds of the ratio to the base in the same round. The base is "moe", the
-MoE model with its balance loss and without STGC; for a model of transformers it is the faster of its own implementations
-without STGC. Peak memory is the most that the allocator held while a model was built and trained for two steps.
+affects all of them. The result is the median over rounds of the ratio to the base in the same round, and its interval. The
+base is "moe", the MoE model with its balance loss and without STGC; for a model of transformers it is the faster
+of its own implementations without STGC. Peak memory is the most that the allocator held while a model was built and trained
+for two steps.
 """
 
 import copy
-import gc
-import json
-import tempfile
-import time
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
-from statistics import median, quantiles
+from functools import partial
+from statistics import median
 
 import torch
 from transformers import (
@@ -33,9 +29,10 @@ from transformers import (
 )
 
 import stgc_hf
+from lab.bench.measure import compare, line_of, peak_bytes, take_turns, write_record
 from lab.moe import moefication
 from lab.run.cli import Parser, number, path, say
-from lab.run.runs import environment, make_accelerator, write_json
+from lab.run.runs import make_accelerator
 from stgc_plus import STGC, STGCConfig
 
 SIZES = {
@@ -105,7 +102,7 @@ class Bench:
 
     def __init__(self, name: str, size: str, moe_layers: str, batch: int, length: int, device: torch.device, kind="bert"):
         torch.manual_seed(0)
-        self.name, self.stgc = name, None
+        self.stgc = None
         if kind == "bert":
             config, stgc_config = SIZES[size], VARIANTS[name]
             model = BertForSequenceClassification(config)
@@ -127,43 +124,18 @@ class Bench:
         labels = torch.randint(2, (batch,)) if kind == "bert" else ids.masked_fill(~keep, -100)
         self.batch = {"input_ids": ids, "attention_mask": keep.long(), "labels": labels}
         self.batch = {key: value.to(device) for key, value in self.batch.items()}
-        self.device = device
 
-    def step(self) -> float:
-        """Seconds of one training step."""
-        self.synchronize()
-        start = time.perf_counter()
+    def step(self) -> None:
         loss = self.model(**self.batch).loss
         (loss if self.stgc is None else self.stgc.loss(loss)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.synchronize()
-        return time.perf_counter() - start
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
-def peak_bytes(*arguments, kind: str) -> int:
-    """The most bytes allocated at once while the variant is built and trained for two steps. Exact, not sampled."""
-    gc.collect()
-    device = arguments[-1]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        bench = Bench(*arguments, kind=kind)
-        bench.step(), bench.step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench = Bench(*arguments, kind=kind)
-        bench.step(), bench.step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
-    return max(accumulate(event["args"]["Bytes"] for event in events))  # allocations and frees, in order
+def build_and_train(*arguments, kind: str) -> None:
+    """What the peak of memory is measured of."""
+    bench = Bench(*arguments, kind=kind)
+    bench.step(), bench.step()
 
 
 def main() -> None:
@@ -180,8 +152,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     parser.add_argument("--output", type=path("new file"), help="write the record here as json")
     args = parser.parse_args()
-    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
-        parser.error(f"--output {args.output}: name a file in a folder that exists")
     torch.set_num_threads(args.threads)
     device = make_accelerator(args.device, "fp32").device
     layers = str(SIZES[args.size].num_hidden_layers // 2 - 1) if args.moe_layers == "middle" else args.moe_layers
@@ -196,34 +166,15 @@ def main() -> None:
     for name, gib in memory.items():
         say(f"  {name:<15} biases {gib.bias_gib:7.2f} GiB   weights {gib.weight_gib:7.1f} GiB   one pass: none stored")
 
-    peaks = {name: peak_bytes(name, *shared, kind=args.model) for name in names}
-    benches = [Bench(name, *shared, kind=args.model) for name in names]
-    seconds = {name: [] for name in names}
-    for turn in range(args.rounds + 2):
-        for bench in benches:
-            taken = bench.step()
-            if turn >= 2:  # two rounds to warm up
-                seconds[bench.name].append(taken)
-    rows = {}
+    peaks = {name: peak_bytes(partial(build_and_train, name, *shared, kind=args.model), device) for name in names}
+    seconds = take_turns({name: Bench(name, *shared, kind=args.model).step for name in names}, args.rounds, device)
     base = min(bases, key=lambda name: median(seconds[name]))
     title = f"{args.size} BERT, MoE in layer(s) {layers}" if args.model == "bert" else f"{args.size} {args.model}"
     say("", f"{title}, {args.batch_size} x {args.length}, {device}, {args.threads} threads; ratio to {base}")
-    say(f"  {'variant':<30}{'step':>10}{'ratio':>14}{'middle half':>16}{'peak memory':>13}")
-    for name in names:
-        ratios = [taken / base for taken, base in zip(seconds[name], seconds[base], strict=True)]
-        low, _, high = quantiles(ratios, n=4)
-        rows[name] = {
-            "seconds": median(seconds[name]),
-            "ratio": median(ratios),
-            "ratio_quartiles": [low, high],
-            "peak_bytes": peaks[name],
-            "peak_ratio": peaks[name] / peaks[base],
-        }
-        say(
-            f"  {name:<30}{rows[name]['seconds']:>9.3f}s{rows[name]['ratio']:>13.3f}x{low:>8.3f} to {high:.3f}"
-            f"{rows[name]['peak_ratio']:>12.3f}x"
-        )
-    if args.output:
-        gib = {name: vars(value) for name, value in memory.items()}
-        record = environment(device) | {"config": vars(args), "base": base, "variants": rows, "gradient_memory_gib": gib}
-        write_json(Path(args.output), record)
+    say(f"  {'variant':<30}{'step':>10}{'ratio':>10}{'95 % interval':>18}{'peak memory':>13}")
+    rows = compare(seconds, base)
+    for name, row in rows.items():
+        row |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[base]}
+        say(f"{line_of(name, row)}{row['peak_ratio']:>12.3f}x")
+    gib = {name: vars(value) for name, value in memory.items()}
+    write_record(args.output, device, config=vars(args), base=base, variants=rows, gradient_memory_gib=gib)

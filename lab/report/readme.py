@@ -81,9 +81,10 @@ def results_table(records: list[dict]) -> str:
 
 def bench_table(record: dict) -> str:
     """Markdown: step time and memory relative to the base of the record."""
-    lines = ["| variant | step time | middle half of the rounds | peak memory |", "| --- | --- | --- | --- |"]
+    what = "95 % interval" if "interval" in next(iter(record["variants"].values())) else "middle half of the rounds"
+    lines = [f"| variant | step time | {what} | peak memory |", "| --- | --- | --- | --- |"]
     for name, row in record["variants"].items():
-        low, high = row["ratio_quartiles"]
+        low, high = row.get("interval") or row["ratio_quartiles"]  # of records of before
         lines.append(f"| {name} | {row['ratio']:.3f}x | {low:.3f} to {high:.3f} | {row['peak_ratio']:.3f}x |")
     return "\n".join([*lines, "", f"    {record['command']}"])
 
