@@ -46,6 +46,6 @@ def table():
             yield pytest.param(kind, row, fixtures, id=f"{kind.__name__}-{name}" if row else kind.__name__, marks=marks)
 
 
-@pytest.mark.parametrize("kind, row, fixtures", table())
+@pytest.mark.parametrize("kind, row, fixtures", list(table()))
 def test_case(kind, row, fixtures, request):
     kind(*row, **{name: request.getfixturevalue(name) for name in fixtures})

@@ -168,7 +168,7 @@ def prepare(root: Path, data: Path, task: str = "rte"):
     return glue_moefy.prepare(args, task, root / "out", glue_moefy.runs.start(args))
 
 
-def data_are_what_they_are_said_to_be(make, task, expected, *, folder, capsys):
+def data_are_what_they_are_said_to_be(make, expected, task="rte", *, folder, capsys):
     """`expected` is a refusal. "+ text": no refusal, this is printed; "": trains on exactly these files."""
     data = make(folder)
     before = sorted(folder.rglob("*"))
@@ -194,8 +194,8 @@ def a_vocabulary_replaced_in_place_is_read(*, folder):
     first = prepare(folder, folder).encoded["train"]["input_ids"][:]
     times = {file: file.stat().st_mtime_ns for file in (folder / "m").iterdir()}
     save_tokenizer(folder / "m", [*VOCABULARY[:5], *WORDS[::-1]])
-    for file, time in times.items():
-        os.utime(file, ns=(time, time))
+    for file in (folder / "m").iterdir():
+        os.utime(file, ns=(times[file], times[file]))
     assert prepare(folder, folder).encoded["train"]["input_ids"][:] != first
 
 
@@ -239,94 +239,90 @@ SWAP, MRPC = ORDER[::-1], ["equivalent", "not_equivalent"]
 FINITE, TYPE, OTHER = "the score {} in row 3; use", "train has labels of type", "{}which is GLUE's name of class"
 NAN, INF = float("nan"), float("inf")
 SCORES = lambda value: [1.0, 2.0, 3.5, value, 0.0, 1.0, 4.0, 5.0]  # noqa: E731
+UNREADABLE = "train-.*is not readable Parquet"
 COPIES = "warning: {} of {} examples in {} are in train, too"
 CASES = {
     data_are_what_they_are_said_to_be: {
-        "a folder that is a class of characters": (beside("run [1]", "run 1"), "rte", ""),
-        "a folder with a star": (beside("a*b", "axb"), "rte", ""),
-        "a file replaced in place": (replaced(start=5), "rte", ""),
-        "a folder with a question mark": (beside("a?b", "acb"), "rte", ""),
-        "a folder that is a negated class": (beside("run [!1]", "run 2"), "rte", ""),
-        "a folder that is a chained address": (beside("a::b", "b"), "rte", ""),
-        "a folder with two stars": (beside("**", "x/y"), "rte", ""),
-        "labels replaced in place": (replaced(label=[1, 0] * 4), "rte", ""),
-        "two files": (shards(start=3), "rte", ""),
-        "one of two files": (lost, "rte", "has 1 files rte/train-.*, named as files of 00002; fetch those"),
-        "files of two versions": (mixed, "rte", "has 3 files rte/validation-.*, named as files of 00001, 00002"),
-        "a file that breaks off": (damaged(lambda old: old[:-9]), "rte", "train-.*is not readable Parquet"),
-        "an empty file": (damaged(lambda old: b""), "rte", "train-.*is not readable Parquet"),
-        "a folder in the place of a file": (damaged(), "rte", "train-.*is not readable Parquet"),
-        "types that are null": (damaged(metadata="null"), "rte", "train-.*is not readable Parquet"),
-        "types that are a list": (damaged(metadata='{"info": {"features": [5]}}'), "rte", "train-.*is not readable Parquet"),
-        "text that is not UTF-8": (not_utf8, "rte", "train-.*is not readable Parquet"),
-        "NaN in train": (of("stsb", train={"label": SCORES(NAN)}), "stsb", "train has " + FINITE.format("nan")),
-        "inf in dev": (of("stsb", label=SCORES(INF)), "stsb", "validation has " + FINITE.format("inf")),
-        "-inf in train": (of("stsb", train={"label": SCORES(-INF)}), "stsb", FINITE.format("-inf")),
-        "above float32": (of("stsb", label=SCORES(1e300)), "stsb", FINITE.format(r"1e\+300")),
-        "NaN in the second file": (shards("stsb", label=SCORES(NAN)), "stsb", "the score nan in row 11"),
-        "NaN as float32": (of("stsb", label=SCORES(NAN), kind=Value("float32")), "stsb", FINITE.format("nan")),
-        "scores as classes": (of("stsb", train={"names": ["1.5", "4.0"]}), "stsb", TYPE),
-        "scores as integers": (of("stsb", train={"kind": Value("int64"), "label": [0, 1, 2, 3, 4, 5, 0, 1]}), "stsb", ""),
+        "a folder that is a class of characters": (beside("run [1]", "run 1"), ""),
+        "a folder with a star": (beside("a*b", "axb"), ""),
+        "a file replaced in place": (replaced(start=5), ""),
+        "a folder with a question mark": (beside("a?b", "acb"), ""),
+        "a folder that is a negated class": (beside("run [!1]", "run 2"), ""),
+        "a folder that is a chained address": (beside("a::b", "b"), ""),
+        "a folder with two stars": (beside("**", "x/y"), ""),
+        "labels replaced in place": (replaced(label=[1, 0] * 4), ""),
+        "two files": (shards(start=3), ""),
+        "one of two files": (lost, "has 1 files rte/train-.*, named as files of 00002; fetch those"),
+        "files of two versions": (mixed, "has 3 files rte/validation-.*, named as files of 00001, 00002"),
+        "a file that breaks off": (damaged(lambda old: old[:-9]), UNREADABLE),
+        "an empty file": (damaged(lambda old: b""), UNREADABLE),
+        "a folder in the place of a file": (damaged(), UNREADABLE),
+        "types that are null": (damaged(metadata="null"), UNREADABLE),
+        "types that are a list": (damaged(metadata='{"info": {"features": [5]}}'), UNREADABLE),
+        "text that is not UTF-8": (not_utf8, UNREADABLE),
+        "NaN in train": (of("stsb", train={"label": SCORES(NAN)}), "train has " + FINITE.format("nan"), "stsb"),
+        "inf in dev": (of("stsb", label=SCORES(INF)), "validation has " + FINITE.format("inf"), "stsb"),
+        "-inf in train": (of("stsb", train={"label": SCORES(-INF)}), FINITE.format("-inf"), "stsb"),
+        "above float32": (of("stsb", label=SCORES(1e300)), FINITE.format(r"1e\+300"), "stsb"),
+        "NaN in the second file": (shards("stsb", label=SCORES(NAN)), "the score nan in row 11", "stsb"),
+        "NaN as float32": (of("stsb", label=SCORES(NAN), kind=Value("float32")), FINITE.format("nan"), "stsb"),
+        "scores as classes": (of("stsb", train={"names": ["1.5", "4.0"]}), TYPE, "stsb"),
+        "scores as integers": (of("stsb", train={"kind": Value("int64"), "label": [0, 1, 2, 3, 4, 5, 0, 1]}), "", "stsb"),
         "names of dev in another order": (
             of(train={"names": ["no", "yes"]}, names=["yes", "no"]),
-            "rte",
             "classes of validation are 'yes', 'no', those of train 'no', 'yes'",
         ),
-        "GLUE's names of dev in another order": (of(train={"names": ORDER}, names=SWAP), "rte", OTHER.format("'not_ent.*")),
-        "names of the second dev set": (half, "mnli", "classes of validation_mismatched are 'yes'"),
-        "names of the second file": (shards(names=["x", "y"]), "rte", "00001-of-00002.parquet has other .* class names"),
-        "other names in dev": (
-            of(train={"names": ["a", "b"]}, names=["a", "c"]),
-            "rte",
-            "classes of validation are 'a', 'c'",
-        ),
-        "more names in dev": (of(names=["a", "b", "c"]), "rte", "validation has 3 class names for 2 classes"),
-        "one split without names": (of(train={"names": ORDER}), "rte", ""),
-        "names that are the numbers": (of(train={"names": ["0", "1"]}, names=ORDER), "rte", ""),
+        "GLUE's names of dev in another order": (of(train={"names": ORDER}, names=SWAP), OTHER.format("'not_ent.*")),
+        "names of the second dev set": (half, "classes of validation_mismatched are 'yes'", "mnli"),
+        "names of the second file": (shards(names=["x", "y"]), "00001-of-00002.parquet has other .* class names"),
+        "other names in dev": (of(train={"names": ["a", "b"]}, names=["a", "c"]), "classes of validation are 'a', 'c'"),
+        "more names in dev": (of(names=["a", "b", "c"]), "validation has 3 class names for 2 classes"),
+        "one split without names": (of(train={"names": ORDER}), ""),
+        "names that are the numbers": (of(train={"names": ["0", "1"]}, names=ORDER), ""),
         "mrpc's names the other way round": (
             of("mrpc", train={"names": MRPC}, names=MRPC),
-            "mrpc",
             "class 0 'equi.* class 1",
+            "mrpc",
         ),
         "in capitals": (
             of("mrpc", train={"names": ["Equivalent", "Not-Equivalent"]}),
+            "calls class 0 'Equivalent'.*of class 1",
             "mrpc",
-            "train calls class 0 'Equivalent'.*of class 1",
         ),
         "qqp's": (
             of("qqp", names=["duplicate", "not_duplicate"]),
-            "qqp",
             "validation calls class 0 'duplicate'.*of class 1",
+            "qqp",
         ),
-        "cola's": (of("cola", names=["acceptable", "unacceptable"]), "cola", "validation calls class 0 'acceptable'"),
+        "cola's": (of("cola", names=["acceptable", "unacceptable"]), "validation calls class 0 'acceptable'", "cola"),
         "mnli's": (
             of("mnli", names=["contradiction", "neutral", "entailment"]),
-            "mnli",
             "class 0 'contradiction'.*of class 2",
+            "mnli",
         ),
         "one of them": (
             of("mrpc", train={"names": ["paraphrase", "not_equivalent"]}),
-            "mrpc",
             "class 1 'not_equiv.*of class 0",
+            "mrpc",
         ),
-        "numbers": (of(train={"names": ["1", "0"]}), "rte", "class 0 '1'.*of class 1"),
-        "own names": (of("mrpc", train={"names": ["same", "new"]}), "mrpc", "+ note: f1 is that of class 1, 'new'"),
-        "a list": (of(train={"kind": List(Value("int64")), "label": [[0]] * 8}), "rte", TYPE),
-        "a record": (of(train={"kind": {"is": Value("int64")}, "label": [{"is": 0}] * 8}), "rte", TYPE),
-        "a list of classes": (of(train={"kind": List(ClassLabel(names=ORDER)), "label": [[0]] * 8}), "rte", TYPE),
-        "a time": (arrow(pyarrow.timestamp("s"), 0, 1), "rte", TYPE),
-        "nothing": (arrow(pyarrow.null(), None), "rte", "train has no label in row 0"),
-        "truth values": (arrow(pyarrow.bool_(), True, False), "rte", TYPE),
-        "a long record": (arrow(pyarrow.struct([(f"field{i}", pyarrow.int8()) for i in range(90)]), {}), "rte", TYPE),
-        "an empty name": (of(train={"names": ["", "x"]}), "rte", "labels=.'', 'x'.*rename the classes"),
-        "a name that moves the cursor": (of(train={"names": ["\x1b[2J", "x"]}), "rte", "rename the classes"),
-        "a name of two lines": (of("mnli", train={"names": ["a", "b", "c\nd"]}), "mnli", "rename the classes"),
-        "a name without width": (of(names=["a", "a\u200b"]), "rte", "rename the classes"),
-        "dev is train": (of(start=0), "rte", "+ " + COPIES.format(8, 8, "validation")),
-        "dev has labels of its own": (of(start=0, label=[1] * 8), "rte", "+ " + COPIES.format(8, 8, "validation")),
-        "dev has train": (of(start=0, rows=11), "rte", "+ " + COPIES.format(8, 11, "validation")),
-        "dev of one sentence": (of("cola", start=0, rows=3), "cola", "+ " + COPIES.format(3, 3, "validation")),
-        "dev has one sentence of the pair": (of(start=0, sentence2=sentences(1, 8)), "rte", ""),
+        "numbers": (of(train={"names": ["1", "0"]}), "class 0 '1'.*of class 1"),
+        "own names": (of("mrpc", train={"names": ["same", "new"]}), "+ note: f1 is that of class 1, 'new'", "mrpc"),
+        "a list": (of(train={"kind": List(Value("int64")), "label": [[0]] * 8}), TYPE),
+        "a record": (of(train={"kind": {"is": Value("int64")}, "label": [{"is": 0}] * 8}), TYPE),
+        "a list of classes": (of(train={"kind": List(ClassLabel(names=ORDER)), "label": [[0]] * 8}), TYPE),
+        "a time": (arrow(pyarrow.timestamp("s"), 0, 1), TYPE),
+        "nothing": (arrow(pyarrow.null(), None), "train has no label in row 0"),
+        "truth values": (arrow(pyarrow.bool_(), True, False), TYPE),
+        "a long record": (arrow(pyarrow.struct([(f"field{i}", pyarrow.int8()) for i in range(90)]), {}), TYPE),
+        "an empty name": (of(train={"names": ["", "x"]}), "labels=.'', 'x'.*rename the classes"),
+        "a name that moves the cursor": (of(train={"names": ["\x1b[2J", "x"]}), "rename the classes"),
+        "a name of two lines": (of("mnli", train={"names": ["a", "b", "c\nd"]}), "rename the classes", "mnli"),
+        "a name without width": (of(names=["a", "a\u200b"]), "rename the classes"),
+        "dev is train": (of(start=0), "+ " + COPIES.format(8, 8, "validation")),
+        "dev has labels of its own": (of(start=0, label=[1] * 8), "+ " + COPIES.format(8, 8, "validation")),
+        "dev has train": (of(start=0, rows=11), "+ " + COPIES.format(8, 11, "validation")),
+        "dev of one sentence": (of("cola", start=0, rows=3), "+ " + COPIES.format(3, 3, "validation"), "cola"),
+        "dev has one sentence of the pair": (of(start=0, sentence2=sentences(1, 8)), ""),
     },
     a_vocabulary_replaced_in_place_is_read: ONCE,
     the_same_content_elsewhere_is_not_tokenised_again: ONCE,

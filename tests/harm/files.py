@@ -486,6 +486,7 @@ OVERWRITE = [
     "ce-s1.txt",
     "entries.json",
 ]
+WEIGHTS = "the weights or config of --model changed"
 OTHER = r"--resume: .*step-0*4 is of another model: {}.* does not fit; it was written with torch 1.0, now {}"
 CASES = {
     a_users_file_is_never_lost: [
@@ -524,13 +525,8 @@ CASES = {
         ("train", {"sentence2": ["a dog sees the cat"] * 24}, "cut", "the data of train changed"),
         ("validation", {"label": [1] * 9}, "done", "the data of validation changed"),
         ("validation", {"sentence1": ["the fish"] * 9}, "cut", "the data of validation changed"),
-        (
-            "model.safetensors",
-            lambda text: text[:-1] + bytes([text[-1] ^ 1]),
-            "done",
-            "weights or config of --model changed",
-        ),
-        ("config.json", lambda text: text.replace(b'"gelu"', b'"relu"'), "cut", "weights or config of --model changed"),
+        ("model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "done", WEIGHTS),
+        ("config.json", lambda text: text.replace(b'"gelu"', b'"relu"'), "cut", WEIGHTS),
         ("tokenizer.json", lambda text: text.replace(b'"cat"', b'"cow"'), "done", "the tokenizer of --model changed"),
         ("tokenizer_config.json", lambda text: text + b"\n", "cut", "the tokenizer of --model changed"),
         ("README.md", lambda text: b"new", "done", None),

@@ -201,7 +201,7 @@ def a_failing_xet_storage_is_one_line(kind, reason, *, place):
     place.refused(f"rte of nyu-mll/glue cannot be loaded .*{reason}.*HF_HUB_DISABLE_XET=1", *TRAIN)
 
 
-def changed(name, *, file, content):
+def changed(name, file, content):
     """With another content of a file; None takes it away."""
 
     def change(place):
@@ -210,6 +210,10 @@ def changed(name, *, file, content):
             del files[file]
 
     return change
+
+
+def card(old, new):
+    return changed(GLUE, "README.md", CARD.replace(old, new).encode())
 
 
 def wrong_content_is_one_line(change, message, *, place):
@@ -314,11 +318,7 @@ CASES = {
         "tokenizer, half": (Fault("half", TOKENIZER), "the tokenizer .*Expecting|the tokenizer .*Unterminated", OF_MODEL),
         "weights, 500": (Fault("500", WEIGHTS), "the model .*500 Internal Server Error", OF_MODEL),
         "weights, gated": (Fault("403", WEIGHTS, code="GatedRepo"), "gated", LOGIN),
-        "storage, 500": (
-            Fault("500", STORE),
-            "--data-dir: the data set rte of nyu-mll/glue .*500 Internal Server Error",
-            OF_DATA,
-        ),
+        "storage, 500": (Fault("500", STORE), "--data-dir: the data set rte of nyu-mll/glue .*500 Internal", OF_DATA),
         "storage, 403": (Fault("403", STORE), "403 Forbidden", LOGIN),
         "storage, cut": (Fault("cut", STORE), "peer closed connection", OF_DATA),
         "storage, no answer": (Fault("drop", STORE), "Server disconnected", OF_DATA),
@@ -333,37 +333,28 @@ CASES = {
     },
     a_failing_xet_storage_is_one_line: [("500", "500 Internal"), ("403", "403 Forbidden"), ("404", "404 Not"), ("drop", "")],
     wrong_content_is_one_line: {
-        "no train file": (changed(GLUE, file=TABLE, content=None), "nyu-mll/glue has no rte/train-.*parquet.*remove"),
+        "no train file": (changed(GLUE, TABLE, None), "nyu-mll/glue has no rte/train-.*parquet.*remove"),
         "no dev file": (
-            changed(GLUE, file=TABLE.replace("train", "validation"), content=None),
+            changed(GLUE, TABLE.replace("train", "validation"), None),
             "nyu-mll/glue has no rte/validation-.*parquet.*remove",
         ),
         "two of three": (
-            changed(GLUE, file="rte/train-00001-of-00003.parquet", content=b"x"),
+            changed(GLUE, "rte/train-00001-of-00003.parquet", b"x"),
             "has 2 files rte/train-.*; fetch those that are missing",
         ),
-        "other rows than the card's": (
-            changed(GLUE, file="README.md", content=CARD.replace("24", "2490").encode()),
-            "train has 24 rows, by its card 2490.*remove",
-        ),
+        "other rows than the card's": (card("24", "2490"), "train has 24 rows, by its card 2490.*remove"),
         "other dev rows than the card's": (
-            changed(GLUE, file="README.md", content=CARD.replace("num_examples: 9", "num_examples: 277").encode()),
+            card("num_examples: 9", "num_examples: 277"),
             "validation has 9 rows, by its card 277",
         ),
-        "other columns than the card's": (
-            changed(GLUE, file="README.md", content=CARD.replace("sentence2", "hypothesis").encode()),
-            "cannot be loaded .*hypothesis|cannot be loaded .*sentence2",
-        ),
-        "a table that is no Parquet": (
-            changed(GLUE, file=TABLE, content=b"PAR1" * 30),
-            f"{TABLE[4:]} is not readable .*remove",
-        ),
-        "no config": (changed(MODEL, file="config.json", content=None), "bert-large-cased: it has no config.json"),
+        "other columns than the card's": (card("sentence2", "hypothesis"), "cannot be loaded .*(hypothesis|sentence2)"),
+        "a table that is no Parquet": (changed(GLUE, TABLE, b"PAR1" * 30), f"{TABLE[4:]} is not readable .*remove"),
+        "no config": (changed(MODEL, "config.json", None), "bert-large-cased: it has no config.json"),
         "no safetensors": (
-            changed(MODEL, file="model.safetensors", content=None),
+            changed(MODEL, "model.safetensors", None),
             "it has no model.safetensors, and pickled weights are never read",
         ),
-        "weights that are none": (changed(MODEL, file="model.safetensors", content=b"x" * 99), f"the model .*{OF_MODEL}"),
+        "weights that are none": (changed(MODEL, "model.safetensors", b"x" * 99), f"the model .*{OF_MODEL}"),
     },
     what_the_model_cannot_do_is_found_before_data_and_weights: [
         "--moe-layers 9",

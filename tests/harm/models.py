@@ -161,6 +161,14 @@ CODE = ["AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoMo
 NO_PADDING = change("tokenizer_config.json", pad_token=None, tokenizer_class="PreTrainedTokenizerFast")
 
 
+def bert(**values):
+    return another(BertModel, BertConfig(**BERT | values))
+
+
+def classifier(**values):
+    return another(BertForSequenceClassification, BertConfig(**BERT | values))
+
+
 def roberta(**values):
     return another(RobertaForSequenceClassification, RobertaConfig(**BERT | {"type_vocab_size": 2} | values))
 
@@ -306,31 +314,29 @@ MAP = dict.fromkeys((*CODE, "AutoTokenizer", "AutoImageProcessor"), "evil.Evil")
 EVIL = both(change(auto_map=MAP), lambda folder: (folder / "evil.py").write_text("open('EXECUTED', 'w')"))
 TOKENIZER = change("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
 NEGATIVE = {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+NEVER_RUN, NOT_READ = "needs code of its own, which is never run", "no model.safetensors, and pickled weights are never read"
+SHAPE = "has the shape .*, by its config it is"
 CASES = {
     refused_in_one_line_before_anything_is_written: {
         # code and pickles
-        "code, glue": (TRAIN, foreign_code("evil", CODE), "needs code of its own, which is never run"),
-        "code, lm": (LM, foreign_code("evil", CODE), "needs code of its own, which is never run"),
-        "code, clip": (CLIP, foreign_code("evil", CODE), "needs code of its own, which is never run"),
-        "code, run": (RUN, foreign_code("evil", CODE), "needs code of its own, which is never run"),
-        "code, lm's tokenizer": (
-            LM,
-            foreign_code("llama", [*CODE, "AutoTokenizer"]),
-            "needs code of its own, which is never run",
-        ),
-        "code, run's tokenizer": (RUN, foreign_code("moefied-bert", ["AutoTokenizer"]), "needs code of its own"),
-        "a pickle, glue": (TRAIN, pickled(), "no model.safetensors, and pickled weights are never read"),
-        "a pickle, lm": (LM, pickled(), "no model.safetensors, and pickled weights are never read"),
-        "a pickle, clip": (CLIP, pickled(), "no model.safetensors, and pickled weights are never read"),
+        "code, glue": (TRAIN, foreign_code("evil", CODE), NEVER_RUN),
+        "code, lm": (LM, foreign_code("evil", CODE), NEVER_RUN),
+        "code, clip": (CLIP, foreign_code("evil", CODE), NEVER_RUN),
+        "code, run": (RUN, foreign_code("evil", CODE), NEVER_RUN),
+        "code, lm's tokenizer": (LM, foreign_code("llama", [*CODE, "AutoTokenizer"]), NEVER_RUN),
+        "code, run's tokenizer": (RUN, foreign_code("moefied-bert", ["AutoTokenizer"]), NEVER_RUN),
+        "a pickle, glue": (TRAIN, pickled(), NOT_READ),
+        "a pickle, lm": (LM, pickled(), NOT_READ),
+        "a pickle, clip": (CLIP, pickled(), NOT_READ),
         "a pickle, run": (RUN, pickled(), "model.safetensors"),
         "pickles in parts": (TRAIN, pickled("pytorch_model-00001-of-00001.bin"), "pickled weights are never read"),
         "a pickle that the config names": (TRAIN, both(pickled("x.bin"), change(transformers_weights="x.bin")), "incorrect"),
         # weights
-        "other shape": (TRAIN, change(hidden_size=8, intermediate_size=16), "has the shape .*, by its config it is"),
-        "other shape, one tensor": (TRAIN, change(intermediate_size=16), "has the shape .*, by its config it is"),
+        "other shape": (TRAIN, change(hidden_size=8, intermediate_size=16), SHAPE),
+        "other shape, one tensor": (TRAIN, change(intermediate_size=16), SHAPE),
         "no size": (TRAIN, change(hidden_size=None), "the shape|size mismatch"),
-        "other shape, lm": (LM, change(intermediate_size=16), "has the shape .*, by its config it is"),
-        "other shape, clip": (CLIP, change(projection_dim=64), "has the shape .*, by its config it is"),
+        "other shape, lm": (LM, change(intermediate_size=16), SHAPE),
+        "other shape, clip": (CLIP, change(projection_dim=64), SHAPE),
         "a layer too few": (TRAIN, lost("layer.2"), "its weights lack bert.encoder.layer.2"),
         "one tensor too few": (TRAIN, lost("word_embeddings"), "its weights lack bert.embeddings.word"),
         "layers too many": (TRAIN, change(num_hidden_layers=2), "layer.2.* not part of the model"),
@@ -352,21 +358,13 @@ CASES = {
         "special tokens alone": (TRAIN, tokenizer(VOCABULARY[:5]), "its tokenizer knows no words"),
         "no tokenizer, run": (RUN, without("tokenizer.json"), "it has no tokenizer.json"),
         "a token too many": (TRAIN, tokenizer([*VOCABULARY, "x"]), "its tokenizer has 18 tokens, the model 17"),
-        "a row too few": (TRAIN, another(BertModel, BertConfig(**BERT | {"vocab_size": 16})), "17 tokens, the model 16"),
+        "a row too few": (TRAIN, bert(vocab_size=16), "17 tokens, the model 16"),
         "a token too many, lm": (LM, change(vocab_size=9), "tokens, the model 9"),
         "a token too many, run": (RUN, tokenizer([*VOCABULARY, "x"]), "its tokenizer has 18 tokens, the model 17"),
         "no padding": (TRAIN, NO_PADDING, "its tokenizer has no padding token"),
         "no padding, run": (RUN, NO_PADDING, "its tokenizer has no padding token"),
-        "one token type": (
-            TRAIN,
-            another(BertModel, BertConfig(**BERT, type_vocab_size=1)),
-            "2 token types, the model has 1",
-        ),
-        "positions": (
-            TRAIN,
-            another(BertModel, BertConfig(**BERT | {"max_position_embeddings": 15})),
-            "model has 15 positions",
-        ),
+        "one token type": (TRAIN, bert(type_vocab_size=1), "2 token types, the model has 1"),
+        "positions": (TRAIN, bert(max_position_embeddings=15), "model has 15 positions"),
         "RoBERTa's positions": (
             TRAIN,
             roberta(max_position_embeddings=16, pad_token_id=0),
@@ -379,11 +377,7 @@ CASES = {
             "task.json promises 64 tokens, the model has 32",
         ),
         # kinds
-        "a BERT as lm": (
-            LM,
-            both(another(BertModel, BertConfig(**BERT)), tokenizer()),
-            "a bert is not a Llama-like decoder",
-        ),
+        "a BERT as lm": (LM, both(bert(), tokenizer()), "a bert is not a Llama-like decoder"),
         "a GPT-2 as lm": (LM, change(model_type="gpt2"), "a gpt2 is not a Llama-like decoder"),
         "a CLIP as lm": (LM, change(model_type="clip"), "the language model .* cannot be loaded"),
         "a llama as clip": (CLIP, change(model_type="llama"), "it is a llama, not a CLIP"),
@@ -401,7 +395,7 @@ CASES = {
         "code beside parts": (everywhere(EVIL), parts),
         "a pickle beside safetensors": (at_bert(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x")), runs()),
         "a head of the same size": (untouched, heads),
-        "a head of another size": (at_bert(another(BertForSequenceClassification, BertConfig(**BERT, num_labels=3))), heads),
+        "a head of another size": (at_bert(classifier(num_labels=3)), heads),
         "a head for a regression": (untouched, partial(heads, task="stsb")),
         "a head without bias": (at_bert(lost("classifier.bias")), heads),
         "names of another task": (at_bert(change(**NEGATIVE)), for_rte),
@@ -409,7 +403,7 @@ CASES = {
         "several labels": (at_bert(change(problem_type="multi_label_classification")), for_rte),
         "a classifier for a regression": (at_bert(change(problem_type="single_label_classification", **NEGATIVE)), for_stsb),
         "a regression's model trains rte": (
-            at_bert(another(BertForSequenceClassification, BertConfig(**BERT, num_labels=1, problem_type="regression"))),
+            at_bert(classifier(num_labels=1, problem_type="regression")),
             runs("--variants", "dense"),
         ),
         "RoBERTa's positions, all used": (at_bert(roberta(max_position_embeddings=17, pad_token_id=0)), runs()),

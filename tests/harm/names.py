@@ -60,7 +60,7 @@ def a_path_that_cannot_be_is_one_line(script, flag, name, reason, *, here, capsy
 
 
 def a_thing_without_permissions(kind, mode, closed, reason):
-    """As nobody, if this is root, who may read all. `closed`: in a folder that may not be entered. Reason None: it is read."""
+    """As nobody, if this is root, who may read all. `closed`: in a folder that may not be entered. None: it is read."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         path = Path(folder, "x")
         path.mkdir() if kind == "folder" else path.write_text("")
@@ -324,18 +324,11 @@ NAMES = [  # a name that no flag takes, and the reason
     ("loop", "symbolic links"),
 ]
 FOLDERS = {"data-dir", "run", "inspect", "output-dir", "model", "clip", "lm", "image-dir"}
+FOLDER, FILE = "it is not a folder that can be read", "it is not a file that can be read"
 OTHER_KINDS = [  # of a flag: a name of the other kind, and the reason
-    (flag, *case)
+    (flag, name, FOLDER if flag[1] in FOLDERS else FILE)
     for flag in FLAGS
-    for case in (
-        [("file", "it is not a folder that can be read"), ("closed/", "it is not a folder that can be read")]
-        if flag[1] in FOLDERS
-        else [
-            ("folder", "it is not a file that can be read"),
-            ("closed.json", "it is not a file that can be read"),
-            ("pipe", "it is not a file that can be read"),
-        ]
-    )
+    for name in (("file", "closed/") if flag[1] in FOLDERS else ("folder", "closed.json", "pipe"))
 ]
 ABSENT = [
     (flag, "nowhere", "no such")
@@ -343,6 +336,7 @@ ABSENT = [
     if flag[1] in ("data-dir", "predict", "run", "inspect", "data", "image-dir", "eval-data", "image")
 ]
 PATHS = [(flag, *case) for flag in FLAGS for case in NAMES] + OTHER_KINDS + ABSENT
+THERE = "the same command with --resume continues there"
 SAY = HEAD + "run_main('p', lambda: [say('中' * 99) for _ in range(999)])"
 BAD = HEAD + "\ndef main():\n    say('x')\n    raise UserError('no')\nrun_main('p', main)"
 FULL = "p: stopped: [Errno 28] No space left on device; free the disk, then the same command with --resume continues\n"
@@ -355,10 +349,10 @@ CASES = {
         f"{script.__name__} --{flag} {name!r:.40}": (script, flag, name, reason) for (script, flag), name, reason in PATHS
     },
     a_thing_without_permissions: [
-        ("folder", 0o444, False, "it is not a folder that can be read"),
-        ("folder", 0o111, False, "it is not a folder that can be read"),
+        ("folder", 0o444, False, FOLDER),
+        ("folder", 0o111, False, FOLDER),
         ("folder", 0o555, False, None),
-        ("file", 0o222, False, "it is not a file that can be read"),
+        ("file", 0o222, False, FILE),
         ("file", 0o444, False, None),
         ("file", 0o666, True, "Permission denied"),  # in a folder that may not be entered
         ("new file", 0o666, True, "Permission denied"),
@@ -411,12 +405,7 @@ CASES = {
         (["glue_moefy.py", "--help"], "> /dev/full", 1, "glue_moefy.py: stopped: [Errno 28] No space left on"),
         (["toy_lvlm.py", "--help"], "> /dev/null", 0, ""),
         (["toy_lvlm.py", "--tau", "2"], "2> /dev/full", 2, ""),
-        (
-            ["toy_lvlm.py", f"--run=\x1b[2J{RAW}\n"],
-            "",
-            2,
-            r"toy_lvlm.py: error: argument --run: '\x1b[2J\udcff\n'",
-        ),
+        (["toy_lvlm.py", f"--run=\x1b[2J{RAW}\n"], "", 2, r"toy_lvlm.py: error: argument --run: '\x1b[2J\udcff\n'"),
     ],
     any_name_is_drawn: ["a$\\x$", "a$b", "$\\frac{1$", "中文", "\x1b[31m", "a\nb", "🐈 $", "_x"],
     a_signal_during_the_imports: {
@@ -425,11 +414,7 @@ CASES = {
     },
     a_signal_at_any_other_time: {
         **each("main", f"def main():\n    {SLEEP}\nrun_main('p', main, False)", "p: interrupted\n"),
-        **each(
-            "main that resumes",
-            f"def main():\n    {SLEEP}\nrun_main('p', main)",
-            "p: interrupted: finished runs are kept, the same command with",
-        ),
+        **each("main that resumes", f"def main():\n    {SLEEP}\nrun_main('p', main)", f"p: interrupted: {KEPT}\n"),
         **each("after main", f"run_main('p', lambda: 0)\n{SLEEP}", "p: interrupted\n"),
         **each("exit", f"{EXIT}run_main('p', lambda: 0)", "p: interrupted\n"),
         **each("exit after an error", f"{EXIT}def main():\n    raise UserError('x')\nrun_main('p', main)", "p: error: x\n"),
@@ -442,16 +427,12 @@ CASES = {
     what_is_ignored_stays_ignored: [signal.SIGHUP, signal.SIGINT],
     a_signal_while_the_hub_does_not_answer: ONCE,
     a_signal_during_a_run: {
-        **each(
-            "step",
-            STEP.format(times=1),
-            f"{NOTICE}@ce-s0 is saved at step 5; the same command with --resume continues there",
-        ),
+        **each("step", STEP.format(times=1), f"{NOTICE}@ce-s0 is saved at step 5; {THERE}"),
         **each("twice", STEP.format(times=2), f"{NOTICE}@at once; --resume continues from the last checkpoint"),
         **each(
             "evaluation",
             AT.format(module="lab.text.metrics", name="GlueMetric._compute"),
-            f"{NOTICE}@ce-s0 is saved after epoch 1; the same command with --resume continues there",
+            f"{NOTICE}@ce-s0 is saved after epoch 1; {THERE}",
         ),
         **each("load", AT.format(module="lab.text.glue", name="load_source"), f"@{KEPT}"),
         **each("library", AT.format(module="transformers", name="AutoConfig.from_pretrained"), f"@{KEPT}"),
