@@ -359,9 +359,7 @@ CASES = {
         "2 bits, grey": ([1, 3, 0, 2], 0, 2, (1,), [WHITE, WHITE, (0, 0, 0), (170, 170, 170)]),
         "1 bit": ([0, 1, 0, 0], 0, 1, (0,), [WHITE] * 4),
     },
-    gives(turned): {
-        "16 bits, turned": ([0, 0, 255, 255],),
-    },
+    gives(turned): {"16 bits, turned": ([0, 0, 255, 255],)},
     # own boxes
     gives(right): {
         "box": ("0 0 10 10", "0 0 10 6", True),
@@ -381,10 +379,7 @@ CASES = {
         "z-loss": ({"further": "z_loss"}, Refused(REFUSED.format("z_loss"), RuntimeError)),
         "losses of further tokens": ({"further": "mtp_losses"}, Refused(REFUSED.format("mtp_losses"), RuntimeError)),
         "two additions": ({"own": True, "further": "z_loss"}, Refused("adds aux_loss, z_loss to its", RuntimeError)),
-        "accumulated": (
-            {"own": True, "gradient_accumulation_steps": 2},
-            Refused(REFUSED.format("aux_loss"), RuntimeError),
-        ),
+        "accumulated": ({"own": True, "gradient_accumulation_steps": 2}, Refused(REFUSED.format("aux_loss"), RuntimeError)),
         "label smoothing": ({"own": True, "label_smoothing_factor": 0.1}, True),
         "the user's own loss": ({"own": True, "func": own_loss}, True),
         "a loss in a tuple": ({"tuples": True}, True),

@@ -408,10 +408,7 @@ CASES = {
         (["toy_lvlm.py", f"--run=\x1b[2J{RAW}\n"], "", 2, r"toy_lvlm.py: error: argument --run: '\x1b[2J\udcff\n'"),
     ],
     any_name_is_drawn: ["a$\\x$", "a$b", "$\\frac{1$", "中文", "\x1b[31m", "a\nb", "🐈 $", "_x"],
-    a_signal_during_the_imports: {
-        **each("glue", "glue_moefy.py", "datasets"),
-        **each("lvlm", "toy_lvlm.py", "torch"),
-    },
+    a_signal_during_the_imports: {**each("glue", "glue_moefy.py", "datasets"), **each("lvlm", "toy_lvlm.py", "torch")},
     a_signal_at_any_other_time: {
         **each("main", f"def main():\n    {SLEEP}\nrun_main('p', main, False)", "p: interrupted\n"),
         **each("main that resumes", f"def main():\n    {SLEEP}\nrun_main('p', main)", f"p: interrupted: {KEPT}\n"),
