@@ -286,7 +286,7 @@ CASES = {
         ),
         "in capitals": (
             of("mrpc", train={"names": ["Equivalent", "Not-Equivalent"]}),
-            "calls class 0 'Equivalent'.*of class 1",
+            "train calls class 0 'Equivalent'.*of class 1",
             "mrpc",
         ),
         "qqp's": (

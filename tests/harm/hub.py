@@ -111,12 +111,12 @@ class Place:
         self.hub.asked.clear()
         return (self.offline if offline else self.online).run(script, *flags, "--output-dir", self.out, before=AT_ONCE)
 
-    def refused(self, pattern, *flags, **options):
-        """The command is refused in one line that matches, and leaves nothing."""
+    def refused(self, pattern, *flags, given="", **options):
+        """The command is refused in one line that matches, and leaves nothing. `given`: a name that may be long."""
         done = self.run(*flags, **options)
         assert done.returncode == 2 and not self.out.exists(), done.stderr
         (line,) = done.stderr.strip().splitlines()
-        check_line(line, pattern, self.home)
+        check_line(line, pattern, self.home, given)
 
     def cached(self, name):
         (path,) = (path for path in self.home.glob("hub/*/snapshots/*/**/*") if path.name == name)
@@ -257,7 +257,8 @@ def what_the_cache_lacks_is_named_offline(*, place):
 
 
 def what_cannot_be_a_name_is_one_line(name, *, place):
-    place.refused("--model:? .*; give an existing (folder|one), or a (name on the hub|hub name)", *TRAIN, f"--model={name}")
+    fix = "give an existing (folder|one), or a (name on the hub|hub name)"
+    place.refused(f"--model:? .*; {fix}", *TRAIN, f"--model={name}", given=name)
 
 
 def the_other_script_says_the_same(flag, code, message, *, place):
