@@ -319,7 +319,11 @@ CASES = {
         "tokenizer, half": (Fault("half", TOKENIZER), "the tokenizer .*Expecting|the tokenizer .*Unterminated", OF_MODEL),
         "weights, 500": (Fault("500", WEIGHTS), "the model .*500 Internal Server Error", OF_MODEL),
         "weights, gated": (Fault("403", WEIGHTS, code="GatedRepo"), "gated", LOGIN),
-        "storage, 500": (Fault("500", STORE), "--data-dir: the data set rte of nyu-mll/glue .*500 Internal", OF_DATA),
+        "storage, 500": (
+            Fault("500", STORE),
+            "--data-dir: the data set rte of nyu-mll/glue .*500 Internal Server Error",
+            OF_DATA,
+        ),
         "storage, 403": (Fault("403", STORE), "403 Forbidden", LOGIN),
         "storage, cut": (Fault("cut", STORE), "peer closed connection", OF_DATA),
         "storage, no answer": (Fault("drop", STORE), "Server disconnected", OF_DATA),
