@@ -15,6 +15,8 @@ from lab.run.cli import SIGNALS
 from stgc import MoELayer, Verdict
 from stgc_plus import STGC
 
+pytest.register_assert_rewrite("harm")
+
 
 def pytest_configure():
     """Signals are tested, also where a shell that starts the tests in the background has them ignored."""
@@ -32,7 +34,9 @@ def server():
 
 def pytest_collection_finish(session):
     """It imports while tests run that need none."""
-    if any("server" in item.fixturenames for item in session.items):
+    rows = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    names = [item.fixturenames for item in session.items] + [row.get("fixtures", []) for row in rows]  # see test_harm.py
+    if any("server" in own for own in names):
         serve()
 
 

@@ -1,4 +1,4 @@
-"""What would harm a user: a file lost or replaced, a run continued from other content. One row of a table per case."""
+"""What would harm a user: a file lost or replaced, a run continued from other content."""
 
 import json
 import os
@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import without_pictures
+from harm.build import ENTRY as SHORT
+from harm.build import ONCE, refused, start
 from safetensors.torch import load_file, save_file
-from test_glue import data, model, run, words, write_split  # noqa: F401  (fixtures)
+from test_glue import write_split
 from test_resume import Killed, kill_at, outcome
 
 import glue_moefy
@@ -21,26 +24,19 @@ from lab.run import runs
 from lab.run.cli import UserError
 from lab.text import use
 
-pytestmark = pytest.mark.slow  # many short stories: the table as a whole
-
 KEPT = "this is a user's\n"  # in every file of the user
-ENTRY = {
-    "variant": "ce",
-    "seed": 0,
-    "lr": 3e-5,
+ENTRY = SHORT | {
     "best": {"score": 0.5, "epoch": 1},
-    "last": {"score": 0.5, "epoch": 1},
     "conflict_ratio": [0.1, 0.1],
     "consistency": [0.1, 0.1],
     "seconds": 1.0,
     "samples_per_second": 1.0,
     "peak_memory_bytes": 1,
-    "collapsed": False,
 }
 
 
 @pytest.fixture(scope="module")
-def done(data, model, tmp_path_factory):  # noqa: F811
+def done(data, model, tmp_path_factory):
     """A command, the folder of its finished run, and that of one that was killed with checkpoints of steps 2 and 3."""
     root = tmp_path_factory.mktemp("done")
     small = "--task rte --moe-layers 1 --num-experts 4 --epochs 2 --save-steps 2 --seeds 0 --batch-size 8 --max-length 16"
@@ -51,10 +47,16 @@ def done(data, model, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, 5)
         with pytest.raises(Killed):
-            run([*command, "--output-dir", root / "cut"])
+            start([*command, "--output-dir", root / "cut"])
     shutil.copytree(root / "cut", root / "done")
-    run([*command, "--output-dir", root / "done", "--resume"])
+    start([*command, "--output-dir", root / "done", "--resume"])
     return command, root
+
+
+@pytest.fixture
+def out(done, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(done[1] / "done", tmp_path / "out")
 
 
 def tree(folder: Path) -> dict:
@@ -77,48 +79,6 @@ def put(folder: Path, name: str, content) -> None:
         path.write_text(content)
 
 
-LINK = ("link", "../precious.txt")
-CHECKPOINT = "checkpoints/ce-s0/step-00000004"
-CUT = '{"name": "rte-24", "config": {}, "data": {}, "runs": [], "ver'
-FOREIGN, DAMAGED = "exists, but no run wrote it: move it", "results.json cannot be read .*remove it, or name another"
-OVERWRITE = [
-    "checkpoints/mine.txt",
-    "tensorboard/",
-    "my-thesis-s1/",
-    "model-ce-s0.part/",
-    "figure-s1.png",
-    "model-ce-s0/mine.txt",  # in a folder of ours
-    "stages/",
-    "model-ce-s1/",
-    "curves.png.tmp",
-    "ce-s1.txt",
-    "entries.json",
-]
-FILES = [  # the folder before (a finished run, a killed one, none), a user's files in it, flags, the message or None
-    *[("done", {name: KEPT}, "--overwrite", None) for name in OVERWRITE],
-    ("none", {"ce-s0.jsonl": KEPT}, "", FOREIGN),
-    ("none", {"curves.png": KEPT}, "--overwrite", FOREIGN),
-    ("none", {"all_results.json": LINK}, "--resume", FOREIGN),
-    ("none", {"model-ce-s0/": KEPT}, "", FOREIGN),
-    ("none", {"checkpoints/ce-s0/": KEPT}, "", FOREIGN),
-    ("none", {"checkpoints": KEPT}, "", FOREIGN),
-    ("none", {"written.txt": KEPT}, "", "written.txt exists, but no run wrote it"),
-    ("none", {"written.txt": LINK}, "", "cannot be written"),
-    ("done", {"ce-s1.jsonl": KEPT}, "--seeds 0 1 --resume", FOREIGN),
-    *[("done", {"results.json": text}, "--resume", DAMAGED) for text in ("null", "{}", "[]", "3", CUT, "[[[1]]]", '"x"')],
-    *[("done", {"results.json": text}, "--overwrite", DAMAGED) for text in ("null", '{"thesis": 1}')],
-    ("done", {"results.json": json.dumps({"name": "rte-24", "config": {}, "data": {}, "runs": [1]})}, "--resume", DAMAGED),
-    *[("none", {f"{name}.tmp": LINK}, "", None) for name in ("results.json", "ce-s0.jsonl", "all_results.json")],
-    ("none", {"unfinished.part": LINK}, "", None),
-    ("none", {"unfinished.part/": KEPT}, "", None),
-    ("none", {"model-ce-s0.part/": KEPT}, "", None),
-    ("none", {"checkpoints/ce-s0.part": KEPT}, "", None),
-    ("done", {"results.json": None}, "--resume", "has parts of a run, no results.json"),
-    ("done", {"results.json": None}, "", "has parts of a run, no results.json"),
-    ("done", {"written.txt": None}, "--overwrite", "what the old run in .* wrote is not listed"),
-]
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Training that takes no time, but writes a curve and a model."""
@@ -130,15 +90,11 @@ def quick(monkeypatch):
         return ENTRY | {"seed": seed, "lr": lr}
 
     monkeypatch.setattr(glue_moefy, "train_one", train_one)
-    monkeypatch.setattr(glue_moefy.figures, "plot_run", lambda *_: None)
+    without_pictures(monkeypatch, "plot_run")
 
 
-def row(case) -> str:
-    return f"{case[0]}-{'+'.join(case[1])}-{case[2]}"
-
-
-@pytest.mark.parametrize("state, files, flags, message", FILES, ids=map(row, FILES))
-def test_a_users_file_is_never_lost(done, tmp_path, quick, state, files, flags, message):
+def a_users_file_is_never_lost(state, files, flags, message, *, done, tmp_path, quick):
+    """`state` of the folder before: of `done`, or none. `files`: a user's in it. Message None: the run is written."""
     out = tmp_path / "out"
     (tmp_path / "precious.txt").write_text(KEPT)
     out.mkdir() if state == "none" else shutil.copytree(done[1] / state, out)
@@ -146,36 +102,20 @@ def test_a_users_file_is_never_lost(done, tmp_path, quick, state, files, flags, 
         put(out, name, content)
     before, command = tree(out), [*done[0], "--output-dir", out, *flags.split()]
     if message:
-        with pytest.raises(UserError, match=message) as error:
-            run(command)
-        assert "\n" not in str(error.value) and len(str(error.value).replace(str(tmp_path), "")) < 300
+        with refused(message, tmp_path):
+            start(command)
         assert tree(out) == before
     else:
-        run(command)
+        start(command)
         mine = {name: content for name, content in before.items() if any(map(name.startswith, files))}
         assert mine and mine.items() <= tree(out).items()
         assert not list(out.rglob("model-*/model.safetensors")), "what the run wrote is still there"
     assert (tmp_path / "precious.txt").read_text() == KEPT
 
 
-CHANGES = [  # what is changed in place after the run was started, and what the refusal names
-    ("train", {"label": [(i // 2) % 2 for i in range(24)]}, "the data of train changed"),
-    ("train", {"sentence2": ["a dog sees the cat"] * 24}, "the data of train changed"),
-    ("validation", {"label": [1] * 9}, "the data of validation changed"),
-    ("validation", {"sentence1": ["the fish"] * 9}, "the data of validation changed"),
-    ("model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "the weights or config of --model changed"),
-    ("config.json", lambda text: text.replace(b'"gelu"', b'"relu"'), "the weights or config of --model changed"),
-    ("tokenizer.json", lambda text: text.replace(b'"cat"', b'"cow"'), "the tokenizer of --model changed"),
-    ("tokenizer_config.json", lambda text: text + b"\n", "the tokenizer of --model changed"),
-    ("README.md", lambda text: b"new", None),
-    (".DS_Store", lambda text: b"new", None),
-]
-
-
-@pytest.mark.parametrize("number", range(len(CHANGES)))
-def test_changed_content_is_not_continued(done, tmp_path, quick, number):
-    name, change, message = CHANGES[number]
-    state, (command, root) = ("done", "cut")[number % 2], done
+def changed_content_is_not_continued(name, change, state, message, *, done, tmp_path, quick):
+    """`change` of a split or of a file of the model, in place after the run was started."""
+    command, root = done
     for folder in ("data", "model", state):
         shutil.copytree(root / folder, tmp_path / folder)
     places = ["--model", tmp_path / "model", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / state]
@@ -190,32 +130,32 @@ def test_changed_content_is_not_continued(done, tmp_path, quick, number):
         path.write_bytes(change(path.read_bytes() if path.exists() else b""))
     before = tree(tmp_path / state)
     if message is None:
-        return run([*command, *places, "--resume"])
-    with pytest.raises(UserError, match=f"--resume: .*{message} since .*restore") as error:
-        run([*command, *places, "--resume"])
-    assert tree(tmp_path / state) == before and "\n" not in str(error.value)
+        return start([*command, *places, "--resume"])
+    with refused(f"--resume: .*{message} since .*restore", tmp_path):
+        start([*command, *places, "--resume"])
+    assert tree(tmp_path / state) == before
 
 
 def forget(record: dict) -> None:
     del record["made_from"]
 
 
-NOTES = [  # a change of the record, and the one line that a resumption prints
-    (forget, "note: .* has no digests of its data and model: whether they are the same is not checked"),
-    (
-        lambda record: record.update(threads=7),
-        "note: resumed with threads 1 instead of 7: the weights may differ in the last",
-    ),
-    (lambda record: record["versions"].update(torch="1.0"), "note: resumed with torch .* instead of 1.0: the weights"),
-    (lambda record: record.update(device="NVIDIA X"), "note: resumed with device cpu instead of NVIDIA X"),
-    (lambda record: record.update(resumed=[record | {"threads": 5}]), "note: resumed with threads 1 instead of 5"),
-]
+def at(**values):
+    """The record, or its resumption, has these values."""
+
+    def change(record: dict) -> None:
+        for name, value in values.items():
+            if name == "resumed":
+                value = [record | one for one in value]
+            elif isinstance(value, dict):
+                value = record[name] | value
+            record[name] = value
+
+    return change
 
 
-@pytest.mark.parametrize("change, note", NOTES, ids=range(len(NOTES)))
-def test_a_resumption_says_what_differs(done, tmp_path, quick, capsys, change, note):
-    out = tmp_path / "out"
-    shutil.copytree(done[1] / "done", out)
+def a_resumption_says_what_differs(change, note, *, done, out, quick, capsys):
+    """In one line, after a change of the record."""
     record = json.loads((out / "results.json").read_text())
     record.pop("resumed")
     record["threads"] = 1
@@ -223,7 +163,7 @@ def test_a_resumption_says_what_differs(done, tmp_path, quick, capsys, change, n
     (out / "results.json").write_text(json.dumps(record))
     for times in (1, 0):  # said once
         capsys.readouterr()
-        run([*done[0], "--output-dir", out, "--resume"])
+        start([*done[0], "--output-dir", out, "--resume"])
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
         assert len(printed) == times and all(re.match(note, line) for line in printed)
 
@@ -237,12 +177,16 @@ def seal(newest: Path) -> None:
     (newest / "state.json").write_text(json.dumps(state | {"digest": runs.digest(state)}))
 
 
-def reshape(file: str, name: str):
+def state(text: str):
+    return lambda newest: (newest / "state.json").write_text(text)
+
+
+def reshape(file: str):
     def change(newest: Path):
-        tensors = load_file(newest / file)
-        key = next(key for key in tensors if key.startswith(name))
+        tensors = load_file(newest / f"{file}.safetensors")
+        key = next(key for key in tensors if key.startswith("classifier.weight"))
         tensors[key] = tensors[key][:-1].clone()
-        save_file(tensors, newest / file)
+        save_file(tensors, newest / f"{file}.safetensors")
         seal(newest)
 
     return change
@@ -260,22 +204,9 @@ def more(newest: Path) -> None:
     seal(newest)
 
 
-OTHER = r"--resume: .*step-0*4 is of another model: {}.* does not fit; it was written with torch 1.0, now {}"
-CHECKPOINTS = [  # a change of the newest checkpoint, and the refusal; None: the one before it is used
-    *[
-        (lambda newest, text=text: (newest / "state.json").write_text(text), None)
-        for text in ("null", "[]", "3", '"x"', "{}")
-    ],
-    (reshape("model.safetensors", "classifier.weight"), OTHER.format("classifier.weight", torch.__version__[:3])),
-    (reshape("optimizer.safetensors", "classifier.weight"), OTHER.format("exp_avg.* of classifier.weight", "")),
-    (rename, OTHER.format("classifier.weight", "")),
-    (more, OTHER.format("zz.bias", "")),
-]
-
-
-@pytest.mark.parametrize("change, message", CHECKPOINTS, ids=range(len(CHECKPOINTS)))
-def test_a_checkpoint_fits_or_is_not_used(done, tmp_path, monkeypatch, capsys, change, message):
-    monkeypatch.setattr(glue_moefy.figures, "plot_run", lambda *_: None)
+def a_checkpoint_fits_or_is_not_used(change, message, *, done, tmp_path, monkeypatch, capsys):
+    """`change` of the newest one. Message None: the one before it is used."""
+    without_pictures(monkeypatch, "plot_run")
     command, root = done
     out = tmp_path / "out"
     shutil.copytree(root / "cut", out)
@@ -283,9 +214,9 @@ def test_a_checkpoint_fits_or_is_not_used(done, tmp_path, monkeypatch, capsys, c
     change(newest)
     if message:
         with pytest.raises(UserError, match=message):
-            run([*command, "--output-dir", out, "--resume"])
+            start([*command, "--output-dir", out, "--resume"])
         return
-    run([*command, "--output-dir", out, "--resume"])
+    start([*command, "--output-dir", out, "--resume"])
     assert f"damaged checkpoint {newest}" in capsys.readouterr().out
     assert outcome(out)[:2] == outcome(root / "done")[:2]
 
@@ -294,7 +225,7 @@ def test_a_checkpoint_fits_or_is_not_used(done, tmp_path, monkeypatch, capsys, c
 
 
 def resumed(done, out) -> None:
-    run([*done[0], "--output-dir", out, "--resume"])
+    start([*done[0], "--output-dir", out, "--resume"])
 
 
 def killed(patch, module, name: str, out, command, at: int = 1) -> None:
@@ -310,18 +241,18 @@ def killed(patch, module, name: str, out, command, at: int = 1) -> None:
     with patch.context() as context:
         context.setattr(module, name, dies)
         with pytest.raises(Killed):
-            run([*command, "--output-dir", out])
+            start([*command, "--output-dir", out])
 
 
-def kill_while_overwriting(done, out, patch):
+def kill_while_overwriting(*, done, out, monkeypatch):
     """What was removed is not called complete; --overwrite ends what it began."""
-    killed(patch, Path, "unlink", out, [*done[0], "--overwrite"], at=3)
+    killed(monkeypatch, Path, "unlink", out, [*done[0], "--overwrite"], at=3)
     with pytest.raises(UserError, match="has parts of a run, no results.json.*--overwrite"):
         resumed(done, out)
-    run([*done[0], "--output-dir", out, "--overwrite"])
+    start([*done[0], "--output-dir", out, "--overwrite"])
 
 
-def kill_before_drawing(done, out, patch):
+def kill_before_drawing(*, done, out):
     """The curves are drawn by the resumption, once."""
     put(out, "curves.png", None)
     resumed(done, out)
@@ -331,60 +262,60 @@ def kill_before_drawing(done, out, patch):
     assert (out / "curves.png").stat().st_mtime_ns >= first
 
 
-def kill_before_saving(done, out, patch):
+def kill_before_saving(*, done, out, monkeypatch):
     """After the last step there is no forward that would set the config's problem_type."""
     shutil.rmtree(out)
-    killed(patch, glue_moefy, "save_model", out, done[0])
+    killed(monkeypatch, glue_moefy, "save_model", out, done[0])
     resumed(done, out)
     assert json.loads((out / "model-ce-s0" / "config.json").read_text())["problem_type"] == "single_label_classification"
 
 
-def kill_while_checkpoints_are_removed(done, out, patch):
+def kill_while_checkpoints_are_removed(*, done, out, monkeypatch):
     shutil.rmtree(out)
-    killed(patch, runs, "remove_checkpoints", out, done[0])
+    killed(monkeypatch, runs, "remove_checkpoints", out, done[0])
     assert (out / "checkpoints").exists()
     put(out, "checkpoints/mine.txt", KEPT)
     resumed(done, out)
     assert list(tree(out / "checkpoints")) == ["mine.txt"]
 
 
-def two_runs_at_a_time(done, out, patch):
+def two_runs_at_a_time(*, done, out, monkeypatch):
     """The second is refused, with --resume and --overwrite, too; after the first has ended, not."""
     said = []
 
     def train_one(job, variant, lr, seed):
         for flags in ([], ["--resume"], ["--overwrite"]):
             with pytest.raises(UserError) as error:
-                run([*done[0], "--output-dir", out, *flags])
+                start([*done[0], "--output-dir", out, *flags])
             said.append(str(error.value))
         return ENTRY
 
     shutil.rmtree(out)
-    with patch.context() as context:
+    with monkeypatch.context() as context:
         context.setattr(glue_moefy, "train_one", train_one)
-        run([*done[0], "--output-dir", out])
+        start([*done[0], "--output-dir", out])
     assert ["another process is writing there; wait" in text for text in said] == [False, True, True]
     resumed(done, out)
 
 
-def two_started_at_once(done, out, patch):
+def two_started_at_once(*, done, out, monkeypatch):
     """Both have seen an empty folder; the second comes when the first has finished."""
     shutil.rmtree(out)
     real = runs.claim_folder
 
     def claim(*args, **kwargs):
-        patch.setattr(runs, "claim_folder", real)
+        monkeypatch.setattr(runs, "claim_folder", real)
         shutil.copytree(done[1] / "done", out)
         return real(*args, **kwargs)
 
-    patch.setattr(runs, "claim_folder", claim)
+    monkeypatch.setattr(runs, "claim_folder", claim)
     before = tree(done[1] / "done")
     with pytest.raises(UserError, match="holds another run"):
-        run([*done[0], "--output-dir", out])
+        start([*done[0], "--output-dir", out])
     assert tree(out) == before
 
 
-def all_is_on_the_disk(done, out, patch):
+def all_is_on_the_disk(*, done, out, monkeypatch):
     """Nothing takes its place before it was synced."""
     synced, early, fsync, replace = set(), [], os.fsync, os.replace
 
@@ -398,52 +329,52 @@ def all_is_on_the_disk(done, out, patch):
         return replace(source, target)
 
     shutil.rmtree(out)
-    patch.setattr(os, "fsync", sync)
-    patch.setattr(os, "replace", watch)
-    run([*done[0], "--output-dir", out])
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", watch)
+    start([*done[0], "--output-dir", out])
     assert synced and not early
 
 
-def predictions_beside_a_link(done, out, patch):
+def predictions_beside_a_link(*, done, out, monkeypatch):
     """A user's link has the name of a temporary file; a refusal leaves nothing behind."""
     put(out, "x.csv", "sentence1,sentence2\nthe,cat\n")
     put(out, "precious.txt", KEPT)
     put(out, "x.predictions.csv.tmp", ("link", "precious.txt"))
     before = tree(out)
-    with patch.context() as context:
+    with monkeypatch.context() as context:
         context.setattr(use, "compute_logits", lambda *_, **__: torch.full((1, 2), torch.nan))
         with pytest.raises(UserError, match="not finite"):
             use.predict(out / "model-ce-s0", out / "x.csv")
     assert tree(out) == before
     use.predict(out / "model-ce-s0", out / "x.csv")
     assert before.items() <= tree(out).items() and (out / "x.predictions.csv").is_file()
-    run([*done[0], "--output-dir", out, "--overwrite"])
+    start([*done[0], "--output-dir", out, "--overwrite"])
     assert (out / "x.predictions.csv").is_file(), "made for the user, who may want to keep it"
 
 
-def home_is_home(done, out, patch):
-    patch.setenv("HOME", "/home/me")
+def home_is_home(*, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     for script, flags in ((glue_moefy, ["--task", "rte", "--toy"]), (toy_lvlm, [])):
         for name in ("x", "runs/x", "a b"):
             assert script.parse([*flags, f"--output-dir=~/{name}"]).output_dir == f"/home/me/{name}"
 
 
-def a_folder_from_before_the_list(done, out, patch):
+def a_folder_from_before_the_list(*, done, out, monkeypatch):
     """It is resumed, and its files are its own from then on."""
     put(out, "written.txt", None)
     resumed(done, out)
     put(out, "mine.txt", KEPT)
-    patch.setattr(glue_moefy, "train_one", lambda *_: ENTRY)
-    run([*done[0], "--output-dir", out, "--overwrite"])
+    monkeypatch.setattr(glue_moefy, "train_one", lambda *_: ENTRY)
+    start([*done[0], "--output-dir", out, "--overwrite"])
     assert not (out / "model-ce-s0").exists() and not (out / "ce-s0.jsonl").exists() and (out / "mine.txt").exists()
 
 
-def a_hub_model_has_a_revision(done, out, patch):
+def a_hub_model_has_a_revision(*, out, monkeypatch):
     cached = out / "models--a--b" / "snapshots" / "abc123"
     put(cached, "config.json", "{}")
     put(out / "models--a--b" / "refs", "main", "abc123")
-    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(out))
-    patch.setattr(runs, "try_to_load_from_cache", lambda *names: str(cached / names[1]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(out))
+    monkeypatch.setattr(runs, "try_to_load_from_cache", lambda *names: str(cached / names[1]))
     assert runs.digests_of_model("--model", "a/b") == {"the revision of --model": "abc123"}
 
 
@@ -457,13 +388,13 @@ def scenes_without_training(patch):
         yield context
 
 
-def own_pictures(done, out, patch):
+def own_pictures(*, out, monkeypatch):
     """Answers, pictures and words of toy_lvlm.py's data that are changed in place, as many as before."""
     from PIL import Image
     from test_llava import write_digits
 
     shutil.rmtree(out)
-    with scenes_without_training(patch):
+    with scenes_without_training(monkeypatch):
         file, pictures = write_digits(out.parent / "digits", 24)
         test, _ = write_digits(out.parent / "digits", 6, start=24)
         command = ["--data", file, "--eval-data", test, "--image-dir", pictures, "--variants", "none", "--device", "cpu"]
@@ -487,18 +418,18 @@ def own_pictures(done, out, patch):
             one.write_bytes(picture)
 
 
-def kill_before_routes_are_drawn(done, out, patch):
+def kill_before_routes_are_drawn(*, out, monkeypatch):
     """toy_lvlm.py: the picture of the routes and the curves come with the resumption; checkpoints of a saved stage go."""
     shutil.rmtree(out)
     command = [*"--scenes 64 --test-scenes 6 --batch-size 4 --device cpu --variants none".split(), "--output-dir", str(out)]
     drawn = []
-    with scenes_without_training(patch) as context:
+    with scenes_without_training(monkeypatch) as context:
         entry = toy_lvlm.moe_stage
         context.setattr(toy_lvlm, "moe_stage", lambda *key: entry(*key) | {"routes": {"layers": [1]}})
         context.setattr(
             toy_lvlm.figures, "plot_routes", lambda _, __, path, title: (drawn.append(path.name), runs.write_json(path, {}))
         )
-        with patch.context() as dying:
+        with monkeypatch.context() as dying:
             dying.setattr(toy_lvlm.figures, "plot_run", lambda *_: (_ for _ in ()).throw(Killed))
             with pytest.raises(Killed):
                 toy_lvlm.main(toy_lvlm.parse(command))
@@ -507,7 +438,7 @@ def kill_before_routes_are_drawn(done, out, patch):
     assert drawn == ["routes-none-s0.png"] and (out / "curves.png").is_file()
 
 
-def kill_while_a_stages_checkpoints_are_removed(done, out, patch):
+def kill_while_a_stages_checkpoints_are_removed(*, out):
     """toy_lvlm.py: the stage is saved; what is left of its checkpoints goes when it is loaded."""
     left = "stages/checkpoints/clip-s0/step-00000003/model.safetensors"
     for name in (left, "stages/checkpoints/mine.txt"):
@@ -522,31 +453,7 @@ def kill_while_a_stages_checkpoints_are_removed(done, out, patch):
     assert list(tree(out / "stages" / "checkpoints")) == ["mine.txt"]
 
 
-STORIES = [
-    kill_while_overwriting,
-    kill_before_drawing,
-    kill_before_saving,
-    kill_while_checkpoints_are_removed,
-    two_runs_at_a_time,
-    two_started_at_once,
-    all_is_on_the_disk,
-    predictions_beside_a_link,
-    home_is_home,
-    a_folder_from_before_the_list,
-    a_hub_model_has_a_revision,
-    own_pictures,
-    kill_before_routes_are_drawn,
-    kill_while_a_stages_checkpoints_are_removed,
-]
-
-
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
-def test_story(done, tmp_path, monkeypatch, story):
-    shutil.copytree(done[1] / "done", tmp_path / "out")
-    story(done, tmp_path / "out", monkeypatch)
-
-
-def test_a_lock_ends_with_its_process(tmp_path):
+def a_lock_ends_with_its_process(*, tmp_path):
     """SIGKILL of who holds it."""
     code = f"import sys, time; sys.path.insert(0, {str(runs.ROOT)!r}); from pathlib import Path; from lab.run import files\n"
     code += f"lock = files.lock_list(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
@@ -559,3 +466,103 @@ def test_a_lock_ends_with_its_process(tmp_path):
         holder.kill()
         holder.wait()
     runs.lock_list(tmp_path).close()
+
+
+# ---- The table ----
+
+LINK = ("link", "../precious.txt")
+CUT = '{"name": "rte-24", "config": {}, "data": {}, "runs": [], "ver'
+FOREIGN, DAMAGED = "exists, but no run wrote it: move it", "results.json cannot be read .*remove it, or name another"
+OVERWRITE = [
+    "checkpoints/mine.txt",
+    "tensorboard/",
+    "my-thesis-s1/",
+    "model-ce-s0.part/",
+    "figure-s1.png",
+    "model-ce-s0/mine.txt",  # in a folder of ours
+    "stages/",
+    "model-ce-s1/",
+    "curves.png.tmp",
+    "ce-s1.txt",
+    "entries.json",
+]
+WEIGHTS = "the weights or config of --model changed"
+OTHER = r"--resume: .*step-0*4 is of another model: {}.* does not fit; it was written with torch 1.0, now {}"
+CASES = {
+    a_users_file_is_never_lost: [
+        *[("done", {name: KEPT}, "--overwrite", None) for name in OVERWRITE],
+        ("none", {"ce-s0.jsonl": KEPT}, "", FOREIGN),
+        ("none", {"curves.png": KEPT}, "--overwrite", FOREIGN),
+        ("none", {"all_results.json": LINK}, "--resume", FOREIGN),
+        ("none", {"model-ce-s0/": KEPT}, "", FOREIGN),
+        ("none", {"checkpoints/ce-s0/": KEPT}, "", FOREIGN),
+        ("none", {"checkpoints": KEPT}, "", FOREIGN),
+        ("none", {"written.txt": KEPT}, "", "written.txt exists, but no run wrote it"),
+        ("none", {"written.txt": LINK}, "", "cannot be written"),
+        ("done", {"ce-s1.jsonl": KEPT}, "--seeds 0 1 --resume", FOREIGN),
+        *[
+            ("done", {"results.json": text}, "--resume", DAMAGED)
+            for text in ("null", "{}", "[]", "3", CUT, "[[[1]]]", '"x"')
+        ],
+        *[("done", {"results.json": text}, "--overwrite", DAMAGED) for text in ("null", '{"thesis": 1}')],
+        (
+            "done",
+            {"results.json": json.dumps({"name": "rte-24", "config": {}, "data": {}, "runs": [1]})},
+            "--resume",
+            DAMAGED,
+        ),
+        *[("none", {f"{name}.tmp": LINK}, "", None) for name in ("results.json", "ce-s0.jsonl", "all_results.json")],
+        ("none", {"unfinished.part": LINK}, "", None),
+        ("none", {"unfinished.part/": KEPT}, "", None),
+        ("none", {"model-ce-s0.part/": KEPT}, "", None),
+        ("none", {"checkpoints/ce-s0.part": KEPT}, "", None),
+        ("done", {"results.json": None}, "--resume", "has parts of a run, no results.json"),
+        ("done", {"results.json": None}, "", "has parts of a run, no results.json"),
+        ("done", {"written.txt": None}, "--overwrite", "what the old run in .* wrote is not listed"),
+    ],
+    changed_content_is_not_continued: [
+        ("train", {"label": [(i // 2) % 2 for i in range(24)]}, "done", "the data of train changed"),
+        ("train", {"sentence2": ["a dog sees the cat"] * 24}, "cut", "the data of train changed"),
+        ("validation", {"label": [1] * 9}, "done", "the data of validation changed"),
+        ("validation", {"sentence1": ["the fish"] * 9}, "cut", "the data of validation changed"),
+        ("model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "done", WEIGHTS),
+        ("config.json", lambda text: text.replace(b'"gelu"', b'"relu"'), "cut", WEIGHTS),
+        ("tokenizer.json", lambda text: text.replace(b'"cat"', b'"cow"'), "done", "the tokenizer of --model changed"),
+        ("tokenizer_config.json", lambda text: text + b"\n", "cut", "the tokenizer of --model changed"),
+        ("README.md", lambda text: b"new", "done", None),
+        (".DS_Store", lambda text: b"new", "cut", None),
+    ],
+    a_resumption_says_what_differs: {
+        "no digests": (forget, "note: .* has no digests of its data and model: whether they are the same is not checked"),
+        "threads": (at(threads=7), "note: resumed with threads 1 instead of 7: the weights may differ in the last"),
+        "torch": (at(versions={"torch": "1.0"}), "note: resumed with torch .* instead of 1.0: the weights"),
+        "device": (at(device="NVIDIA X"), "note: resumed with device cpu instead of NVIDIA X"),
+        "threads of a resumption": (at(resumed=[{"threads": 5}]), "note: resumed with threads 1 instead of 5"),
+    },
+    a_checkpoint_fits_or_is_not_used: {
+        "null": (state("null"), None),
+        "a list": (state("[]"), None),
+        "a number": (state("3"), None),
+        "a text": (state('"x"'), None),
+        "nothing": (state("{}"), None),
+        "another shape": (reshape("model"), OTHER.format("classifier.weight", torch.__version__[:3])),
+        "another optimizer's": (reshape("optimizer"), OTHER.format("exp_avg.* of classifier.weight", "")),
+        "another name": (rename, OTHER.format("classifier.weight", "")),
+        "a tensor more": (more, OTHER.format("zz.bias", "")),
+    },
+    kill_while_overwriting: ONCE,
+    kill_before_drawing: ONCE,
+    kill_before_saving: ONCE,
+    kill_while_checkpoints_are_removed: ONCE,
+    two_runs_at_a_time: ONCE,
+    two_started_at_once: ONCE,
+    all_is_on_the_disk: ONCE,
+    predictions_beside_a_link: ONCE,
+    home_is_home: ONCE,
+    a_folder_from_before_the_list: ONCE,
+    a_hub_model_has_a_revision: ONCE,
+    own_pictures: ONCE,
+    kill_before_routes_are_drawn: ONCE,
+    kill_while_a_stages_checkpoints_are_removed: ONCE,
+    a_lock_ends_with_its_process: ONCE,
+}
