@@ -41,17 +41,15 @@ def make_parser() -> Parser:
     parser.add_argument("--data-dir", type=path("folder"), help=text)
     options.add_compare(parser)
     # Mixture-of-Experts
-    routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
-    options.add_moe(parser, num_experts=8, layers="10", router="cosine", routers=routers)
+    options.add_moe(parser, num_experts=8, layers="10", router="cosine")
     options.add_method(parser, beta=0.1, why_beta="the paper's 1 wrecks small models")
     # training
     parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, large tasks 3")
     parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help="sentence pairs per step, over all processes")
     parser.add_argument("--lr", type=number(float, 0), default=3e-5, help="peak of AdamW's rate; falls linearly, no warm-up")
-    parser.add_argument(
-        "--lrs", type=number(float, 0), nargs="+", help="several rates instead of --lr, one run each; `best` selects on dev"
-    )
+    text = "several rates instead of --lr, one run each; `best` selects on dev"
+    parser.add_argument("--lrs", type=number(float, 0), nargs="+", help=text)
     parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0, 1, 2], help="one full run each")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--max-train-samples", type=number(int, 1), help="use the first n training examples")

@@ -52,18 +52,12 @@ def make_parser() -> Parser:
     parser.add_argument("--max-bad", type=number(int, 0), default=0, help="bad entries of your data that may be left out")
     parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
     # Mixture-of-Experts
-    routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
-    options.add_moe(parser, num_experts=4, layers="every-second", router="linear", routers=routers)
-    parser.add_argument(
-        "--routing",
-        choices=["token", *ROUTINGS],
-        default="token",
-        help="token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss",
-    )
+    options.add_moe(parser, num_experts=4, layers="every-second", router="linear")
+    text = "token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss"
+    parser.add_argument("--routing", choices=["token", *ROUTINGS], default="token", help=text)
     parser.add_argument("--clusters", type=number(int, 2), default=128, help="clusters of instructions, for embedding")
-    parser.add_argument(
-        "--train", choices=["moe", "all"], default="moe", help="stage III trains the MoE layers, or all except CLIP"
-    )
+    text = "stage III trains the MoE layers, or all except CLIP"
+    parser.add_argument("--train", choices=["moe", "all"], default="moe", help=text)
     options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
     # training
     for name, (steps, lr, lr_pretrained, what) in STAGES.items():
@@ -71,19 +65,13 @@ def make_parser() -> Parser:
         otherwise = f", with --lm {lr_pretrained:g}" if lr != lr_pretrained else ""
         why = f"peak of its learning rate; default: {lr:g}{otherwise}"
         parser.add_argument(f"--{name}-lr", type=number(float, 0), help=why)
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 2),
-        default=16,
-        help="pictures with all their questions per step, over all processes; 4x for CLIP and texts",
-    )
-    parser.add_argument(
-        "--seeds", type=number(int, 0, 10**6), nargs="+", default=[0], help="one full run of all stages each"
-    )
+    text = "pictures with all their questions per step, over all processes; 4x for CLIP and texts"
+    parser.add_argument("--batch-size", type=number(int, 2), default=16, help=text)
+    text = "one full run of all stages each"
+    parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0], help=text)
     # evaluation
-    parser.add_argument(
-        "--capacity", type=number(float, 0.01), nargs="+", default=[], help="test again with experts of that capacity"
-    )
+    text = "test again with experts of that capacity"
+    parser.add_argument("--capacity", type=number(float, 0.01), nargs="+", default=[], help=text)
     parser.add_argument("--bpr", action="store_true", help="and again with Batch Prioritized Routing; needs --capacity")
     # run
     options.add_run(parser, "runs/lvlm-<variant>")
