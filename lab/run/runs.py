@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import psutil
 import torch
 from accelerate.utils import DataLoaderConfiguration, gather_object
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
@@ -154,6 +155,11 @@ def names_of(runs: Iterable[str], *more: str, stages: Iterable[str] = ()) -> lis
     return names + [f"{STAGES}/{kind.format(stage)}" for stage in stages for kind in staged]
 
 
+def is_anywhere(error: Exception | None, accelerator: accelerate.Accelerator) -> bool:
+    """Whether one of the processes has an error. All get the same answer."""
+    return bool(accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item())
+
+
 @contextmanager
 def claim_folder(
     folder: Path,
@@ -166,28 +172,25 @@ def claim_folder(
     have written there since. `overwrite` removes the files of an earlier run. A run from before the list is taken to have
     written `names`."""
     accelerator.wait_for_everyone()
-    lock, error = None, None
-    try:
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_list(folder)
-            check()
-            if overwrite:
-                remove(folder)
-            elif not read_list(folder) and (folder / RECORD).exists():
-                found = [path for name in names for path in (folder / name, *(folder / name).rglob("*"))]
-                claim(*(path for path in (folder / RECORD, *found) if path.is_file()), made=True)
-    except OSError as failure:
-        error = UserError(f"--output-dir {folder}: cannot be written ({failure.strerror}); name another folder")
-    except UserError as failure:
-        error = failure
-    try:
-        if accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item():
+    with ExitStack() as lock:
+        error = None
+        try:
+            if accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(lock_list(folder))
+                check()
+                if overwrite:
+                    remove(folder)
+                elif not read_list(folder) and (folder / RECORD).exists():
+                    found = [path for name in names for path in (folder / name, *(folder / name).rglob("*"))]
+                    claim(*(path for path in (folder / RECORD, *found) if path.is_file()), made=True)
+        except OSError as failure:
+            error = UserError(f"--output-dir {folder}: cannot be written ({failure.strerror}); name another folder")
+        except UserError as failure:
+            error = failure
+        if is_anywhere(error, accelerator):
             raise error or UserError(f"--output-dir {folder}: see the main process")
         yield
-    finally:
-        if lock:
-            lock.close()
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -490,18 +493,10 @@ class Checkpoints:
                     remove(old)
         except (OSError, SafetensorError) as failure:
             error = failure
-        self.check_written(step, error)
-
-    def check_written(self, step: int, error: Exception | None) -> None:
-        """Raises RunFailed in all processes if one of them could not write."""
-        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(failed).item() == 0:
-            return
-        kept = self.newest_first()[0] if self.newest_first() else "no earlier one"
-        reason = error or "in another process"
-        raise RunFailed(
-            f"the checkpoint of step {step} cannot be saved ({reason}); {kept} is kept: free the disk, then add --resume"
-        )
+        if is_anywhere(error, self.accelerator):
+            kept, reason = next(iter(self.newest_first()), "no earlier one"), error or "in another process"
+            fault = f"the checkpoint of step {step} cannot be saved ({reason}); {kept} is kept"
+            raise RunFailed(f"{fault}: free the disk, then add --resume")
 
     def newest_first(self) -> list[Path]:
         """The checkpoints, newest first."""
@@ -606,8 +601,5 @@ def digest(state: dict) -> str:
 
 
 def sha256(path: Path) -> str:
-    result = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            result.update(block)
-    return result.hexdigest()
+        return sha_fileobj(file).hex()
