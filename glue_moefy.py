@@ -136,7 +136,6 @@ class Job:
     source: glue.Source
     spec: moefication.MoESpec
     encoded: dict
-    lengths: dict  # of the encoded examples, in tokens
     card: use.TaskCard  # of the models that are saved
     folder: Path
     accelerator: object
@@ -189,7 +188,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     model = job.source.load_model()
     if config is not None:
         model = moefication.moefy(model, replace(job.spec, seed=seed))
-    train, dev, order = glue.make_loaders(job.encoded, job.lengths, job.source.tokenizer, args.batch_size)
+    train, dev, order = glue.make_loaders(job.encoded, job.source.tokenizer, args.batch_size)
     steps = args.epochs * len(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
@@ -297,8 +296,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         glue.print_copies(source.splits, task)
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    lengths = glue.token_counts(encoded)
-    return Job(args, name, task, source, spec, encoded, lengths, card, folder, accelerator, check, names)
+    return Job(args, name, task, source, spec, encoded, card, folder, accelerator, check, names)
 
 
 def made_from(job: Job) -> dict[str, str]:
