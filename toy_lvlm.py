@@ -150,7 +150,7 @@ from lab.run import runs
 from lab.run.hub import Checkpoint
 from lab.run.training import MuonAdamW, Training
 from lab.vision import instructions, llava, lvlm, routes
-from lab.vision.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
+from lab.vision.instructions import KINDS, Collate, InstructionSet, Unpacked, encode, is_right, make_packs, shuffled
 from stgc import MoELayer
 from stgc_plus import STGC, STGCConfig
 
@@ -187,7 +187,7 @@ class Job:
 
     def loader(self, collate, stage: str, size: int) -> DataLoader:
         """Batches of `size`, in an order that depends on seed and stage."""
-        sampler = Shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
+        sampler = shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
         return DataLoader(range(len(collate)), size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
     def print_line(self, text: str) -> None:
@@ -578,12 +578,10 @@ def main(args) -> None:
 def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, problems: llava.Problems) -> None:
     """All seeds and variants, in the folder that is ours by now."""
     main_process = accelerator.is_main_process
-    sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
-    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
-    made_from = {
-        f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions)
-        for name, own in (("train", data.train), ("test", data.test))
-    }
+    sets = {"train": data.train, "test": data.test}
+    sizes = {name: len(own.instructions) for name, own in sets.items()}
+    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in sets.items()}
+    made_from = {f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions) for name, own in sets.items()}
     for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
         made_from |= runs.digests_of_model(flag, name) if name else {}
     record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator, made_from)
