@@ -101,9 +101,8 @@ def parse(argv: list[str]):
     if args.routing != "token" and any(getattr(args, name) != parser.get_default(name) for name in METHOD_FLAGS):
         parser.error(f"--routing {args.routing} has neither loss: leave out --conflict-loss, --beta and similar flags")
     if args.routing != "token" and (args.compare or args.variants):
-        parser.error(
-            f"--routing {args.routing} is a variant's name here: leave it out, and add {args.routing} to --variants"
-        )
+        fix = f"leave it out, and add {args.routing} to --variants"
+        parser.error(f"--routing {args.routing} is a variant's name here: {fix}")
     options.check(parser, args, more=ROUTINGS)
     for name, (_, lr, lr_pretrained, _) in STAGES.items():
         if getattr(args, f"{name}_lr") is None:
@@ -290,9 +289,8 @@ def clip_stage(job: Job) -> CLIPModel:
         loader = job.loader(collate, "clip", PAIRS * job.args.batch_size)
         entry = train(job, folder, name, clip, [*clip.parameters()], loader, "clip", alike=True)
         entry["retrieval"], group = lvlm.retrieval(clip, test)
-        job.print_line(
-            f"the tiny CLIP finds {100 * entry['retrieval']:.0f} % of the test pictures' captions, each among {group}"
-        )
+        share = f"{100 * entry['retrieval']:.0f} %"
+        job.print_line(f"the tiny CLIP finds {share} of the test pictures' captions, each among {group}")
         return clip, entry, CLIPModel.save_pretrained
 
     return stage(job, "clip", partial(lvlm.load_own, loader=CLIPModel), make)
@@ -339,10 +337,8 @@ def dense_model(job: Job):
         guesses = instructions.majority(job.data.train.instructions, test)
         entry["scores"] = score(job, answers(job, model))
         entry["blind"] = {"majority": score(job, guesses), "no picture": score(job, answers(job, model, picture=False))}
-        best = max(own["score"] for own in entry["blind"].values())
-        job.print_line(
-            f"stage II answers {100 * entry['scores']['score']:.1f} % of {len(test)} right; blind {100 * best:.1f} %"
-        )
+        right, best = 100 * entry["scores"]["score"], 100 * max(own["score"] for own in entry["blind"].values())
+        job.print_line(f"stage II answers {right:.1f} % of {len(test)} right; blind {best:.1f} %")
         return model, entry, save
 
     return stage(job, "stage2", load, stage_2)
@@ -541,10 +537,8 @@ def summarize(record: dict) -> str:
     for run in record["runs"]:
         for own in run["limited"]:
             how = f"capacity {own['capacity']:g}{', batch prioritized' if own['bpr'] else ''}"
-            lines.append(
-                f"{run['variant']}, seed {run['seed']}, {how}: {100 * own['scores']['score']:.1f} % right, "
-                f"{100 * own['dropped']:.1f} % of the pairs dropped"
-            )
+            shares = f"{100 * own['scores']['score']:.1f} % right, {100 * own['dropped']:.1f} % of the pairs dropped"
+            lines.append(f"{run['variant']}, seed {run['seed']}, {how}: {shares}")
     return "\n".join(lines + compare.seeds_note(record))
 
 
@@ -556,10 +550,8 @@ def main(args) -> None:
         return ask(args)
     accelerator = runs.start(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model: "
-            "use its multi-GPU (DDP) setting"
-        )
+        fault = f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model"
+        raise UserError(f"{fault}: use its multi-GPU (DDP) setting")
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
     keys, stages = ([f"{one}-s{seed}" for one in own for seed in args.seeds] for own in (args.variants, STAGES))
@@ -589,11 +581,8 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
         runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})
         say(problems.summary() or f"all {problems.total} entries are used unchanged")
     if main_process:
-        say(
-            f"{record.record['name']}: {sizes['train']} instructions on {pictures['train_pictures']} pictures to train, "
-            f"{sizes['test']} on {pictures['test_pictures']} to test"
-        )
-        say(spec)
+        training = f"{sizes['train']} instructions on {pictures['train_pictures']} pictures to train"
+        say(f"{record.record['name']}: {training}, {sizes['test']} on {pictures['test_pictures']} to test", spec)
         runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)

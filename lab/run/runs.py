@@ -136,10 +136,8 @@ def check_folder(
     if record is None or overwrite:
         return
     if not resume:
-        raise UserError(
-            f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
-            "(--resume: to continue it)"
-        )
+        ways = "name another folder, or pass --overwrite to replace it (--resume: to continue it)"
+        raise UserError(f"--output-dir {folder} holds another run: {ways}")
     before = defaults | record["config"]
     other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
     if other:
@@ -257,10 +255,8 @@ class RunFolder:
         """Prints what may change the last digits of the weights, although it is no reason to stop."""
         if not before.get("made_from"):
             say(f"note: {self.folder} has no digests of its data and model: whether they are the same is not checked")
-        last = [before, *before.get("resumed", [])][-1]
-        old, new = (
-            one.get("versions", {}) | {key: one.get(key) for key in ("threads", "device")} for one in (last, made_by)
-        )
+        both, keys = ([before, *before.get("resumed", [])][-1], made_by), ("threads", "device")
+        old, new = (one.get("versions", {}) | {key: one.get(key) for key in keys} for one in both)
         other = [f"{key} {new[key]} instead of {old[key]}" for key in new if old.get(key, new[key]) != new[key]]
         if other:
             say(f"note: resumed with {', '.join(other)}: the weights may differ in the last digits")
@@ -412,10 +408,8 @@ def check_losses(losses: list[torch.Tensor], last_step: int, accelerator: accele
     values = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
     for step, value in enumerate(values, start=last_step - len(values) + 1):
         if not math.isfinite(value):
-            raise RunFailed(
-                f"the loss is {value} at step {step}; lower the learning rate or --beta, or use --precision fp32 "
-                "(bf16 rather than fp16)"
-            )
+            ways = "lower the learning rate or --beta, or use --precision fp32 (bf16 rather than fp16)"
+            raise RunFailed(f"the loss is {value} at step {step}; {ways}")
     return values
 
 
@@ -531,13 +525,8 @@ class Checkpoints:
             moments.setdefault(parameter, {})[key] = value
         weights = load_file(path / "model.safetensors")
         self.check_fit(path, weights, moments, state.get("versions", {}))
-        set_state_dict(
-            self.model,
-            self.optimizer.optimizer,
-            model_state_dict=weights,
-            optim_state_dict={"state": moments, "param_groups": state["groups"]},
-            options=WHOLE,
-        )
+        states = {"model_state_dict": weights, "optim_state_dict": {"state": moments, "param_groups": state["groups"]}}
+        set_state_dict(self.model, self.optimizer.optimizer, **states, options=WHOLE)
         self.schedule.scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -309,14 +309,9 @@ def check_decoder(lm: PreTrainedModel) -> None:
 def join(clip: CLIPModel, lm: PreTrainedModel, data: Data) -> LlavaForConditionalGeneration:
     """transformers' LLaVA from both, with a new two-layer projector on the features of CLIP's second to last layer, as in
     MoE-LLaVA."""
-    config = LlavaConfig(
-        vision_config=clip.config.vision_config,
-        text_config=lm.config,
-        image_token_index=data.image_id,
-        image_seq_length=data.image_tokens,
-        tie_word_embeddings=lm.config.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
+    image = {"image_token_index": data.image_id, "image_seq_length": data.image_tokens}
+    parts = {"vision_config": clip.config.vision_config, "text_config": lm.config}
+    model = LlavaForConditionalGeneration(LlavaConfig(**parts, **image, tie_word_embeddings=lm.config.tie_word_embeddings))
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     model.model.language_model.load_state_dict(lm.base_model.state_dict())
     model.lm_head.load_state_dict(lm.lm_head.state_dict())
