@@ -88,19 +88,15 @@ def captions_of(data: InstructionSet) -> list[str]:
 def hold_out(data: InstructionSet) -> list[InstructionSet]:
     """Holds out a tenth of the pictures for testing, at least one, with all their instructions, and a tenth of the
     conversations without a picture. Copies of a picture, or of such a conversation, are on the same side."""
-    contents, first = [blake2b(image.numpy()).digest() for image in data.images_N3SS], {}
+    contents = [blake2b(image.numpy()).digest() for image in data.images_N3SS]
     keys = [one.turns if one.image is None else contents[one.image] for one in data.instructions]
-    units = [
-        (one.image is None, first.setdefault(key, i if one.image is None else one.image))
-        for i, (key, one) in enumerate(zip(keys, data.instructions))
-    ]
-    order = sorted(set(units))
+    order = sorted(dict.fromkeys(keys), key=lambda key: isinstance(key, tuple))  # pictures first
     random.Random(0).shuffle(order)
-    with_picture, text_only = ([unit for unit in order if unit[0] is texts] for texts in (False, True))
+    with_picture, text_only = ([key for key in order if isinstance(key, kind)] for kind in (bytes, tuple))
     if len(with_picture) == 1:
         raise UserError("--data: one picture cannot be both trained and tested on; give more, or --eval-data")
     chosen = {*with_picture[: max(1, len(with_picture) // 10)], *text_only[: len(text_only) // 10]}
-    sides = ([one for unit, one in zip(units, data.instructions) if (unit in chosen) == test] for test in (False, True))
+    sides = ([one for key, one in zip(keys, data.instructions) if (key in chosen) == test] for test in (False, True))
     return [select(data.images_N3SS, side) for side in sides]
 
 
@@ -137,10 +133,10 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
         fits = [len(one.input_ids) <= args.max_length for one in found]
         if not all(fits) and not args.data:
             raise UserError(f"--max-length {args.max_length}: generated scenes need {max(len(e.input_ids) for e in found)}")
-        for own_one, one, good in zip(own.instructions, found, fits):
+        for instruction, one, good in zip(own.instructions, found, fits):
             if not good:
-                tokens = f"{len(one.input_ids)} tokens with picture and answer"
-                problems.add(own_one.place, f"too long: {tokens}, --max-length is less")
+                length = f"{len(one.input_ids)} tokens with picture and answer"
+                problems.add(instruction.place, f"too long: {length}, --max-length is less")
         encoded.append([one for one, good in zip(found, fits) if good])
         if not encoded[-1]:
             raise UserError(f"--max-length {args.max_length}: every conversation is longer; raise it")
