@@ -160,11 +160,7 @@ def is_anywhere(error: Exception | None, accelerator: accelerate.Accelerator) ->
 
 @contextmanager
 def claim_folder(
-    folder: Path,
-    overwrite: bool,
-    accelerator: accelerate.Accelerator,
-    check: Callable = lambda: None,
-    names: Iterable[str] = (),
+    folder: Path, overwrite: bool, accelerator, check: Callable = lambda: None, names: Iterable[str] = ()
 ) -> Iterator[None]:
     """Creates the folder after all processes have checked it, and locks it. `check` is called again, as another process may
     have written there since. `overwrite` removes the files of an earlier run. A run from before the list is taken to have
