@@ -573,12 +573,8 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies tied weights, since safetensors refuses tensors that share memory."""
-    seen, result = set(), {}
-    for name, tensor in tensors.items():
-        fresh = tensor.data_ptr() not in seen
-        seen.add(tensor.data_ptr())
-        result[name] = tensor.contiguous() if fresh else tensor.clone()
-    return result
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    return {name: one.contiguous() if first[one.data_ptr()] == name else one.clone() for name, one in tensors.items()}
 
 
 def digest(state: dict) -> str:
