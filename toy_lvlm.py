@@ -276,11 +276,8 @@ def stage(job: Job, name: str, load, make):
 
 def clip_stage(job: Job) -> CLIPModel:
     """The tiny CLIP, trained on pictures with captions."""
-    data = job.data
-    collate, test = (
-        lvlm.CollateClip(own.images_N3SS, texts, data.tokenizer, data.pixels)
-        for own, texts in zip((data.train, data.test), data.captions)
-    )
+    data, sets = job.data, zip((job.data.train, job.data.test), job.data.captions)
+    collate, test = (lvlm.CollateClip(own.images_N3SS, texts, data.tokenizer, data.pixels) for own, texts in sets)
 
     def make(folder: Path, name: str):
         clip = lvlm.make_clip(data.tokenizer)

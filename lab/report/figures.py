@@ -67,8 +67,7 @@ def value_of(line: dict, key: str) -> float | None:
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], value_of(line, key)) for line in lines]
-    points = [(step, value) for step, value in points if value is not None]
+    points = [(line["step"], value) for line in lines if (value := value_of(line, key)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
