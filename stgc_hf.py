@@ -370,10 +370,9 @@ class ModelSTGC(STGC):
         """As in STGC. Raises RuntimeError where all judged experts are frozen."""
         judged = [self.layers[step.index] for step in self.steps.values() if step.judged]
         if judged and not any(layer.experts_train for layer in judged):
-            raise RuntimeError(
-                "the experts of all judged layers are frozen, so no tokens conflict in training them: unfreeze them (peft: "
-                "target_parameters=['experts.gate_up_proj', 'experts.down_proj']); they need not be in the optimizer"
-            )
+            fault = "the experts of all judged layers are frozen, so no tokens conflict in training them"
+            peft = "peft: target_parameters=['experts.gate_up_proj', 'experts.down_proj']"
+            raise RuntimeError(f"{fault}: unfreeze them ({peft}); they need not be in the optimizer")
         return super().loss(main_loss, grad_scale)
 
     def detach(self) -> None:
@@ -434,11 +433,10 @@ class TrainerMixin:
         loss = main_loss
         if torch.is_grad_enabled():  # not in evaluation
             if added := find_additions(main_loss, outputs):
-                raise RuntimeError(
-                    f"the model adds {', '.join(added)} to its loss, which tokens would be judged by. A balance loss: "
-                    "set output_router_logits=False in its config, STGCConfig.alpha adds one. Others: turn them off, or "
-                    "give the Trainer a compute_loss_func"
-                )
+                fault = f"the model adds {', '.join(added)} to its loss, which tokens would be judged by"
+                balance = "set output_router_logits=False in its config, STGCConfig.alpha adds one"
+                others = "turn them off, or give the Trainer a compute_loss_func"
+                raise RuntimeError(f"{fault}. A balance loss: {balance}. Others: {others}")
             scaler = self.accelerator.scaler
             loss = self.stgc.loss(main_loss, 1.0 if scaler is None else scaler.get_scale())
             if num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
