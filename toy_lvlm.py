@@ -290,7 +290,7 @@ def clip_stage(job: Job) -> CLIPModel:
         job.print_line(f"the tiny CLIP finds {share} of the test pictures' captions, each among {group}")
         return clip, entry, CLIPModel.save_pretrained
 
-    return stage(job, "clip", partial(lvlm.load_own, loader=CLIPModel), make)
+    return stage(job, "clip", lambda saved: saved.model("the model", CLIPModel, dtype=torch.float32), make)
 
 
 def text_stage(job: Job) -> LlamaForCausalLM:
@@ -306,7 +306,7 @@ def text_stage(job: Job) -> LlamaForCausalLM:
         loader = job.loader(Collate(blind, packs, data.pixels, data.pad_id), "text", PAIRS * job.args.batch_size)
         return lm, train(job, folder, name, lm, [*lm.parameters()], loader, "text"), LlamaForCausalLM.save_pretrained
 
-    return stage(job, "text", partial(lvlm.load_own, loader=LlamaForCausalLM), make)
+    return stage(job, "text", lambda saved: saved.model("the model", LlamaForCausalLM, dtype=torch.float32), make)
 
 
 def dense_model(job: Job):

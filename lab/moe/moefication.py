@@ -417,7 +417,7 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
 def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
     """A moefied model, or a dense one of `dense_class` (of transformers), from a folder, in eval mode. UserError."""
     if not str(saved.read("config.json").get("model_type")).startswith("moefied-"):
-        return saved.model("the model", dense_class, saved.config())
+        return saved.model("the model", dense_class)
     saved.require("model.safetensors")
     model = saved.guard("the model", lambda: load_moefied(saved.name))
     saved.check_finite(model)

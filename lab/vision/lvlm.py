@@ -398,11 +398,6 @@ class Card:
         return Pixels(self.size, tuple(self.mean), tuple(self.std))
 
 
-def load_own(saved: Checkpoint, loader: type) -> PreTrainedModel:
-    """The model of a stage without a tokenizer. UserError."""
-    return saved.model("the model", loader, saved.config(), dtype=torch.float32)
-
-
 def load(saved: Checkpoint) -> tuple[PreTrainedModel, object, Card]:
     """Model (moefied or dense, in eval mode), tokenizer and card, read from this folder only. UserError if it is damaged."""
     saved.require("config.json", "tokenizer.json")
