@@ -41,17 +41,15 @@ def make_parser() -> Parser:
     parser.add_argument("--data-dir", type=path("folder"), help=text)
     options.add_compare(parser)
     # Mixture-of-Experts
-    routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
-    options.add_moe(parser, num_experts=8, layers="10", router="cosine", routers=routers)
+    options.add_moe(parser, num_experts=8, layers="10", router="cosine")
     options.add_method(parser, beta=0.1, why_beta="the paper's 1 wrecks small models")
     # training
     parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, large tasks 3")
     parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help="sentence pairs per step, over all processes")
     parser.add_argument("--lr", type=number(float, 0), default=3e-5, help="peak of AdamW's rate; falls linearly, no warm-up")
-    parser.add_argument(
-        "--lrs", type=number(float, 0), nargs="+", help="several rates instead of --lr, one run each; `best` selects on dev"
-    )
+    text = "several rates instead of --lr, one run each; `best` selects on dev"
+    parser.add_argument("--lrs", type=number(float, 0), nargs="+", help=text)
     parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0, 1, 2], help="one full run each")
     parser.add_argument("--max-length", type=number(int, 4), default=128, help="tokens per pair; longer ones are cut")
     parser.add_argument("--max-train-samples", type=number(int, 1), help="use the first n training examples")
@@ -138,7 +136,6 @@ class Job:
     source: glue.Source
     spec: moefication.MoESpec
     encoded: dict
-    lengths: dict  # of the encoded examples, in tokens
     card: use.TaskCard  # of the models that are saved
     folder: Path
     accelerator: object
@@ -191,7 +188,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     model = job.source.load_model()
     if config is not None:
         model = moefication.moefy(model, replace(job.spec, seed=seed))
-    train, dev, order = glue.make_loaders(job.encoded, job.lengths, job.source.tokenizer, args.batch_size)
+    train, dev, order = glue.make_loaders(job.encoded, job.source.tokenizer, args.batch_size)
     steps = args.epochs * len(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
@@ -299,8 +296,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         glue.print_copies(source.splits, task)
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    lengths = glue.token_counts(encoded)
-    return Job(args, name, task, source, spec, encoded, lengths, card, folder, accelerator, check, names)
+    return Job(args, name, task, source, spec, encoded, card, folder, accelerator, check, names)
 
 
 def made_from(job: Job) -> dict[str, str]:

@@ -153,10 +153,8 @@ class Padding:
             return mask[:, mask.shape[1] - length :].reshape(-1).to(x_TD.device, torch.bool)
         if bool(mask.all()):
             return None
-        raise ValueError(
-            f"an attention mask {tuple(mask.shape)} does not tell which of the {len(x_TD)} tokens here are padding: train "
-            "on batches without padding, whose mask is all ones"
-        )
+        fault = f"an attention mask {tuple(mask.shape)} does not tell which of the {len(x_TD)} tokens here are padding"
+        raise ValueError(f"{fault}: train on batches without padding, whose mask is all ones")
 
 
 # ---- 3. Layer ----
@@ -255,10 +253,9 @@ class Layer:
             self.watch(x_TD, None, None, None)  # notes that the layer ran
             return library(weights_TK)
         if self.call is None or len(self.call[0]) != len(x_TD):
-            raise RuntimeError(
-                f"{type(self.experts).__name__} ran on {len(x_TD)} tokens, {type(self.routers[0]).__name__} did not run on "
-                "them before: stgc_hf cannot tell their router logits"
-            )
+            experts, router = type(self.experts).__name__, type(self.routers[0]).__name__
+            fault = f"{experts} ran on {len(x_TD)} tokens, {router} did not run on them before"
+            raise RuntimeError(f"{fault}: stgc_hf cannot tell their router logits")
         (logits_TE, self.router), self.call = self.call, None
         if torch._C._current_graph_task_id() == -1:
             self.keep_T = self.padding.keep(x_TD)
@@ -270,10 +267,8 @@ class Layer:
         # which sum up over all rows of a product, it runs apart.
         apart = self.keep_T is not None and self.stgc.config.gradients == "weight"
         if apart and not known:
-            raise RuntimeError(
-                "gradient checkpointing computes a forward again that was not the latest, and gradients='weight' needs its "
-                "attention mask: call backward after each forward"
-            )
+            fault = "gradient checkpointing computes a forward again that was not the latest"
+            raise RuntimeError(f"{fault}, and gradients='weight' needs its attention mask: call backward after each forward")
         sort = partial(sort_pairs, self.experts, expert_ids_TK, dtype=logits_TE.dtype)
         pairs = sort(keep_T if apart else everything(x_TD))
         keep_S = keep_T.unsqueeze(1).expand_as(expert_ids_TK).flatten().index_select(0, pairs.order_S)
@@ -375,10 +370,9 @@ class ModelSTGC(STGC):
         """As in STGC. Raises RuntimeError where all judged experts are frozen."""
         judged = [self.layers[step.index] for step in self.steps.values() if step.judged]
         if judged and not any(layer.experts_train for layer in judged):
-            raise RuntimeError(
-                "the experts of all judged layers are frozen, so no tokens conflict in training them: unfreeze them (peft: "
-                "target_parameters=['experts.gate_up_proj', 'experts.down_proj']); they need not be in the optimizer"
-            )
+            fault = "the experts of all judged layers are frozen, so no tokens conflict in training them"
+            peft = "peft: target_parameters=['experts.gate_up_proj', 'experts.down_proj']"
+            raise RuntimeError(f"{fault}: unfreeze them ({peft}); they need not be in the optimizer")
         return super().loss(main_loss, grad_scale)
 
     def detach(self) -> None:
@@ -439,11 +433,10 @@ class TrainerMixin:
         loss = main_loss
         if torch.is_grad_enabled():  # not in evaluation
             if added := find_additions(main_loss, outputs):
-                raise RuntimeError(
-                    f"the model adds {', '.join(added)} to its loss, which tokens would be judged by. A balance loss: "
-                    "set output_router_logits=False in its config, STGCConfig.alpha adds one. Others: turn them off, or "
-                    "give the Trainer a compute_loss_func"
-                )
+                fault = f"the model adds {', '.join(added)} to its loss, which tokens would be judged by"
+                balance = "set output_router_logits=False in its config, STGCConfig.alpha adds one"
+                others = "turn them off, or give the Trainer a compute_loss_func"
+                raise RuntimeError(f"{fault}. A balance loss: {balance}. Others: {others}")
             scaler = self.accelerator.scaler
             loss = self.stgc.loss(main_loss, 1.0 if scaler is None else scaler.get_scale())
             if num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):

@@ -52,18 +52,12 @@ def make_parser() -> Parser:
     parser.add_argument("--max-bad", type=number(int, 0), default=0, help="bad entries of your data that may be left out")
     parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
     # Mixture-of-Experts
-    routers = {"linear": "the paper's", "cosine": "DynMoE's, bounded logits"}
-    options.add_moe(parser, num_experts=4, layers="every-second", router="linear", routers=routers)
-    parser.add_argument(
-        "--routing",
-        choices=["token", *ROUTINGS],
-        default="token",
-        help="token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss",
-    )
+    options.add_moe(parser, num_experts=4, layers="every-second", router="linear")
+    text = "token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss"
+    parser.add_argument("--routing", choices=["token", *ROUTINGS], default="token", help=text)
     parser.add_argument("--clusters", type=number(int, 2), default=128, help="clusters of instructions, for embedding")
-    parser.add_argument(
-        "--train", choices=["moe", "all"], default="moe", help="stage III trains the MoE layers, or all except CLIP"
-    )
+    text = "stage III trains the MoE layers, or all except CLIP"
+    parser.add_argument("--train", choices=["moe", "all"], default="moe", help=text)
     options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
     # training
     for name, (steps, lr, lr_pretrained, what) in STAGES.items():
@@ -71,19 +65,13 @@ def make_parser() -> Parser:
         otherwise = f", with --lm {lr_pretrained:g}" if lr != lr_pretrained else ""
         why = f"peak of its learning rate; default: {lr:g}{otherwise}"
         parser.add_argument(f"--{name}-lr", type=number(float, 0), help=why)
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 2),
-        default=16,
-        help="pictures with all their questions per step, over all processes; 4x for CLIP and texts",
-    )
-    parser.add_argument(
-        "--seeds", type=number(int, 0, 10**6), nargs="+", default=[0], help="one full run of all stages each"
-    )
+    text = "pictures with all their questions per step, over all processes; 4x for CLIP and texts"
+    parser.add_argument("--batch-size", type=number(int, 2), default=16, help=text)
+    text = "one full run of all stages each"
+    parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0], help=text)
     # evaluation
-    parser.add_argument(
-        "--capacity", type=number(float, 0.01), nargs="+", default=[], help="test again with experts of that capacity"
-    )
+    text = "test again with experts of that capacity"
+    parser.add_argument("--capacity", type=number(float, 0.01), nargs="+", default=[], help=text)
     parser.add_argument("--bpr", action="store_true", help="and again with Batch Prioritized Routing; needs --capacity")
     # run
     options.add_run(parser, "runs/lvlm-<variant>")
@@ -113,9 +101,8 @@ def parse(argv: list[str]):
     if args.routing != "token" and any(getattr(args, name) != parser.get_default(name) for name in METHOD_FLAGS):
         parser.error(f"--routing {args.routing} has neither loss: leave out --conflict-loss, --beta and similar flags")
     if args.routing != "token" and (args.compare or args.variants):
-        parser.error(
-            f"--routing {args.routing} is a variant's name here: leave it out, and add {args.routing} to --variants"
-        )
+        fix = f"leave it out, and add {args.routing} to --variants"
+        parser.error(f"--routing {args.routing} is a variant's name here: {fix}")
     options.check(parser, args, more=ROUTINGS)
     for name, (_, lr, lr_pretrained, _) in STAGES.items():
         if getattr(args, f"{name}_lr") is None:
@@ -162,7 +149,7 @@ from lab.run import runs
 from lab.run.hub import Checkpoint
 from lab.run.training import MuonAdamW, Training
 from lab.vision import instructions, llava, lvlm, routes
-from lab.vision.instructions import KINDS, Collate, InstructionSet, Shuffled, Unpacked, encode, is_right, make_packs
+from lab.vision.instructions import KINDS, Collate, InstructionSet, Unpacked, encode, is_right, make_packs, shuffled
 from stgc import MoELayer
 from stgc_plus import STGC, STGCConfig
 
@@ -199,7 +186,7 @@ class Job:
 
     def loader(self, collate, stage: str, size: int) -> DataLoader:
         """Batches of `size`, in an order that depends on seed and stage."""
-        sampler = Shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
+        sampler = shuffled(len(collate), size * self.plan(stage)[0], seed=100 * self.seed + list(STAGES).index(stage))
         return DataLoader(range(len(collate)), size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
     def print_line(self, text: str) -> None:
@@ -289,11 +276,8 @@ def stage(job: Job, name: str, load, make):
 
 def clip_stage(job: Job) -> CLIPModel:
     """The tiny CLIP, trained on pictures with captions."""
-    data = job.data
-    collate, test = (
-        lvlm.CollateClip(own.images_N3SS, texts, data.tokenizer, data.pixels)
-        for own, texts in zip((data.train, data.test), data.captions)
-    )
+    data, sets = job.data, zip((job.data.train, job.data.test), job.data.captions)
+    collate, test = (lvlm.CollateClip(own.images_N3SS, texts, data.tokenizer, data.pixels) for own, texts in sets)
 
     def make(folder: Path, name: str):
         clip = lvlm.make_clip(data.tokenizer)
@@ -302,12 +286,11 @@ def clip_stage(job: Job) -> CLIPModel:
         loader = job.loader(collate, "clip", PAIRS * job.args.batch_size)
         entry = train(job, folder, name, clip, [*clip.parameters()], loader, "clip", alike=True)
         entry["retrieval"], group = lvlm.retrieval(clip, test)
-        job.print_line(
-            f"the tiny CLIP finds {100 * entry['retrieval']:.0f} % of the test pictures' captions, each among {group}"
-        )
+        share = f"{100 * entry['retrieval']:.0f} %"
+        job.print_line(f"the tiny CLIP finds {share} of the test pictures' captions, each among {group}")
         return clip, entry, CLIPModel.save_pretrained
 
-    return stage(job, "clip", partial(lvlm.load_own, loader=CLIPModel), make)
+    return stage(job, "clip", lambda saved: saved.model("the model", CLIPModel, dtype=torch.float32), make)
 
 
 def text_stage(job: Job) -> LlamaForCausalLM:
@@ -323,7 +306,7 @@ def text_stage(job: Job) -> LlamaForCausalLM:
         loader = job.loader(Collate(blind, packs, data.pixels, data.pad_id), "text", PAIRS * job.args.batch_size)
         return lm, train(job, folder, name, lm, [*lm.parameters()], loader, "text"), LlamaForCausalLM.save_pretrained
 
-    return stage(job, "text", partial(lvlm.load_own, loader=LlamaForCausalLM), make)
+    return stage(job, "text", lambda saved: saved.model("the model", LlamaForCausalLM, dtype=torch.float32), make)
 
 
 def dense_model(job: Job):
@@ -351,10 +334,8 @@ def dense_model(job: Job):
         guesses = instructions.majority(job.data.train.instructions, test)
         entry["scores"] = score(job, answers(job, model))
         entry["blind"] = {"majority": score(job, guesses), "no picture": score(job, answers(job, model, picture=False))}
-        best = max(own["score"] for own in entry["blind"].values())
-        job.print_line(
-            f"stage II answers {100 * entry['scores']['score']:.1f} % of {len(test)} right; blind {100 * best:.1f} %"
-        )
+        right, best = 100 * entry["scores"]["score"], 100 * max(own["score"] for own in entry["blind"].values())
+        job.print_line(f"stage II answers {right:.1f} % of {len(test)} right; blind {best:.1f} %")
         return model, entry, save
 
     return stage(job, "stage2", load, stage_2)
@@ -553,10 +534,8 @@ def summarize(record: dict) -> str:
     for run in record["runs"]:
         for own in run["limited"]:
             how = f"capacity {own['capacity']:g}{', batch prioritized' if own['bpr'] else ''}"
-            lines.append(
-                f"{run['variant']}, seed {run['seed']}, {how}: {100 * own['scores']['score']:.1f} % right, "
-                f"{100 * own['dropped']:.1f} % of the pairs dropped"
-            )
+            shares = f"{100 * own['scores']['score']:.1f} % right, {100 * own['dropped']:.1f} % of the pairs dropped"
+            lines.append(f"{run['variant']}, seed {run['seed']}, {how}: {shares}")
     return "\n".join(lines + compare.seeds_note(record))
 
 
@@ -568,10 +547,8 @@ def main(args) -> None:
         return ask(args)
     accelerator = runs.start(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model: "
-            "use its multi-GPU (DDP) setting"
-        )
+        fault = f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model"
+        raise UserError(f"{fault}: use its multi-GPU (DDP) setting")
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
     keys, stages = ([f"{one}-s{seed}" for one in own for seed in args.seeds] for own in (args.variants, STAGES))
@@ -590,12 +567,10 @@ def main(args) -> None:
 def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, problems: llava.Problems) -> None:
     """All seeds and variants, in the folder that is ours by now."""
     main_process = accelerator.is_main_process
-    sizes = {name: len(own.instructions) for name, own in (("train", data.train), ("test", data.test))}
-    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in (("train", data.train), ("test", data.test))}
-    made_from = {
-        f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions)
-        for name, own in (("train", data.train), ("test", data.test))
-    }
+    sets = {"train": data.train, "test": data.test}
+    sizes = {name: len(own.instructions) for name, own in sets.items()}
+    pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in sets.items()}
+    made_from = {f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions) for name, own in sets.items()}
     for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
         made_from |= runs.digests_of_model(flag, name) if name else {}
     record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator, made_from)
@@ -603,11 +578,8 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
         runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})
         say(problems.summary() or f"all {problems.total} entries are used unchanged")
     if main_process:
-        say(
-            f"{record.record['name']}: {sizes['train']} instructions on {pictures['train_pictures']} pictures to train, "
-            f"{sizes['test']} on {pictures['test_pictures']} to test"
-        )
-        say(spec)
+        training = f"{sizes['train']} instructions on {pictures['train_pictures']} pictures to train"
+        say(f"{record.record['name']}: {training}, {sizes['test']} on {pictures['test_pictures']} to test", spec)
         runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)

@@ -11,7 +11,6 @@ from lab.vision.instructions import (
     Instruction,
     InstructionSet,
     Pixels,
-    Shuffled,
     encode,
     is_right,
     majority,
@@ -19,6 +18,7 @@ from lab.vision.instructions import (
     make_tokenizer,
     overlap,
     score,
+    shuffled,
 )
 
 TEXTS = ["what colour is the circle?", " red", " blue", "where is it?", " 12 4 20 7", "a large red circle."]
@@ -142,10 +142,10 @@ def test_a_batch_fits_together(tokenizer):
 
 
 def test_shuffled_is_whole_shufflings():
-    drawn = list(Shuffled(5, 13, seed=3))
-    assert len(drawn) == len(Shuffled(5, 13, 3)) == 13
+    drawn = list(shuffled(5, 13, seed=3))
+    assert len(drawn) == len(shuffled(5, 13, 3)) == 13
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and drawn[:5] != drawn[5:10]
-    assert drawn == list(Shuffled(5, 13, 3)) != list(Shuffled(5, 13, 4))
+    assert drawn == list(shuffled(5, 13, 3)) != list(shuffled(5, 13, 4))
 
 
 def test_right_and_wrong():

@@ -103,7 +103,7 @@ def test_good_entries_come_out_verbatim(data, lines, capsys):
     ]
     assert images_N3SS.dtype == torch.uint8 and torch.equal(images_N3SS, torch.stack([pixels(RED), pixels(BLUE)]))
     assert (problems.summary(), problems.left_out, problems.changed, problems.total) == ("", [], [], 5)
-    assert [place.split("/")[-1] for place in problems.places["--data"]][:2] == (
+    assert [one.place.split("/")[-1] for one in instructions][:2] == (
         ["train.json line 1", "train.json line 2 (id 7)"] if lines else ["train.json entry 1", "train.json entry 2 (id 7)"]
     )
     assert capsys.readouterr() == ("", "")  # no bar where stderr is no terminal
@@ -209,7 +209,7 @@ def test_digits_come_back(tmp_path):
     labels = [str(label) for label in digits.target[50:90]]
     assert [own.turns for own in instructions] == [((QUESTION, label),) for label in labels]
     assert [own.image for own in instructions] == list(range(40)) and {own.kind for own in instructions} == {"vqa"}
-    assert problems.places["--eval-data"][3] == f"{file} entry 4 (id 'digit-53')"
+    assert instructions[3].place == f"{file} entry 4 (id 'digit-53')"
     assert len(list(image_dir.iterdir())) == 90 and problems.summary() == ""
 
 
@@ -327,7 +327,7 @@ def test_bad_picture(data, content, message):
     images_N3SS, instructions = data(entries, problems)
     assert torch.equal(images_N3SS, torch.stack([pixels(RED), pixels(BLUE)])) and [i.image for i in instructions] == [0, 1]
     assert [where.split("/")[-1] for where, _ in problems.left_out] == ["train.json entry 1", "train.json entry 3"]
-    places = [where.split("/")[-1] for where in problems.places["--data"]]
+    places = [one.place.split("/")[-1] for one in instructions]
     assert places == ["train.json entry 2", "train.json entry 4 (id 7)"]
     assert problems.changed == []  # an entry left out is not told as changed too
 
@@ -338,8 +338,8 @@ def test_bad_picture(data, content, message):
 def test_problems_are_counted_by_kind_over_files_and_steps(data):
     problems = Problems(8)
     data([*GOOD, *[entry(f"{i}.png") for i in range(5)], entry(None, "a", "")], problems)
-    data([*GOOD, "x"], problems, flag="--eval-data")
-    problems.add(problems.places["--eval-data"][1], "answer too long: 600 tokens of 512")
+    tested = data([*GOOD, "x"], problems, flag="--eval-data")
+    problems.add(tested.instructions[1].place, "answer too long: 600 tokens of 512")
     where = str(data.folder.parent / "train.json")
     assert problems.summary() == (
         f"8 of 17 entries left out: 5 x picture not found ({where} entry 6: '0.png'; {where} entry 7: '1.png'; "

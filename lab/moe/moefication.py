@@ -210,6 +210,7 @@ MOEFIED = {  # own model types, so that the Auto classes of transformers refuse 
     for kind in ("bert", "roberta", "electra", "xlm-roberta", "camembert", "llava")
 }
 globals().update({config.__name__: config for config in MOEFIED.values()})  # so that a model can be pickled
+SUPPORTED = f"supported model types: {', '.join(MOEFIED)}"
 
 
 def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
@@ -221,14 +222,12 @@ def check_spec(spec: MoESpec, config: PreTrainedConfig) -> MoESpec:
     kind = getattr(config, "model_type", None)
     if kind not in MOEFIED:
         done = "is an MoE already" if str(kind).startswith("moefied-") else "is not BERT-like"
-        raise ValueError(f"model type {kind!r} {done}; supported model types: {', '.join(MOEFIED)}")
+        raise ValueError(f"model type {kind!r} {done}; {SUPPORTED}")
     text = config.get_text_config()
     if getattr(config, "is_decoder", False):
         raise ValueError(f"this {kind} is a decoder (is_decoder=True), and its causal mask hides padding; only encoders fit")
-    if getattr(config, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            f"chunk_size_feed_forward={config.chunk_size_feed_forward} splits a batch before the router: set it to 0"
-        )
+    if size := getattr(config, "chunk_size_feed_forward", 0):
+        raise ValueError(f"chunk_size_feed_forward={size} splits a batch before the router: set it to 0")
     if spec.experts == "split":
         split_neurons(torch.empty(text.intermediate_size, 0), spec.num_experts, "contiguous")
     return replace(spec, layers=",".join(map(str, parse_layers(spec.layers, text.num_hidden_layers))))
@@ -350,9 +349,7 @@ def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
     change. Returns the model. It gets a config of its own, with the spec as `moe`. Raises the errors of `check_spec`.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"{type(model).__name__} is not a model of transformers; supported model types: {', '.join(MOEFIED)}"
-        )
+        raise ValueError(f"{type(model).__name__} is not a model of transformers; {SUPPORTED}")
     dense = model.config
     spec = check_spec(spec, dense)
     install(model, spec)
@@ -420,7 +417,7 @@ def load_moefied(folder: str | Path) -> PreTrainedModel:
 def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
     """A moefied model, or a dense one of `dense_class` (of transformers), from a folder, in eval mode. UserError."""
     if not str(saved.read("config.json").get("model_type")).startswith("moefied-"):
-        return saved.model("the model", dense_class, saved.config())
+        return saved.model("the model", dense_class)
     saved.require("model.safetensors")
     model = saved.guard("the model", lambda: load_moefied(saved.name))
     saved.check_finite(model)

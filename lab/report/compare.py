@@ -10,11 +10,10 @@ difference. The intervals are not corrected for their number: one of twenty miss
 Runs that were measured only once, at their end, on test data, have no `best`: their records support only `last`.
 """
 
-from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from lab.report.readme import spread
 from lab.run.cli import printable
@@ -61,8 +60,7 @@ def paired(baseline: dict[int, float], other: dict[int, float]) -> Paired:
     wins, ties = sum(gap > 0 for gap in gaps), gaps.count(0)
     low = high = None
     if len(set(gaps)) > 1:
-        half = float(student.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / sqrt(len(gaps))
-        low, high = mean(gaps) - half, mean(gaps) + half
+        low, high = map(float, ttest_1samp(gaps, 0).confidence_interval(0.95))
     elif len(gaps) > 1 and ties:
         low = high = 0.0
     return Paired(mean(gaps), low, high, wins, ties, len(gaps))

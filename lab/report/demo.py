@@ -70,7 +70,7 @@ def run_demo(steps: int = 200) -> tuple[list[list[float]], Moment, Moment, int]:
 def plot_demo(path: Path, steps: int = 200) -> Path:
     rows, before, after, expert = run_demo(steps)
     panels = [["ratio", "consistency"], ["histogram", "histogram"], ["before", "after"]]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(9, 11), layout="constrained", height_ratios=[3, 3, 4])
+    figure, axes = plt.subplot_mosaic(panels, figsize=(9, 11), height_ratios=[3, 3, 4])
     ratio, consistency, main_loss = zip(*rows)
     for name, values, label in ("ratio", ratio, "conflict ratio"), ("consistency", consistency, "gradient consistency"):
         colour, line, _ = STYLES[0]

@@ -26,6 +26,7 @@ from lab.run.files import written
 from lab.run.runs import read_lines, read_record
 
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+plt.rcParams["figure.constrained_layout.use"] = True
 plt.rcParams["text.parse_math"] = False  # a name such as a$x$ is not a formula
 STYLES = [
     ("#1b1b1b", "-", "o"),
@@ -66,8 +67,7 @@ def value_of(line: dict, key: str) -> float | None:
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], value_of(line, key)) for line in lines]
-    points = [(step, value) for step, value in points if value is not None]
+    points = [(line["step"], value) for line in lines if (value := value_of(line, key)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -98,7 +98,7 @@ def plot_run(folder: Path, record: dict) -> Path:
     lines = [line for runs in curves.values() for lines in runs for line in lines]
     panels = [panel for panel in PANELS if panel[0] == "loss" or any(value_of(line, panel[0]) is not None for line in lines)]
     size = (3.3 * max(2, len(panels)), 3.1)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, constrained_layout=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for (variant, runs), (colour, style, marker) in zip(curves.items(), cycle(STYLES)):
             drawn = [series(lines, key) for lines in runs]
@@ -126,7 +126,7 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> 
     panels = [select_rows(record, select) for record in records]
     widths = [1 + 0.75 * len(rows) for rows in panels]
     size = (2.2 + sum(widths), 3.6)  # plus the legend at the right
-    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False, constrained_layout=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False)
     seeds = sorted({seed for rows in panels for row in rows for seed in row.scores})
     styles = dict(zip(seeds, cycle(STYLES)))
     for axis, record, rows in zip(axes[0], records, panels, strict=True):
@@ -168,9 +168,7 @@ def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str =
     modalities = [name for name in ("picture", "text") if name in summary["modalities"]]
     widths = [1.8 + 0.8 * len(names), 3.8 + 0.12 * len(names)]
     size = (sum(widths) + 1.4, 3.1 * len(modalities))  # the legend stands to the right
-    figure, axes = plt.subplots(
-        len(modalities), 2, figsize=size, width_ratios=widths, squeeze=False, constrained_layout=True
-    )
+    figure, axes = plt.subplots(len(modalities), 2, figsize=size, width_ratios=widths, squeeze=False)
     for (left, right), modality in zip(axes, modalities, strict=True):
         row, experts = summary["modalities"][modality], range(summary["num_experts"])
         share_ME = np.asarray(row["first_ME"])
@@ -224,7 +222,7 @@ def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
     deep = 0.25 + 0.172 * max(map(len, texts))  # the height of its text
     tall = head + side + deep
     shape = (-(-len(rows) // columns), columns)
-    figure, axes = plt.subplots(*shape, figsize=(wide * shape[1], tall * shape[0]), squeeze=False)
+    figure, axes = plt.subplots(*shape, figsize=(wide * shape[1], tall * shape[0]), squeeze=False, layout="none")
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -253,7 +251,7 @@ def draw_idea(path: Path) -> None:
     grads = rng.uniform(0.55, 1.0, len(angles))[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     mean_grad = grads.mean(0)
     conflict = grads @ mean_grad < 0
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
     for grad, flagged in zip(grads, conflict, strict=True):
         colour, style = ("#d1495b", (0, (3, 2))) if flagged else ("#2e86ab", "-")
         arrow = {"arrowstyle": "-|>", "color": colour, "linestyle": style, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
@@ -293,7 +291,7 @@ def draw_arrow(axis, end, **style) -> None:
 
 def draw_six_tokens(path: Path) -> None:
     """Draws the tutorial's six tokens: their gradients on each expert, the mean, and those that conflict with it."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6))
     for axis, (expert, grads) in zip(axes, SIX_TOKENS.items(), strict=True):
         mean = np.mean(list(grads.values()), axis=0)
         border = np.array([-mean[1], mean[0]]) / np.linalg.norm(mean)
@@ -328,7 +326,7 @@ def draw_push(path: Path) -> None:
     """Draws `pushes` over the scores."""
     p = np.linspace(0.001, 0.999, 400)
     places = [(0.55, 0.86), (0.42, 0.08), (0.55, 0.49)]
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
     for (label, push), place, (colour, style, _) in zip(pushes(p).items(), places, STYLES):
         axis.plot(p, push, style, color=colour, linewidth=2.2)
         axis.text(*place, label, color=colour, fontsize=10)
@@ -339,7 +337,7 @@ def draw_push(path: Path) -> None:
 
 def draw_taps(path: Path) -> None:
     """Draws an MoE layer from left to right, the backward from right to left, and the two taps where gradients are read."""
-    figure, axis = plt.subplots(figsize=(11, 3.3), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(11, 3.3))
     names = ["tokens x", "router:\nTop-K", "sort pairs\nby expert", "first\nlinear", "act", "last\nlinear", "times\nweight"]
     names += ["add up", "main\nloss"]
     for i, name in enumerate(names):

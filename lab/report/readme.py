@@ -66,14 +66,12 @@ def results_table(records: list[dict]) -> str:
     for record in merge(records):
         rows, config = score_rows(record), record["config"]
         for row in rows:
-            setting = {"dense": "", "none": f", {config['router']} router"}.get(
-                row["variant"], f", {config['router']} router, beta {config['beta']:g}"
-            )
-            (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(
-                f"| {record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)} | {row['label']}{setting} "
-                f"| {spread(row['best'])} | {spread(row['last'])} | {row['conflict_ratio']} | {row['consistency']} "
-                f"| {row['collapsed']} of {row['seeds']} |"
-            )
+            router = "" if row["variant"] == "dense" else f", {config['router']} router"
+            beta = "" if row["variant"] in ("dense", "none") else f", beta {config['beta']:g}"
+            name = f"{record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
+            cells = [name, f"{row['label']}{router}{beta}", spread(row["best"]), spread(row["last"])]
+            cells += [row["conflict_ratio"], row["consistency"], f"{row['collapsed']} of {row['seeds']}"]
+            (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(f"| {' | '.join(cells)} |")
         commands += record["command"]
     more = [*fold("single variants, and the generated toy", [*head, *hidden])] if hidden else []
     return "\n".join([*(head + shown if shown else []), "", *more, folded(commands)])

@@ -154,24 +154,7 @@ def lock_list(folder: Path) -> IO:
     """The list of a run folder, made if there is none. It is locked until it is closed or the process ends. UserError if
     another process has it, or if a file of that name is not such a list."""
     descriptor = os.open(folder / LIST, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    file = open(descriptor, "r+", errors="replace")
-    try:
-        take_lock(
-            file, f"--output-dir {folder}: another process is writing there; wait until it ends, or name another folder"
-        )
-        text = file.read()
-        if text and not text.startswith(HEADER + "\n"):
-            raise UserError(f"--output-dir {folder}: {LIST} exists, but no run wrote it: move it, or name another folder")
-        file.write("" if text.endswith("\n") else "\n" if text else HEADER + "\n")  # a kill may have cut the last line
-        sync(file)
-    except UserError:
-        file.close()
-        raise
-    return file
-
-
-def take_lock(file: IO, taken: str) -> None:
-    """UserError(taken) if another process has the lock. A file system that has no locks gives none."""
+    file, flag = open(descriptor, "r+", errors="replace"), f"--output-dir {folder}:"
     try:
         if os.name == "posix":
             import fcntl
@@ -183,6 +166,14 @@ def take_lock(file: IO, taken: str) -> None:
             os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # behind the text, since others cannot read what is locked
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             os.lseek(file.fileno(), 0, os.SEEK_SET)
-    except OSError as error:
+    except OSError as error:  # another one: a file system that has no locks
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise UserError(taken) from None
+            file.close()
+            raise UserError(f"{flag} another process is writing there; wait until it ends, or name another folder") from None
+    text = file.read()
+    if text and not text.startswith(HEADER + "\n"):
+        file.close()
+        raise UserError(f"{flag} {LIST} exists, but no run wrote it: move it, or name another folder")
+    file.write("" if text.endswith("\n") else "\n" if text else HEADER + "\n")  # a kill may have cut the last line
+    sync(file)
+    return file

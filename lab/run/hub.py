@@ -162,10 +162,11 @@ class Checkpoint:
         build = partial(loader.from_config, trust_remote_code=False) if hasattr(loader, "from_config") else loader
         return self.guard(what, lambda: sketch(partial(build, config), self.folder(what)))
 
-    def model(self, what: str, loader: type, config: PreTrainedConfig, new: str = "", dtype="auto") -> nn.Module:
+    def model(self, what: str, loader: type, config: PreTrainedConfig | None = None, new="", dtype="auto") -> nn.Module:
         """The model in eval mode, with every weight from the files. `new`: a pattern of names that the files may lack; the
         head, all that is not below the base model, then is always new. Both are drawn from the global seed. Saved again,
         the weights have the model's own names."""
+        config = config or self.config(what)
         self.sketch(what, loader, config)
         options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = self.load(what, loader, config=config, dtype=dtype, **options)

@@ -25,29 +25,21 @@ def words(text: str) -> list[str]:
 
 def add_compare(parser: Parser, more: str = "") -> None:
     parser.add_argument("--compare", action="store_true", help="train several --variants with the same seeds, and compare")
-    parser.add_argument(
-        "--variants",
-        type=words,
-        nargs="+",
-        help=f"dense, none, ce, mse, reroute, placebo (ce on random pairs){more}; -one: one pass, -weight: weight "
-        f"gradients; default of --compare: {','.join(COMPARED)}",
-    )
+    text = f"dense, none, ce, mse, reroute, placebo (ce on random pairs){more}; -one: one pass, -weight: weight gradients"
+    text += f"; default of --compare: {','.join(COMPARED)}"
+    parser.add_argument("--variants", type=words, nargs="+", help=text)
 
 
-def add_moe(parser: Parser, num_experts: int, layers: str, router: str, routers: dict[str, str]) -> None:
+def add_moe(parser: Parser, num_experts: int, layers: str, router: str) -> None:
     parser.add_argument("--num-experts", type=number(int, 1), default=num_experts, help="experts per MoE layer")
-    parser.add_argument(
-        "--top-k",
-        type=number(int, 1),
-        default=2,
-        help="experts per token; 1: its weight is 1, so the main loss trains no router unless --no-normalize is given",
-    )
+    text = "experts per token; 1: its weight is 1, so the main loss trains no router unless --no-normalize is given"
+    parser.add_argument("--top-k", type=number(int, 1), default=2, help=text)
     text = "the K weights sum to 1; otherwise they are the routing scores"
     parser.add_argument("--normalize", action=BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--moe-layers", default=layers, help="layers from 0: indices such as 1,3,5, or every-second, or all")
     parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="each a copy of the FFN, or a part")
-    text = "; ".join(f"{name}: {what}" for name, what in routers.items())
-    parser.add_argument("--router", choices=[*routers], default=router, help=text)
+    text = "linear: the paper's; cosine: DynMoE's, bounded logits"
+    parser.add_argument("--router", choices=["linear", "cosine"], default=router, help=text)
 
 
 def spec_options(args) -> dict:
@@ -60,9 +52,8 @@ def add_method(parser: Parser, beta: float, why_beta: str) -> None:
     """Their meaning: see stgc_plus.STGCConfig."""
     losses = ["none", "ce", "mse", "reroute"]
     parser.add_argument("--conflict-loss", choices=losses, default="ce", help="none: the MoE baseline")
-    parser.add_argument(
-        "--select", choices=["conflict", "random"], default="conflict", help="random: the placebo, as many pairs at random"
-    )
+    text = "random: the placebo, as many pairs at random"
+    parser.add_argument("--select", choices=["conflict", "random"], default="conflict", help=text)
     parser.add_argument("--passes", choices=["two", "one"], default="two", help="two: the paper's; one: no extra backward")
     parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="token gradients to compare")
     parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this cosine")

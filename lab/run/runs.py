@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import psutil
 import torch
 from accelerate.utils import DataLoaderConfiguration, gather_object
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
@@ -135,10 +136,8 @@ def check_folder(
     if record is None or overwrite:
         return
     if not resume:
-        raise UserError(
-            f"--output-dir {folder} holds another run: name another folder, or pass --overwrite to replace it "
-            "(--resume: to continue it)"
-        )
+        ways = "name another folder, or pass --overwrite to replace it (--resume: to continue it)"
+        raise UserError(f"--output-dir {folder} holds another run: {ways}")
     before = defaults | record["config"]
     other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
     if other:
@@ -154,40 +153,38 @@ def names_of(runs: Iterable[str], *more: str, stages: Iterable[str] = ()) -> lis
     return names + [f"{STAGES}/{kind.format(stage)}" for stage in stages for kind in staged]
 
 
+def is_anywhere(error: Exception | None, accelerator: accelerate.Accelerator) -> bool:
+    """Whether one of the processes has an error. All get the same answer."""
+    return bool(accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item())
+
+
 @contextmanager
 def claim_folder(
-    folder: Path,
-    overwrite: bool,
-    accelerator: accelerate.Accelerator,
-    check: Callable = lambda: None,
-    names: Iterable[str] = (),
+    folder: Path, overwrite: bool, accelerator, check: Callable = lambda: None, names: Iterable[str] = ()
 ) -> Iterator[None]:
     """Creates the folder after all processes have checked it, and locks it. `check` is called again, as another process may
     have written there since. `overwrite` removes the files of an earlier run. A run from before the list is taken to have
     written `names`."""
     accelerator.wait_for_everyone()
-    lock, error = None, None
-    try:
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_list(folder)
-            check()
-            if overwrite:
-                remove(folder)
-            elif not read_list(folder) and (folder / RECORD).exists():
-                found = [path for name in names for path in (folder / name, *(folder / name).rglob("*"))]
-                claim(*(path for path in (folder / RECORD, *found) if path.is_file()), made=True)
-    except OSError as failure:
-        error = UserError(f"--output-dir {folder}: cannot be written ({failure.strerror}); name another folder")
-    except UserError as failure:
-        error = failure
-    try:
-        if accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item():
+    with ExitStack() as lock:
+        error = None
+        try:
+            if accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(lock_list(folder))
+                check()
+                if overwrite:
+                    remove(folder)
+                elif not read_list(folder) and (folder / RECORD).exists():
+                    found = [path for name in names for path in (folder / name, *(folder / name).rglob("*"))]
+                    claim(*(path for path in (folder / RECORD, *found) if path.is_file()), made=True)
+        except OSError as failure:
+            error = UserError(f"--output-dir {folder}: cannot be written ({failure.strerror}); name another folder")
+        except UserError as failure:
+            error = failure
+        if is_anywhere(error, accelerator):
             raise error or UserError(f"--output-dir {folder}: see the main process")
         yield
-    finally:
-        if lock:
-            lock.close()
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -254,10 +251,8 @@ class RunFolder:
         """Prints what may change the last digits of the weights, although it is no reason to stop."""
         if not before.get("made_from"):
             say(f"note: {self.folder} has no digests of its data and model: whether they are the same is not checked")
-        last = [before, *before.get("resumed", [])][-1]
-        old, new = (
-            one.get("versions", {}) | {key: one.get(key) for key in ("threads", "device")} for one in (last, made_by)
-        )
+        both, keys = ([before, *before.get("resumed", [])][-1], made_by), ("threads", "device")
+        old, new = (one.get("versions", {}) | {key: one.get(key) for key in keys} for one in both)
         other = [f"{key} {new[key]} instead of {old[key]}" for key in new if old.get(key, new[key]) != new[key]]
         if other:
             say(f"note: resumed with {', '.join(other)}: the weights may differ in the last digits")
@@ -409,10 +404,8 @@ def check_losses(losses: list[torch.Tensor], last_step: int, accelerator: accele
     values = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
     for step, value in enumerate(values, start=last_step - len(values) + 1):
         if not math.isfinite(value):
-            raise RunFailed(
-                f"the loss is {value} at step {step}; lower the learning rate or --beta, or use --precision fp32 "
-                "(bf16 rather than fp16)"
-            )
+            ways = "lower the learning rate or --beta, or use --precision fp32 (bf16 rather than fp16)"
+            raise RunFailed(f"the loss is {value} at step {step}; {ways}")
     return values
 
 
@@ -490,18 +483,10 @@ class Checkpoints:
                     remove(old)
         except (OSError, SafetensorError) as failure:
             error = failure
-        self.check_written(step, error)
-
-    def check_written(self, step: int, error: Exception | None) -> None:
-        """Raises RunFailed in all processes if one of them could not write."""
-        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(failed).item() == 0:
-            return
-        kept = self.newest_first()[0] if self.newest_first() else "no earlier one"
-        reason = error or "in another process"
-        raise RunFailed(
-            f"the checkpoint of step {step} cannot be saved ({reason}); {kept} is kept: free the disk, then add --resume"
-        )
+        if is_anywhere(error, self.accelerator):
+            kept, reason = next(iter(self.newest_first()), "no earlier one"), error or "in another process"
+            fault = f"the checkpoint of step {step} cannot be saved ({reason}); {kept} is kept"
+            raise RunFailed(f"{fault}: free the disk, then add --resume")
 
     def newest_first(self) -> list[Path]:
         """The checkpoints, newest first."""
@@ -536,13 +521,8 @@ class Checkpoints:
             moments.setdefault(parameter, {})[key] = value
         weights = load_file(path / "model.safetensors")
         self.check_fit(path, weights, moments, state.get("versions", {}))
-        set_state_dict(
-            self.model,
-            self.optimizer.optimizer,
-            model_state_dict=weights,
-            optim_state_dict={"state": moments, "param_groups": state["groups"]},
-            options=WHOLE,
-        )
+        states = {"model_state_dict": weights, "optim_state_dict": {"state": moments, "param_groups": state["groups"]}}
+        set_state_dict(self.model, self.optimizer.optimizer, **states, options=WHOLE)
         self.schedule.scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -593,12 +573,8 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies tied weights, since safetensors refuses tensors that share memory."""
-    seen, result = set(), {}
-    for name, tensor in tensors.items():
-        fresh = tensor.data_ptr() not in seen
-        seen.add(tensor.data_ptr())
-        result[name] = tensor.contiguous() if fresh else tensor.clone()
-    return result
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    return {name: one.contiguous() if first[one.data_ptr()] == name else one.clone() for name, one in tensors.items()}
 
 
 def digest(state: dict) -> str:
@@ -606,8 +582,5 @@ def digest(state: dict) -> str:
 
 
 def sha256(path: Path) -> str:
-    result = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            result.update(block)
-    return result.hexdigest()
+        return sha_fileobj(file).hex()

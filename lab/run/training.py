@@ -16,7 +16,7 @@ that the order of the batches in an epoch depends on the epoch alone.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,9 +33,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon's updates are scaled to the size of AdamW's: torch's "match_rms_adamw", from Moonlight, arXiv:2502.16982.
     """
 
-    def __init__(
-        self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], lr: float, betas: tuple[float, float]
-    ):
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, betas: tuple[float, float]):
         muon = torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(others, lr, betas, weight_decay=0.0)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})

@@ -215,21 +215,14 @@ def encode_rows(rows: dict, columns: tuple[str, ...], tokenizer, max_length: int
     return tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
 
 
-def token_counts(encoded: dict) -> dict[str, list[int]]:
-    """The number of tokens of each example, by split."""
-    return {split: [len(ids) for ids in dataset["input_ids"]] for split, dataset in encoded.items()}
-
-
-def make_loaders(
-    encoded: dict, lengths: dict[str, list[int]], tokenizer, batch_size: int
-) -> tuple[DataLoader, dict[str, DataLoader], torch.Generator]:
+def make_loaders(encoded: dict, tokenizer, batch_size: int) -> tuple[DataLoader, dict[str, DataLoader], torch.Generator]:
     """A train loader with batches of similar length, dev loaders sorted by length, and the generator of the training order.
 
     Batches are padded one by one. The order of an epoch depends only on the generator's state at its start: seed it there,
     and a resumed run sees the same batches. The loaders have their own generators, so they draw no global random numbers.
     """
-    collate = DataCollatorWithPadding(tokenizer)
-    order = torch.Generator()
+    collate, order = DataCollatorWithPadding(tokenizer), torch.Generator()
+    lengths = {split: list(map(len, dataset["input_ids"])) for split, dataset in encoded.items()}
 
     def loader(dataset, size, **kwargs):
         return DataLoader(dataset, size, collate_fn=collate, generator=torch.Generator(), **kwargs)

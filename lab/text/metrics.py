@@ -9,9 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 def correlation(of):
     """A correlation as a score. It is 0 if one side is constant, where scipy returns NaN."""
-    return lambda references, predictions: (
-        0.0 if np.ptp(predictions) * np.ptp(references) == 0 else of(references, predictions)[0]
-    )
+    return lambda truth, guess: of(truth, guess)[0] if np.ptp(truth) * np.ptp(guess) else 0.0
 
 
 SCORES = {

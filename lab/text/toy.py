@@ -152,20 +152,10 @@ def make_bert(tokenizer) -> BertForTokenClassification:
     """A tiny, untrained BERT that classifies tokens into two classes. Its query weights start equal to its key weights, so
     that equal words attend to each other from the first step. Drawn independently, they learn this after hundreds of steps,
     or never."""
-    model = BertForTokenClassification(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=256,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    size = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 256}
+    tokens = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": tokenizer.pad_token_id}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForTokenClassification(BertConfig(**size, **tokens, **dropout, initializer_range=0.1))
     for layer in model.bert.encoder.layer:
         layer.attention.self.query.load_state_dict(layer.attention.self.key.state_dict())
     return model

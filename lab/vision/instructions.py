@@ -7,16 +7,16 @@ Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby, islice, repeat
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"  # stands for the picture in a question
@@ -38,6 +38,7 @@ class Instruction:
     part: str = ""  # the subject within the kind: colour, count, box, ...
     where: str = ""  # test condition: clean, cluttered, new pairs, ...
     accept: tuple[str, ...] = ()  # further right answers to the last question
+    place: str = field(default="", repr=False, compare=False)  # in the user's file
 
 
 class InstructionSet(NamedTuple):
@@ -52,19 +53,16 @@ PAD, EOS = "<pad>", "<eos>"
 IGNORED = -100  # a label that has no loss
 
 
-def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the texts: any text can be encoded, a frequent word is one token, so is a
     digit."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [PAD, EOS, IMAGE, USER, ASSISTANT]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [PAD, EOS, IMAGE, USER, ASSISTANT]
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, **options))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
@@ -231,19 +229,9 @@ class Unpacked:
         return self.singles([row for index in chosen for row in self.packs.packs[index].rows])
 
 
-class Shuffled(Sampler):
+def shuffled(size: int, count: int, seed: int) -> RandomSampler:
     """`count` indices below `size`: one random permutation after another, determined by the seed."""
-
-    def __init__(self, size: int, count: int, seed: int):
-        self.size, self.count, self.seed = size, count, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.Generator().manual_seed(self.seed)
-        shufflings = (torch.randperm(self.size, generator=order).tolist() for _ in repeat(None))
-        return islice(chain.from_iterable(shufflings), self.count)
+    return RandomSampler(range(size), num_samples=count, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- 4. Right and wrong ----

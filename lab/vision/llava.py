@@ -53,7 +53,6 @@ class Problems:
         self.max_bad, self.total = max_bad, 0  # total: entries of all files; each reader adds to it
         self.left_out: list[tuple[str, str]] = []  # in the order found
         self.changed: list[tuple[str, str]] = []  # used in a changed form; not counted as bad
-        self.places: dict[str, list[str]] = {}  # flag -> the place of each instruction in its file, for later steps
         self.shared = 0  # pictures of --eval-data that are also in --data, under any name
 
     def add(self, where: str, what: str) -> None:
@@ -230,7 +229,7 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
     if count > (fit := int(MEMORY_SHARE * psutil.virtual_memory().available / (3 * size * size))):
         raise UserError(f"{flag} {path}: {fit} of its {count} pictures of {size} x {size} fit in memory; give fewer")
     images_N3SS = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    rows, instructions, problems.places[flag] = {}, [], []
+    rows, instructions = {}, []
     for where, file, instruction, changed in tqdm(checked, f"read {printable(path.name)}", dynamic_ncols=True, disable=None):
         try:
             if file and file not in rows:
@@ -239,8 +238,7 @@ def load_llava(path, image_dir, size: int, problems: Problems, flag: str = "--da
         except BadEntry as fault:
             problems.add(where, str(fault))
         else:
-            instructions.append(replace(instruction, image=rows.get(file)))
-            problems.places[flag].append(where)
+            instructions.append(replace(instruction, image=rows.get(file), place=where))
             problems.changed += [(where, what) for what in changed]
     if not instructions:
         raise UserError(f"{flag} {path} has no entry that can be used: {by_kind(problems.left_out[earlier:])}; fix them")

@@ -85,26 +85,19 @@ def captions_of(data: InstructionSet) -> list[str]:
     return [texts[picture] for picture in range(len(data.images_N3SS))]
 
 
-def hold_out(data: InstructionSet, places: list[str], seed: int) -> tuple[list[InstructionSet], list[list[str]]]:
+def hold_out(data: InstructionSet) -> list[InstructionSet]:
     """Holds out a tenth of the pictures for testing, at least one, with all their instructions, and a tenth of the
     conversations without a picture. Copies of a picture, or of such a conversation, are on the same side."""
-    contents, first = [blake2b(image.numpy()).digest() for image in data.images_N3SS], {}
+    contents = [blake2b(image.numpy()).digest() for image in data.images_N3SS]
     keys = [one.turns if one.image is None else contents[one.image] for one in data.instructions]
-    units = [
-        (one.image is None, first.setdefault(key, i if one.image is None else one.image))
-        for i, (key, one) in enumerate(zip(keys, data.instructions))
-    ]
-    order = sorted(set(units))
-    random.Random(seed).shuffle(order)
-    with_picture, text_only = ([unit for unit in order if unit[0] is texts] for texts in (False, True))
+    order = sorted(dict.fromkeys(keys), key=lambda key: isinstance(key, tuple))  # pictures first
+    random.Random(0).shuffle(order)
+    with_picture, text_only = ([key for key in order if isinstance(key, kind)] for kind in (bytes, tuple))
     if len(with_picture) == 1:
         raise UserError("--data: one picture cannot be both trained and tested on; give more, or --eval-data")
     chosen = {*with_picture[: max(1, len(with_picture) // 10)], *text_only[: len(text_only) // 10]}
-    parts, where = ([], []), ([], [])
-    for unit, one, place in zip(units, data.instructions, places, strict=True):
-        parts[unit in chosen].append(one)
-        where[unit in chosen].append(place)
-    return [select(data.images_N3SS, part) for part in parts], list(where)
+    sides = ([one for key, one in zip(keys, data.instructions) if (key in chosen) == test] for test in (False, True))
+    return [select(data.images_N3SS, side) for side in sides]
 
 
 def select(images_N3SS: Tensor, instructions: Sequence[Instruction]) -> InstructionSet:
@@ -117,17 +110,15 @@ def select(images_N3SS: Tensor, instructions: Sequence[Instruction]) -> Instruct
 def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Data:
     """Generated scenes, or the user's data. `clip` and `tokenizer`: of pretrained parts, otherwise None. UserError."""
     pixels = Pixels(SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if clip is None else clip_pixels(args.clip, clip)
-    places: list[list[str]] = [[], []]
     if args.data:
         load = partial(load_llava, image_dir=args.image_dir, size=pixels.size, problems=problems)
         train = load(args.data, flag="--data")
         if args.eval_data:
             sets = [train, load(args.eval_data, flag="--eval-data")]
-            places = [problems.places["--data"], problems.places["--eval-data"]]
             trained_on, tested_on = ({blake2b(image.numpy()).digest() for image in own.images_N3SS} for own in sets)
             problems.shared = len(trained_on & tested_on)
         else:
-            sets, places = hold_out(train, problems.places["--data"], seed=0)
+            sets = hold_out(train)
         name = printable(Path(args.data).stem)
     else:
         scenes = make_scenes(args.scenes, args.test_scenes, size=pixels.size)
@@ -142,18 +133,18 @@ def load_data(args, clip: CLIPModel | None, tokenizer, problems: Problems) -> Da
         fits = [len(one.input_ids) <= args.max_length for one in found]
         if not all(fits) and not args.data:
             raise UserError(f"--max-length {args.max_length}: generated scenes need {max(len(e.input_ids) for e in found)}")
-        for where, one, good in zip(places[number], found, fits):
+        for instruction, one, good in zip(own.instructions, found, fits):
             if not good:
-                problems.add(where, f"too long: {len(one.input_ids)} tokens with picture and answer, --max-length is less")
+                length = f"{len(one.input_ids)} tokens with picture and answer"
+                problems.add(instruction.place, f"too long: {length}, --max-length is less")
         encoded.append([one for one, good in zip(found, fits) if good])
         if not encoded[-1]:
             raise UserError(f"--max-length {args.max_length}: every conversation is longer; raise it")
         sets[number] = select(own.images_N3SS, [one for one, good in zip(own.instructions, fits) if good])
         if not any(one.image is not None for one in sets[number].instructions):
             flag = "--eval-data" if args.eval_data and number else "--data"
-            raise UserError(
-                f"{flag}: no {('training', 'test')[number]} conversation has a picture, and this model needs pictures"
-            )
+            side = ("training", "test")[number]
+            raise UserError(f"{flag}: no {side} conversation has a picture, and this model needs pictures")
     captions = tuple(map(captions_of, sets))
     return Data(name, *sets, captions, tokenizer, pixels, image_tokens, encoded[0])
 
@@ -168,18 +159,14 @@ def sample_values(data: Data, model: PreTrainedModel, rows: Tensor, input_ids: T
 
 
 @torch.no_grad()
-def embed_questions(model: PreTrainedModel, input_ids: Tensor, asked: Tensor) -> Tensor:
-    """embeddings_BD: the mean of the question's token embeddings."""
-    tokens_BLD = model.get_input_embeddings()(input_ids)
-    return (tokens_BLD * asked.unsqueeze(2)).sum(1) / asked.sum(1, keepdim=True).clamp_min(1)
-
-
 def question_values(model: PreTrainedModel, input_ids: Tensor, asked: Tensor) -> dict:
     """Those of `sample_values` that are known without the task, for generating an answer."""
     values = {"instruction_BL": asked}
     router = next((module for module in model.modules() if isinstance(module, baselines.EmbeddingRouter)), None)
     if router:
-        values["cluster_B"] = baselines.nearest_cluster(embed_questions(model, input_ids, asked), router.centres_CD)
+        tokens_BLD, count_B1 = model.get_input_embeddings()(input_ids), asked.sum(1, keepdim=True).clamp_min(1)
+        embeddings_BD = (tokens_BLD * asked.unsqueeze(2)).sum(1) / count_B1
+        values["cluster_B"] = baselines.nearest_cluster(embeddings_BD, router.centres_CD)
     return values
 
 
@@ -318,14 +305,9 @@ def check_decoder(lm: PreTrainedModel) -> None:
 def join(clip: CLIPModel, lm: PreTrainedModel, data: Data) -> LlavaForConditionalGeneration:
     """transformers' LLaVA from both, with a new two-layer projector on the features of CLIP's second to last layer, as in
     MoE-LLaVA."""
-    config = LlavaConfig(
-        vision_config=clip.config.vision_config,
-        text_config=lm.config,
-        image_token_index=data.image_id,
-        image_seq_length=data.image_tokens,
-        tie_word_embeddings=lm.config.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
+    image = {"image_token_index": data.image_id, "image_seq_length": data.image_tokens}
+    parts = {"vision_config": clip.config.vision_config, "text_config": lm.config}
+    model = LlavaForConditionalGeneration(LlavaConfig(**parts, **image, tie_word_embeddings=lm.config.tie_word_embeddings))
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     model.model.language_model.load_state_dict(lm.base_model.state_dict())
     model.lm_head.load_state_dict(lm.lm_head.state_dict())
@@ -414,11 +396,6 @@ class Card:
     @property
     def pixels(self) -> Pixels:
         return Pixels(self.size, tuple(self.mean), tuple(self.std))
-
-
-def load_own(saved: Checkpoint, loader: type) -> PreTrainedModel:
-    """The model of a stage without a tokenizer. UserError."""
-    return saved.model("the model", loader, saved.config(), dtype=torch.float32)
 
 
 def load(saved: Checkpoint) -> tuple[PreTrainedModel, object, Card]:

@@ -302,11 +302,8 @@ def instruct(scene: Scene, image: int, split: str, rng: random.Random, used: Cou
     condition, and is updated."""
     often = OFTEN if split == "train" else {}
     for kind, parts in ASKED.items():
-        asks = [
-            ((scene.where, kind, part), not is_new(*ask.about), ask)
-            for part, (find, _) in parts.items()
-            for ask in find(scene)
-        ]
+        found = [(part, ask) for part, (find, _) in parts.items() for ask in find(scene)]
+        asks = [((scene.where, kind, part), not is_new(*ask.about), ask) for part, ask in found]
         for _ in range(min(NUM_ASKED.get(kind, 1), len(asks))):
             order = [
                 (known, used[key] / often.get(key[2], 1), used[key, ask.answer], rng.random()) for key, known, ask in asks
