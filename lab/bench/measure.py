@@ -77,5 +77,4 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 def write_record(output: str | None, device: torch.device, **content) -> None:
     """Writes what was measured, and on what, as json where --output says so."""
     if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(output), environment(device) | content)

@@ -90,8 +90,8 @@ def number(convert: type, low: float, high: float = math.inf) -> Callable[[str],
 
 def path(kind: str) -> Callable[[str], str]:
     """An argparse type: a path, with the `~` that a shell leaves in --flag=~/path expanded. `kind`: file or folder, for one
-    that can be read; new file or new folder, for one that may be absent; model, for a folder or a name of the hub."""
-    what, absent = kind.replace("model", "folder").removeprefix("new "), kind not in ("file", "folder")
+    that can be read; new file, for one in a folder that exists; new folder; model, for a folder or a name of the hub."""
+    what = kind.replace("model", "folder").removeprefix("new ")
     is_right, access = (stat.S_ISDIR, os.R_OK | os.X_OK) if what == "folder" else (stat.S_ISREG, os.R_OK)
 
     def parse(text: str) -> str:
@@ -102,7 +102,9 @@ def path(kind: str) -> Callable[[str], str]:
             reason = None if fits else f"it is not a {what} that can be read"
         except FileNotFoundError:
             long = max(map(len, name.encode().split(b"/"))) > 255  # which the system finds after making the folders above
-            reason = "File name too long" if long else None if absent else f"no such {what}"
+            fits = what != kind and (kind != "new file" or os.path.isdir(os.path.dirname(name) or "."))
+            absent = "folder" if kind == "new file" else what
+            reason = "File name too long" if long else None if fits else f"no such {absent}"
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", error)
         if not text or name.startswith("~"):

@@ -51,7 +51,8 @@ def from_hub(what: str, flag: str, name: str, load: Callable, ways: str = GLUE_W
         if isinstance(error, OfflineModeIsEnabled):
             raise UserError(offline_message(what, name, ways)) from None
         text, folder = " ".join(str(error).split()) or type(error).__name__, Path(name).is_dir()
-        reason = re.sub(r"Task error: .*Request error: |(?<!\w)(https?:/)?/[^\s'\"]*/", "", text)  # and long addresses
+        noise = r"Task error: .*Request error: |Error\(s\) in loading state_dict for \w+: |(?<!\w)(https?:/)?/[^\s'\"]*/"
+        reason = re.sub(noise, "", text)  # and long addresses
         fix = "save or fetch it again" if folder else f"run the command again, or first remove {cache_of(name, kind)}"
         instead = next((instead for pattern, instead in FIXES.items() if re.search(pattern, text)), ("", again or fix))
         reason = instead[0] or textwrap.shorten(reason, WIDTH, placeholder=" ...")
