@@ -1059,7 +1059,8 @@ def test_bench(kind):
     arguments = ("small", "", 1, 6, torch.device("cpu"))
     assert bench.Bench("eager", *arguments, kind=kind).stgc is None
     measured = bench.Bench("one pass", *arguments, kind=kind)
-    assert measured.step() > 0 and measured.stgc.verdicts[0].judged_TK.any()
+    measured.step()
+    assert measured.stgc.verdicts[0].judged_TK.any()
 
 
 @pytest.mark.parametrize("kind", bench.TEXT_MODELS)
