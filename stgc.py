@@ -197,14 +197,14 @@ class Compared(NamedTuple):  # the gradients g_n of one linear, with the means o
     mean_EO: Tensor  # gbar_e, up to a factor
 
 
-def scale_rows(rows_SO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scale_rows(rows_SO: Tensor, dim=-1) -> tuple[Tensor, Tensor, Tensor]:
     """rows / 2^n, where no square overflows or vanishes and no digit changes; |rows| then; 2^n. Infinite rows: 0, 0, 0."""
-    size_S1 = torch.linalg.vector_norm(rows_SO, 1, dim=-1, keepdim=True)
+    size_S1 = torch.linalg.vector_norm(rows_SO, 1, dim, keepdim=True)
     power_S1 = torch.ones_like(size_S1)
     if rows_SO.is_cuda or not ((size_S1 == 0) | (size_S1 > 1e-10) & (size_S1 < 1e10)).all():  # a GPU must not wait
         power_S1 = (size_S1 / torch.frexp(size_S1).mantissa).nan_to_num(1.0, 0.0) * size_S1.isfinite()
         rows_SO = (rows_SO / power_S1).nan_to_num(0.0, 0.0, 0.0)
-    return rows_SO, torch.linalg.vector_norm(rows_SO, dim=-1), power_S1.squeeze(-1)
+    return rows_SO, torch.linalg.vector_norm(rows_SO, dim=dim), power_S1.flatten()
 
 
 def compare_to_means(grad_SO: Tensor, pairs: Pairs, average: Callable = lambda tensor: tensor) -> Compared:

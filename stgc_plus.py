@@ -96,9 +96,9 @@ def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pa
     infinite pair makes G_e infinite, which leaves all pairs of its expert out."""
     grad_SO, grad_norm_S, grad_power_S = scale_rows(widen(grad_SO))
     a_SI, a_norm_S, a_power_S = scale_rows(widen(a_SI))
-    sum_EP, *sums_E = scale_rows(widen(sum_EIO).flatten(1))
-    sum_norm_S, sum_power_S = (pairs.onehot_SE.to(sum_EP.dtype) @ torch.stack(sums_E, dim=1)).unbind(1)
-    cos_S = (grouped_linear(a_SI, sum_EP.view_as(sum_EIO), None, pairs) * grad_SO).sum(-1)
+    sum_EIO, *sums_E = scale_rows(widen(sum_EIO), dim=(1, 2))
+    sum_norm_S, sum_power_S = (pairs.onehot_SE.to(sum_EIO.dtype) @ torch.stack(sums_E, dim=1)).unbind(1)
+    cos_S = (grouped_linear(a_SI, sum_EIO, None, pairs) * grad_SO).sum(-1)
     for norm_S in (grad_norm_S, a_norm_S, sum_norm_S):  # one by one: their product may underflow
         cos_S = cos_S / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
     return cos_S, grad_norm_S * grad_power_S * a_norm_S * a_power_S / (sum_power_S > 0)
