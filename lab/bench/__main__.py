@@ -1,7 +1,15 @@
-"""`python -m lab.bench`: see `step`."""
+"""`python -m lab.bench`: see `step`; with --all: see `everything`."""
 
-from lab.bench.step import main
+import sys
+
 from lab.run.cli import run_main
+
+
+def main() -> None:
+    from lab.bench import everything, step
+
+    (everything if "--all" in sys.argv[1:] else step).main()
+
 
 if __name__ == "__main__":
     run_main("lab.bench", main, resumes=False)
