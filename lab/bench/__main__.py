@@ -2,12 +2,11 @@
 
 import sys
 
+from lab.bench import everything, step
 from lab.run.cli import run_main
 
 
 def main() -> None:
-    from lab.bench import everything, step
-
     (everything if "--all" in sys.argv[1:] else step).main()
 
 

@@ -1,12 +1,12 @@
-"""Everything that a GPU is measured by, in one command of under 8 minutes: bf16 autocast, random weights, no download.
+"""Everything that a GPU is measured by, in one command: bf16 autocast, random weights, no download.
 
   python -m lab.bench --all --device cuda              writes results/bench-<name of the GPU>.json
   python -m lab.bench --all --device cpu               the same path at tiny sizes: a rehearsal, not a measurement
 
 Its parts: one MoE layer beside its limit, a dense FFN and transformers' own; a training step of BERT-large with 8 experts
 Top-2 in the middle layer; a step of stage III of the toy LVLM; how often the layer makes the CPU wait for the GPU; the tests
-that need a GPU. A part has so many seconds: it measures as many rounds as fit, at least 5, and the record has their number.
-The record is written after each part. A part that fails leaves its reason there, and the others go on.
+that need a GPU. The parts have 7 minutes together: each measures as many rounds as fit into its share, at least 5, and the
+record has their number. It is written after each part. A part that fails leaves its reason there, and the others go on.
 """
 
 import re
@@ -120,22 +120,21 @@ WAITS += ["aten::item", "aten::_local_scalar_dense", "aten::nonzero"]
 
 
 def count_waits(take: Callable[[], object]) -> dict[str, int]:
-    """How often each of WAITS is called within a step, after some that warm up. The profiler's own are outside."""
+    """How often each of WAITS is called within a step, after some that warm up; the profiler's own are outside. And how many
+    kernels are launched, as a sign that the profiler sees what CUDA is asked for."""
     for _ in range(WARM):
         take()
     with torch.profiler.profile() as profiler, torch.profiler.record_function("the step"):
         take()
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    (span,) = (event.time_range for event in events if event.name == "the step")
+    span = next(event.time_range for event in events if event.name == "the step")
     names = [event.name for event in events if span.start <= event.time_range.start <= span.end]
-    return {name: names.count(name) for name in WAITS}
+    return {name: names.count(name) for name in WAITS} | {"launches": sum("LaunchKernel" in name for name in names)}
 
 
-def measure_waits(device: torch.device, sizes: Sizes, until: float) -> dict | None:
-    """By what runs: counts of `count_waits`; None on a CPU. Beside the layer stgc.py's loop, which does wait, and beside one
-    pass the dense model and the MoE without STGC, since transformers' own code may wait as well."""
-    if device.type != "cuda":
-        return None
+def find_waits(device: torch.device, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """By what runs: the counts of `count_waits`. Beside the layer stgc.py's loop, which does wait, and beside one pass the
+    dense model and the MoE without STGC, since transformers' own code may wait as well."""
     tokens, d_model = sizes.shapes[0]
     layers = layer.make_layers(d_model, "plain, biases")
     x_TD = torch.randn(tokens, d_model, device=device)
@@ -154,7 +153,17 @@ def measure_waits(device: torch.device, sizes: Sizes, until: float) -> dict | No
     for name in ("dense", "moe", "one pass"):
         shared = ("small", step.middle("small"), sizes.batch, sizes.length, device)
         found[f"BERT, {name}"] = count_waits(step.Bench(name, *shared, dtype=DTYPE).step)
+    return found
+
+
+def measure_waits(device: torch.device, sizes: Sizes, until: float) -> dict | None:
+    """None on a CPU. RunFailed where the profiler may not look into CUDA."""
+    if device.type != "cuda":
+        return None
+    found = find_waits(device, sizes)
     say("", "calls that wait for the GPU, in a step", *(f"  {name:<30}{counts}" for name, counts in found.items()))
+    if not all(counts["launches"] for counts in found.values()):
+        raise RunFailed("the profiler sees no kernels here, so nothing is known about waiting")
     return found
 
 
@@ -175,7 +184,7 @@ def run_tests(device: torch.device, sizes: Sizes, until: float) -> dict:
 
 # ---- 2. All of them ----
 
-PARTS = {  # and their seconds: 420 together, of 480
+PARTS = {  # and their seconds; what one leaves over, or takes more, is the next one's
     "layer": (measure_layer, 120),
     "bert": (measure_bert, 120),
     "lvlm": (measure_lvlm, 60),
@@ -203,11 +212,11 @@ def main() -> None:
     if not args.output:
         Path("results").mkdir(exist_ok=True)
         args.output = f"results/bench-{name}.json"
-    found, seconds, failed = {}, {}, []
+    found, seconds, failed, until = {}, {}, [], time.perf_counter()
     for part, (measure, limit) in PARTS.items():
-        start = time.perf_counter()
+        start, until = time.perf_counter(), until + limit
         try:
-            found[part] = measure(device, sizes, start + limit)
+            found[part] = measure(device, sizes, until)
         except Exception as error:  # of any kind: time on a GPU is rare, and the other parts do not depend on this one
             found[part] = {"failed": reason_of(error)}
             failed.append(part)
