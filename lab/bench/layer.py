@@ -7,6 +7,7 @@ The limit: E FFNs on equal slices of T * K rows, without a router and without so
 weights as a token's K experts, so it does the same floating-point operations.
 """
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,7 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import stgc
 import stgc_plus
-from lab.bench.measure import compare, line_of, peak_bytes, take_turns, write_record
+from lab.bench.measure import autocast, compare, line_of, peak_bytes, take_turns, write_record
 from lab.run.cli import Parser, number, path, run_main, say
 from lab.run.files import written
 from lab.run.runs import make_accelerator
@@ -82,14 +83,20 @@ def make_layers(
 
 
 class Batched(nn.Module):
-    """A block that wants (B, L, D)."""
+    """A block that wants (B, L, D). transformers' grouped_mm takes no part in autocast: its weights are cast here, at each
+    forward, as autocast casts those of the other layers."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.block(x_TD.unsqueeze(0)).squeeze(0)
+        kind, x_1TD = x_TD.device.type, x_TD.unsqueeze(0)
+        if not torch.is_autocast_enabled(kind):
+            return self.block(x_1TD).squeeze(0)
+        dtype = torch.get_autocast_dtype(kind)
+        weights = {name: weight.to(dtype) for name, weight in self.block.named_parameters()}
+        return torch.func.functional_call(self.block, weights, (x_1TD,)).squeeze(0)
 
 
 def make_step(layer: nn.Module, x_TD: Tensor, dtype: torch.dtype = torch.float32):
@@ -97,7 +104,7 @@ def make_step(layer: nn.Module, x_TD: Tensor, dtype: torch.dtype = torch.float32
     x_TD = x_TD.clone().requires_grad_()
 
     def step() -> None:
-        with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(x_TD.device, dtype):
             y = layer(x_TD)
         y.backward(torch.ones_like(y))
         for tensor in (x_TD, *layer.parameters()):
@@ -106,12 +113,15 @@ def make_step(layer: nn.Module, x_TD: Tensor, dtype: torch.dtype = torch.float32
     return step
 
 
-def compare_layers(tokens: int, d_model: int, kind: str, rounds: int, device: torch.device, dtype=torch.float32) -> dict:
+def compare_layers(
+    tokens: int, d_model: int, kind: str, rounds: int, device: torch.device, dtype=torch.float32, until: float = math.inf
+) -> dict:
     """Rows of `rounds.compare` at one size, as ratios to the limit."""
     torch.manual_seed(0)
     layers = {name: layer.to(device) for name, layer in make_layers(d_model, kind).items()}
     x_TD = torch.randn(tokens, d_model, device=device)
-    return compare(take_turns({n: make_step(layer, x_TD, dtype) for n, layer in layers.items()}, rounds, device), "limit")
+    steps = {name: make_step(layer, x_TD, dtype) for name, layer in layers.items()}
+    return compare(take_turns(steps, rounds, device, until), "limit")
 
 
 # ---- Growth ----

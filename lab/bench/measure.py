@@ -2,9 +2,11 @@
 
 import gc
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -15,13 +17,17 @@ import torch
 from lab.run.files import write_json
 from lab.run.runs import environment
 
-WARM = 2  # rounds before the first that counts
+WARM, FEWEST = 2, 5  # rounds before the first that counts; that count, also where time is short
 
 
-def take_turns(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step in each round."""
+def take_turns(
+    steps: dict[str, Callable[[], object]], rounds: int, device: torch.device, until: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round. After `until`, on time.perf_counter, no round begins beyond FEWEST."""
     seconds = {name: [] for name in steps}
     for turn in range(WARM + rounds):
+        if turn >= WARM + FEWEST and time.perf_counter() > until:
+            break
         for name, step in steps.items():
             synchronize(device)
             start = time.perf_counter()
@@ -37,9 +43,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def autocast(device: torch.device, dtype: torch.dtype):
+    """For the forward; float32 changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def compare(seconds: dict[str, list[float]], base: str) -> dict[str, dict]:
     """By name: the median time, the median over rounds of its ratio to the base's in the same round, and the 95 % interval
-    of this median by bootstrap, which draws as many of the rounds, with repetition, 2000 times."""
+    of this median by bootstrap, which draws as many of the rounds, with repetition, 2000 times; and the number of rounds."""
     rounds = len(seconds[base])
     draws = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
     rows = {}
@@ -47,6 +58,7 @@ def compare(seconds: dict[str, list[float]], base: str) -> dict[str, dict]:
         ratios = np.array(own) / np.array(seconds[base])
         low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
         rows[name] = {"seconds": median(own), "ratio": float(np.median(ratios)), "interval": [float(low), float(high)]}
+        rows[name]["rounds"] = rounds
     return rows
 
 
@@ -72,6 +84,21 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         events = json.loads(path.read_text())["traceEvents"]
     events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     return max(accumulate(event["args"]["Bytes"] for event in events))  # allocations and frees, in order
+
+
+def measure_steps(
+    build: Callable[[str], Callable], names: Iterable[str], rounds: int, device: torch.device, until: float = math.inf
+) -> tuple[dict[str, int], dict[str, list[float]]]:
+    """Of the steps that `build` makes by name: the peak of memory while one is built and taken twice, and the seconds of
+    `take_turns`."""
+    steps = {}
+
+    def build_and_take(name: str) -> None:
+        steps[name] = build(name)
+        steps[name](), steps[name]()
+
+    peaks = {name: peak_bytes(partial(build_and_take, name), device) for name in names}
+    return peaks, take_turns(steps, rounds, device, until)
 
 
 def write_record(output: str | None, device: torch.device, **content) -> None:

@@ -3,6 +3,7 @@
   python -m lab.bench                          a BERT of MiniLM's size (6 layers, hidden 384), random weights
   python -m lab.bench --size large             BERT-large's size
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
+  python -m lab.bench --all --device cuda      all that a GPU is measured by: see `--all --help`
   python -m lab.bench --model mixtral          transformers' own model, mid-size, with and without stgc_hf; or olmoe
   python -m lab.bench --model olmoe --output results/bench-olmoe.json     writes the record that README shows
 
@@ -15,7 +16,6 @@ for two steps.
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 
 import torch
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import stgc_hf
-from lab.bench.measure import compare, line_of, peak_bytes, take_turns, write_record
+from lab.bench.measure import autocast, compare, line_of, measure_steps, write_record
 from lab.moe import moefication
 from lab.run.cli import Parser, number, path, say
 from lab.run.runs import make_accelerator
@@ -100,9 +100,19 @@ PAPER_MODELS = {  # linears of an expert and number of MoE layers, as in the pap
 class Bench:
     """One variant: a model, its optimizer and a fixed batch."""
 
-    def __init__(self, name: str, size: str, moe_layers: str, batch: int, length: int, device: torch.device, kind="bert"):
+    def __init__(
+        self,
+        name: str,
+        size: str,
+        moe_layers: str,
+        batch: int,
+        length: int,
+        device: torch.device,
+        kind: str = "bert",
+        dtype: torch.dtype = torch.float32,
+    ):
         torch.manual_seed(0)
-        self.stgc = None
+        self.stgc, self.device, self.dtype = None, device, dtype
         if kind == "bert":
             config, stgc_config = SIZES[size], VARIANTS[name]
             model = BertForSequenceClassification(config)
@@ -126,16 +136,16 @@ class Bench:
         self.batch = {key: value.to(device) for key, value in self.batch.items()}
 
     def step(self) -> None:
-        loss = self.model(**self.batch).loss
+        with autocast(self.device, self.dtype):
+            loss = self.model(**self.batch).loss
         (loss if self.stgc is None else self.stgc.loss(loss)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-def build_and_train(*arguments, kind: str) -> None:
-    """What the peak of memory is measured of."""
-    bench = Bench(*arguments, kind=kind)
-    bench.step(), bench.step()
+def middle(size: str) -> str:
+    """The BERT's layer that is MoE unless others are named."""
+    return str(SIZES[size].num_hidden_layers // 2 - 1)
 
 
 def main() -> None:
@@ -154,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = make_accelerator(args.device, "fp32").device
-    layers = str(SIZES[args.size].num_hidden_layers // 2 - 1) if args.moe_layers == "middle" else args.moe_layers
+    layers = middle(args.size) if args.moe_layers == "middle" else args.moe_layers
     variants, bases = (VARIANTS, ("moe",)) if args.model == "bert" else (ATTACHED, LIBRARY)
     if unknown := [name for name in args.variants or [] if name not in variants]:
         parser.error(f"--variants {unknown[0]!r} is none of --model {args.model}: {', '.join(variants)}")
@@ -166,8 +176,7 @@ def main() -> None:
     for name, gib in memory.items():
         say(f"  {name:<15} biases {gib.bias_gib:7.2f} GiB   weights {gib.weight_gib:7.1f} GiB   one pass: none stored")
 
-    peaks = {name: peak_bytes(partial(build_and_train, name, *shared, kind=args.model), device) for name in names}
-    seconds = take_turns({name: Bench(name, *shared, kind=args.model).step for name in names}, args.rounds, device)
+    peaks, seconds = measure_steps(lambda name: Bench(name, *shared, kind=args.model).step, names, args.rounds, device)
     base = min(bases, key=lambda name: median(seconds[name]))
     title = f"{args.size} BERT, MoE in layer(s) {layers}" if args.model == "bert" else f"{args.size} {args.model}"
     say("", f"{title}, {args.batch_size} x {args.length}, {device}, {args.threads} threads; ratio to {base}")

@@ -126,7 +126,8 @@ def sections() -> dict[str, str]:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}; restore it") from None
         record["command"] = " ".join(RENAMED.get(word, word) for word in record["command"].split(" "))
-        texts[path.stem] = (bench_table if "variants" in record else peer_table)(record)
+        for key, table in (("variants", bench_table), ("ratio", peer_table)):  # other records of lab.bench have neither
+            texts |= {path.stem: table(record)} if key in record else {}
     return texts
 
 
