@@ -150,7 +150,9 @@ def check_flags(problem: Problem, ways: dict[str, Callable[[], list[Tensor]] | N
     """The verdict of all. RunFailed if the flags of one differ from the first's."""
     expert_ids_TK = problem.layer.routing(problem.x_TD).expert_ids_TK
     verdicts = {
-        name: stgc.find_conflicts(way(), expert_ids_TK, problem.layer.experts.num_experts) for name, way in ways.items() if way
+        name: stgc.find_conflicts(way(), expert_ids_TK, problem.layer.experts.num_experts)
+        for name, way in ways.items()
+        if way
     }
     first, *_ = verdicts.values()
     for name, verdict in verdicts.items():
@@ -176,7 +178,9 @@ def main() -> None:
     installed, base = {name: way for name, way in ways.items() if way}, next(iter(ways))
     peaks = {name: peak_bytes(way, device) for name, way in installed.items()}
     rows = compare(take_turns(installed, args.rounds, device), base)
-    say(f"{args.tokens} tokens, {args.threads} threads; all flag the same {conflict_TK.sum()} of {conflict_TK.numel()} pairs")
+    say(
+        f"{args.tokens} tokens, {args.threads} threads; all flag the same {conflict_TK.sum()} of {conflict_TK.numel()} pairs"
+    )
     for name in ways:
         if row := rows.get(name):
             row |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[base]}
