@@ -4,9 +4,9 @@
   python -m lab.bench.peers --output results/peers.json           writes the record that docs/costs.md shows
 
 Each way computes the same numbers from the same weights: for every pair (token, expert), the gradient of the main loss at
-both biases of the expert, in full. Only the biases require a gradient. Before anything is timed, all must give the same flags.
-A way is given the layer in a form that it can handle; routing is part of its time, building the form is not.
-Opacus is measured where it is installed: pip install opacus.
+both biases of the expert, in full. Only the biases require a gradient. All must give the same flags before anything is timed.
+Each way has the layer in a form that it can handle; routing is part of its time, building the form is not. Opacus is measured
+where it is installed: pip install opacus.
 """
 
 import copy

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from lab.bench.layer import VARIANTS, slope
+from matplotlib.ticker import LogLocator, NullLocator
+
+from lab.bench.layer import slope
 from lab.report.figures import HATCHES, SHADES, plt, save
 from lab.report.readme import bench_table, peer_table, read_bench
 from lab.run.cli import Parser, run_main, say
@@ -10,17 +12,14 @@ from lab.run.runs import ROOT
 
 HEAD = """# What STGC costs
 
-Every table here is generated from a record in `results/`, by `python -m lab.report.costs`; below each is the command that
-made the record. In a run, all that is compared takes its turn within each round, so that other load on the machine affects all
-of it. A ratio is the median over the rounds of the ratio to the base in the same round, with the 95 % interval of this median
-by bootstrap (older records: the middle half of the rounds). Peak memory is the most that the allocator held.
+`python -m lab.report.costs` generates this page from the records in `results/`; below each table is the command that made
+its record. All that is compared takes its turn within each round, so that other load on the machine affects all of it. A
+ratio is the median over the rounds of the ratio to the base in the same round, with the 95 % interval of this median by
+bootstrap (older records: the middle half of the rounds). Peak memory is the most that was allocated at once.
 
-st-moe-pytorch is not among the peers: it drops the tokens over an expert's capacity and skips second choices, so it does not
-do the same work.
+st-moe-pytorch is not among the peers: it drops the tokens over an expert's capacity and skips second choices, so it does
+not do the same work.
 """
-ATTACHED = (
-    "`stgc_hf` attached to a model of transformers, against the faster of the library's own implementations without it."
-)
 
 
 def layer_table(record: dict) -> str:
@@ -40,7 +39,7 @@ def growth_table(record: dict) -> str:
     lines = ["| axis | variant | seconds of a step | slope | peak memory, MiB | slope |", "| --- " * 6 + "|"]
     for axis, rows in record["growth"].items():
         sizes = [int(size) for size in rows]
-        for name in VARIANTS:
+        for name in next(iter(rows.values())):
             cells = [f"{axis}, {sizes[0]} to {sizes[-1]}", name]
             for key, unit, digits in (("seconds", 1, 3), ("bytes", 2**20, 1)):
                 values = [row[name][key] / unit for row in rows.values()]
@@ -55,69 +54,64 @@ def plot_peers(record: dict, path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 0.7 + 0.46 * len(rows)), sharey=True)
     for axis, key, label in zip(axes, ("ratio", "peak_ratio"), ("time", "peak memory")):
         for y, (row, face, hatch) in enumerate(zip(rows.values(), SHADES, HATCHES)):
-            axis.barh(y, row[key], 0.7, color=face, hatch=hatch, edgecolor="#1b1b1b", linewidth=0.8)
-            end = row["interval"][1] if key == "ratio" else row[key]
-            if key == "ratio":
-                axis.plot(row["interval"], [y, y], "|-", color="#1b1b1b", linewidth=1.6, markersize=8)
-            axis.annotate(f"{row[key]:.2f}x", (end, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
+            low, high = row["interval"] if key == "ratio" else [row[key]] * 2
+            axis.barh(y, row[key] - 1, 0.7, left=1, color=face, hatch=hatch, edgecolor="#1b1b1b", linewidth=0.8)
+            axis.plot([low, high], [y, y], "|-", color="#1b1b1b", linewidth=1.6, markersize=8)
+            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            axis.annotate(f"{row[key]:.2f}x", (max(1, high), y), **place)
         ends = [1, *(row[key] for row in rows.values())]
-        axis.set(xscale="log", xlim=(0.6 * min(ends), 2.5 * max(ends)), xlabel=f"{label}, relative to {record['base']}")
-        axis.axvline(1, color="#1b1b1b", linestyle=":", linewidth=1.2)
+        axis.set(xscale="log", xlim=(0.7 * min(ends), 2.2 * max(ends)), xlabel=f"{label}, relative to {record['base']}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}x")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.axvline(1, color="#1b1b1b", linewidth=1)
     axes[0].set_yticks(range(len(rows)), rows, fontsize=9)
     axes[0].invert_yaxis()
     return save(figure, path)
 
 
-SECTIONS = (  # records, title, text, table
-    (
-        "bench.json",
-        "A step of training",
-        "A BERT of MiniLM's size with MoE layers, against itself without STGC.",
-        bench_table,
-    ),
-    ("bench-mixtral.json", "Attached to Mixtral", f"{ATTACHED} 8 experts, Top-2.", bench_table),
-    ("bench-olmoe.json", "Attached to OLMoE", f"{ATTACHED} 64 experts, Top-8.", bench_table),
-    (
-        "bench-peer.json",
+ATTACHED = "A model of transformers with `stgc_hf` attached, against the faster of the library's own implementations."
+SECTIONS = {  # records -> title, text, table
+    "bench.json": ("A step of training", "A small BERT with MoE layers, against itself without STGC.", bench_table),
+    "bench-mixtral.json": ("Attached to Mixtral", f"{ATTACHED} 8 experts, Top-2.", bench_table),
+    "bench-olmoe.json": ("Attached to OLMoE", f"{ATTACHED} 64 experts, Top-8.", bench_table),
+    "bench-peer.json": (
         "The whole loop",
         "Training by `glue_moefy.py` with MoE layers, beside transformers' Trainer on the dense model.",
         peer_table,
     ),
-    (
-        "layer*.json",
+    "layer*.json": (
         "One MoE layer",
-        "Forward and backward of 8 experts, Top-2, against the limit: eight FFNs on even slices, without a router and without "
-        "sorting.",
+        "Forward and backward of 8 experts, Top-2, as ratios to the limit: eight FFNs on even slices, without a router and\n"
+        "without sorting.",
         layer_table,
     ),
-    (
-        "scaling*.json",
+    "scaling*.json": (
         "How it grows",
-        "One number varies at a time. The slope is that of the straight line through the logarithms: 1 is linear.",
+        "One number varies at a time. The slope is that of the line through the logarithms of both: 1 is linear growth.",
         growth_table,
     ),
-    (
-        "peers.json",
+    "peers.json": (
         "Token gradients by other tools",
-        "The gradient of the main loss at both biases of an expert, for every pair (token, expert) of one MoE layer with a head. "
-        "All gave the same flags before they were timed. The paper used `call_for_per_sample_grads`. Each tool has the layer in "
-        "the form that suits it best: modules for each expert, or for `vmap` one product over all experts, which is more work.",
+        "One MoE layer with a head: the gradient of the main loss at both biases of the expert, for every pair (token, expert).\n"
+        "All ways gave the same flags before they were timed. The paper used `call_for_per_sample_grads`. Each tool has the\n"
+        "layer in a form that it can handle: a module for each expert or, for `vmap`, all experts for each token.",
         bench_table,
     ),
-)
+}
 
 
 def made_on(record: dict) -> str:
-    """On what a record was made."""
+    """The machine, the versions and the commit of a record."""
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in record["versions"].items())
     threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
     return f"{record['device']}, {threads}; {versions}; commit {str(record['commit']):.7}"
 
 
 def render(results: Path) -> str:
-    """The page: a section for each record that is there."""
+    """The page: a section for each record that is there, with the picture beside the record."""
     parts = [HEAD]
-    for pattern, title, text, table in SECTIONS:
+    for pattern, (title, text, table) in SECTIONS.items():
         for path in sorted(results.glob(pattern)):
             record, picture = read_bench(path), path.with_suffix(".png")
             image = f"![{title}](../results/{picture.name})\n\n" if picture.is_file() else ""
