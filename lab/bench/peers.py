@@ -4,8 +4,8 @@
   python -m lab.bench.peers --output results/peers.json           writes the record that docs/costs.md shows
 
 Each way computes the same numbers from the same weights: for every pair (token, expert), the gradient of the main loss at
-both biases of the expert, in full. Only the biases require a gradient. All must give the same flags before anything is timed.
-Each way has the layer in a form that it can handle; routing is part of its time, building the form is not. Opacus is measured
+both biases of the expert, in full. Only the biases require a gradient. All must give the same flags before one is timed.
+Each has the layer in a form that it can handle; routing is part of its time, building the form is not. Opacus is measured
 where it is installed: pip install opacus.
 """
 
@@ -141,6 +141,7 @@ def find_ways(problem: Problem) -> dict[str, Callable[[], list[Tensor]] | None]:
     if importlib.util.find_spec("opacus"):
         from opacus import GradSampleModule
 
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # the tokens require no gradient
         wrapped = [GradSampleModule(copy.deepcopy(expert), loss_reduction="sum") for expert in problem.experts]
         ways["Opacus, GradSampleModule"] = partial(grad_samples, problem, wrapped)
     return ways
@@ -171,7 +172,6 @@ def main() -> None:
     parser.add_argument("--output", type=path("new file"), help="write the record here as json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", "Full backward hook is firing")  # Opacus' hooks want inputs that require gradients
     problem, device = Problem(args.tokens), torch.device("cpu")
     ways = find_ways(problem)
     conflict_TK = check_flags(problem, ways).conflict_TK

@@ -93,9 +93,10 @@ SECTIONS = {  # records -> title, text, table
     ),
     "peers.json": (
         "Token gradients by other tools",
-        "One MoE layer with a head: the gradient of the main loss at both biases of the expert, for every pair (token, expert).\n"
-        "All ways gave the same flags before they were timed. The paper used `call_for_per_sample_grads`. Each tool has the\n"
-        "layer in a form that it can handle: a module for each expert or, for `vmap`, all experts for each token.",
+        "The gradient of the main loss at both biases of the expert, for every pair (token, expert), of one MoE layer\n"
+        "with a head. All ways gave the same flags before they were timed. The paper used\n"
+        "`call_for_per_sample_grads`. Each tool has the layer in a form that it can handle: a module for each expert\n"
+        "or, for `vmap`, all experts for each token.",
         bench_table,
     ),
 }
