@@ -129,7 +129,7 @@ def test_an_arrow_of_the_layout_is_allowed(file, source):
 
 def test_modules_that_are_named_are_there():
     """Commands, paths and dotted names in pages, docstrings and messages lead to files of today."""
-    patterns, commands = ("*.md", "results/*.md", "*.py", "lab/**/*.py", "tests/*.py"), 0
+    patterns, commands = ("*.md", "docs/*.md", "results/*.md", "*.py", "lab/**/*.py", "tests/*.py"), 0
     for page in {page for pattern in patterns for page in ROOT.glob(pattern)} - {Path(__file__).resolve()}:
         text = page.read_text()
         for path in re.findall(r"\blab/[\w/]+\.py\b", text):

@@ -4,6 +4,7 @@ A gap within the spread is reported as no difference. No cell is emphasised, and
 """
 
 import json
+from pathlib import Path
 from statistics import mean, median, stdev
 
 from lab.run.cli import Parser, UserError, say
@@ -77,11 +78,23 @@ def results_table(records: list[dict]) -> str:
     return "\n".join([*(head + shown if shown else []), "", *more, folded(commands)])
 
 
+def read_bench(path: Path) -> dict:
+    """A record of lab.bench, its command with today's names. UserError if it is damaged."""
+    try:
+        record = read_json(path, command=str)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; restore it") from None
+    return record | {"command": " ".join(RENAMED.get(word, word) for word in record["command"].split(" "))}
+
+
 def bench_table(record: dict) -> str:
     """Markdown: step time and memory relative to the base of the record."""
     what = "95 % interval" if "interval" in next(iter(record["variants"].values())) else "middle half of the rounds"
     lines = [f"| variant | step time | {what} | peak memory |", "| --- | --- | --- | --- |"]
     for name, row in record["variants"].items():
+        if row is None:
+            lines.append(f"| {name} | not installed | - | - |")
+            continue
         low, high = row.get("interval") or row["ratio_quartiles"]  # of records of before
         lines.append(f"| {name} | {row['ratio']:.3f}x | {low:.3f} to {high:.3f} | {row['peak_ratio']:.3f}x |")
     return "\n".join([*lines, "", f"    {record['command']}"])
@@ -121,11 +134,7 @@ def sections() -> dict[str, str]:
     if pictures:
         texts["lvlm"] = lvlm_table(pictures)
     for path in sorted((ROOT / "results").glob("bench*.json")):
-        try:
-            record = read_json(path, command=str)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}; restore it") from None
-        record["command"] = " ".join(RENAMED.get(word, word) for word in record["command"].split(" "))
+        record = read_bench(path)
         for key, table in (("variants", bench_table), ("ratio", peer_table)):  # other records of lab.bench have neither
             texts |= {path.stem: table(record)} if key in record else {}
     return texts
