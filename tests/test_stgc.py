@@ -937,6 +937,36 @@ def test_kernels_agree(kernel, dtype, tolerance, on_cuda, padding, gated, monkey
             )
 
 
+def count_products(work) -> int:
+    """The matrix products with stacked weights, and those that make their gradients."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    names = [event.name for event in profiler.events()]
+    return sum(name in ("aten::_grouped_mm", "aten::_scaled_grouped_mm") for name in names)
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="the CPU has no grouped_mm before 2.11")
+@pytest.mark.parametrize("gated, products", [(False, 1), (True, 1)])
+def test_the_first_of_two_passes_makes_no_weight_gradient(gated, products):
+    """It goes from the last linear's output to the first ones', by one product. A whole backward makes two per linear."""
+    layer = MoELayer(stgc_plus.Experts(4, 8, 16, gated=gated))
+    stgc = STGC(layer, STGCConfig())
+    y_TD = layer(torch.randn(32, 8, requires_grad=True))
+    main_loss = y_TD.square().mean()
+    assert count_products(lambda: stgc.loss(main_loss)) == products
+    assert count_products(main_loss.backward) == 2 * (2 + gated)  # to the input and to the weight of each linear
+
+
+@pytest.mark.parametrize("config", [{}, {"passes": "one"}, {"passes": "one", "gradients": "weight"}], ids=str)
+def test_two_runs_are_the_same_to_the_last_bit(config):
+    """With more than one thread, too."""
+    torch.set_num_threads(2)
+    net, batch = make_net(dtype=torch.float32, d_ff=64), make_batch(300, dtype=torch.float32)
+    one, other = (run(net, batch, **config) for _ in range(2))
+    assert one.total == other.total and one.stats == other.stats
+    assert all(torch.equal(one.grads[name], other.grads[name]) for name in one.grads)
+
+
 def test_matmul_kernel(monkeypatch):
     """A CPU takes torch's own product where it can; that refuses other dtypes and sizes, so a loop must take these."""
 

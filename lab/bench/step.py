@@ -1,7 +1,7 @@
 """The cost of STGC: time and memory of a training step, all variants in one run, and the paper's memory table as arithmetic.
 
   python -m lab.bench                          a BERT of MiniLM's size (6 layers, hidden 384), random weights
-  python -m lab.bench --size large             BERT-large's size
+  python -m lab.bench --size base              BERT-base's size; or large
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
   python -m lab.bench --all --device cuda      all that a GPU is measured by: see `--all --help`
   python -m lab.bench --model mixtral          transformers' own model, mid-size, with and without stgc_hf; or olmoe
@@ -37,6 +37,7 @@ from stgc_plus import STGC, STGCConfig
 
 SIZES = {
     "small": BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536),
+    "base": BertConfig(),
     "large": BertConfig(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096),
 }
 OFF = STGCConfig(conflict_loss="none", every=0)
@@ -69,7 +70,7 @@ TEXT_MODELS = {  # proportions of Mixtral-8x7B and OLMoE-1B-7B; layers by --size
         OlmoeConfig(**SHARED, intermediate_size=256, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8),
     ),
 }
-TEXT_LAYERS = {"small": 2, "large": 8}
+TEXT_LAYERS = {"small": 2, "base": 4, "large": 8}
 
 
 @dataclass(frozen=True)
