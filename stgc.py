@@ -199,9 +199,10 @@ class Compared(NamedTuple):  # the gradients g_n of one linear, with the means o
 
 def scale_rows(rows_SO: Tensor, dim=-1) -> tuple[Tensor, Tensor, Tensor]:
     """rows / 2^n, where no square overflows or vanishes and no digit changes; |rows| then; 2^n. Infinite rows: 0, 0, 0."""
-    size_S1 = torch.linalg.vector_norm(rows_SO, 1, dim, keepdim=True)
-    power_S1 = torch.ones_like(size_S1)
-    if rows_SO.is_cuda or not ((size_S1 == 0) | (size_S1 > 1e-10) & (size_S1 < 1e10)).all():  # a GPU must not wait
+    norm_S1 = torch.linalg.vector_norm(rows_SO, dim=dim, keepdim=True)
+    power_S1 = torch.ones_like(norm_S1)
+    if rows_SO.is_cuda or rows_SO[((norm_S1 < 1e-10) | ~(norm_S1 < 1e10)).flatten()].any():  # no wait on a GPU
+        size_S1 = torch.linalg.vector_norm(rows_SO, 1, dim, keepdim=True)
         power_S1 = (size_S1 / torch.frexp(size_S1).mantissa).nan_to_num(1.0, 0.0) * size_S1.isfinite()
         rows_SO = (rows_SO / power_S1).nan_to_num(0.0, 0.0, 0.0)
     return rows_SO, torch.linalg.vector_norm(rows_SO, dim=dim), power_S1.flatten()
@@ -231,7 +232,7 @@ class LayerStep:
         self.edges, self.compared = {}, {}  # by linear: its output in the graph, its gradients against their means
 
     def on_experts(self, x_SD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Hook, before the first linear: nothing."""
+        """Hook, before the first linear."""
         return x_SD, weights
 
     def on_linear(self, a_SI: Tensor, w_EIO: Tensor, out_SO: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
 # ---- 8. STGC ----
 class STGC:
     """Watches the MoE layers of a model and adds their losses to the main loss. A second one replaces the first. `verdicts`
-    has each layer's latest Verdict. With several processes, means, flags and losses are those of the global batch."""
+    has each layer's latest Verdict. With several processes, all are those of the global batch."""
 
     config_type, step_type, losses, group = STGCConfig, LayerStep, CONFLICT_LOSSES, None
 
@@ -389,14 +390,13 @@ class STGC:
     def statistics(self, step: LayerStep, verdict: Verdict) -> dict[str, Tensor]:
         """Hook: what the paper reports. CHOICE: consistency is the mean over the linears and over the experts in use."""
         onehot_SE = step.pairs.onehot_SE
-        judged_SE, conflict_SE = (mask_TK.flatten()[step.pairs.order_S, None] * onehot_SE for mask_TK in verdict[1:3])
-        load_E, judged_E, conflict_E = step.counts = self.average(torch.stack([onehot_SE, judged_SE, conflict_SE]).sum(1))
+        judged_SE, flags_SE = (mask_TK.flatten()[step.pairs.order_S, None] * onehot_SE for mask_TK in verdict[1:3])
+        load_E, judged_E, flags_E = step.counts = self.average(torch.stack([onehot_SE, judged_SE, flags_SE]).sum(1))
         consistency_E = torch.stack([one.consistency_E for _, one in sorted(step.compared.items())]).mean(0)
         share_E = F.normalize((judged_E > 0).to(judged_E.dtype), p=1, dim=0)  # of each expert in use
-        consistency = (share_E * consistency_E).sum()
-        std = (share_E * (consistency_E - consistency).square()).sum().sqrt()
-        ratio = conflict_E.sum() / load_E.sum().clamp_min(1e-9)
-        return {"conflict_ratio": ratio, "consistency": consistency, "consistency_std": std}
+        mean = (share_E * consistency_E).sum()
+        std = (share_E * (consistency_E - mean).square()).sum().sqrt()
+        return {"conflict_ratio": flags_E.sum() / load_E.sum().clamp_min(1e-9), "consistency": mean, "consistency_std": std}
 
     def balance_loss(self, step: LayerStep) -> Tensor:
         """Hook: eq. 9, with the loads of the global batch."""
