@@ -180,8 +180,7 @@ class MoELayer(nn.Module):
         pairs = self.experts.pairs_type(routing.expert_ids_TK, weights_TK, self.experts.num_experts)
         step = None if self.watch is None else self.watch(x_TD, routing, pairs, keep_T)
         y_TKD = pairs.by_token(self.experts(pairs.dispatch(x_TD), pairs, step))
-        y_TD = (y_TKD * weights_TK.unsqueeze(2).to(y_TKD.dtype)).sum(1)
-        return y_TD.masked_fill(padding_T1, 0.0).reshape(x.shape)
+        return (y_TKD * weights_TK.unsqueeze(2).to(y_TKD.dtype)).sum(1).masked_fill(padding_T1, 0.0).reshape(x.shape)
 
     def __getstate__(self):  # copies and pickles are unwatched: nothing of a graph goes with them
         return self.__dict__ | {"watch": None}
@@ -205,7 +204,8 @@ def scale_rows(rows_SO: Tensor, dim=-1) -> tuple[Tensor, Tensor, Tensor]:
         size_S1 = torch.linalg.vector_norm(rows_SO, 1, dim, keepdim=True)
         power_S1 = (size_S1 / torch.frexp(size_S1).mantissa).nan_to_num(1.0, 0.0) * size_S1.isfinite()
         rows_SO = (rows_SO / power_S1).nan_to_num(0.0, 0.0, 0.0)
-    return rows_SO, torch.linalg.vector_norm(rows_SO, dim=dim), power_S1.flatten()
+        norm_S1 = torch.linalg.vector_norm(rows_SO, dim=dim, keepdim=True)
+    return rows_SO, norm_S1.flatten(), power_S1.flatten()
 
 
 def compare_to_means(grad_SO: Tensor, pairs: Pairs, average: Callable = lambda tensor: tensor) -> Compared:
@@ -359,8 +359,8 @@ class STGC:
         """Hook: every layer must have run, and every router must train. stgc_plus can leave some out."""
         for i, name in enumerate(self.names):
             if i not in steps:
-                why = "call the model first (not with another STGC object; use_reentrant=False), or see stgc_plus"
-                raise RuntimeError(f"no forward of {name} since the last loss: {why}")
+                why = "call the model first (another STGC object? use_reentrant=False?), or see stgc_plus"
+                raise RuntimeError(f"no forward of {name} to judge: {why}")
             trains = {parameter.requires_grad for parameter in self.layers[i].router.parameters()}
             if self.config.conflict_loss != "none" and trains == {False}:
                 raise RuntimeError(f"the router of {name} is frozen: unfreeze it, or see stgc_plus.STGCConfig.layers")

@@ -108,17 +108,18 @@ def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pa
 def compare_to_others(grad_SO: Tensor, one: Compared, pairs: stgc.Pairs, over: "STGC") -> Compared:
     """DIFFERS: by the mean of the other pairs. cos(g_n, G_e - g_n) follows from cos(g_n, G_e) and two lengths. The longest
     gradient of an expert can hide the others' digits: for it they are summed up apart. Without others it has length 0."""
-    grad_SO, _, power_S = scale_rows(widen(grad_SO))
+    grad_SO, finite_S = widen(grad_SO), one.norm_S.isfinite()
+    if grad_SO.is_cuda or not finite_S.all():  # those left out
+        grad_SO = torch.where(finite_S.unsqueeze(1), grad_SO, 0.0)
     onehot_SE, tiny = pairs.onehot_SE.to(grad_SO.dtype), torch.finfo(grad_SO.dtype).tiny
     _, sum_norm_E, sum_power_E = scale_rows(one.mean_EO * over.num_processes)
-    sum_S, norm_S = onehot_SE @ (sum_norm_E * sum_power_E), one.norm_S.masked_fill(power_S == 0, 0.0)
+    sum_S, norm_S = onehot_SE @ (sum_norm_E * sum_power_E), one.norm_S.masked_fill(~finite_S, 0.0)
     along_S = one.cos_S - (norm_S / sum_S.clamp_min(tiny)).clamp_max(1e18)  # of (G_e - g_n) / |G_e|, along g_n
     cos_S = along_S / torch.hypot(along_S, (1 - one.cos_S.square()).clamp_min(0).sqrt()).clamp_min(tiny)
     index_E = (norm_S.unsqueeze(1) * onehot_SE).argmax(0)
     longest_SE = onehot_SE * (torch.arange(len(cos_S), device=cos_S.device).unsqueeze(1) == index_E)
-    longest_EO = grad_SO[index_E] * (power_S[index_E] * longest_SE.sum(0)).unsqueeze(1)
-    rest_S = (onehot_SE - longest_SE).sum(1) * power_S
-    rest_EO = over.average(pairs.sums(rest_S.unsqueeze(1), grad_SO)).squeeze(1)
+    longest_EO = grad_SO[index_E] * longest_SE.sum(0).unsqueeze(1)
+    rest_EO = over.average(pairs.sums((onehot_SE - longest_SE).sum(1, keepdim=True), grad_SO)).squeeze(1)
     if over.group is not None:  # and the longest ones of the other processes; float64 keeps their digits
         rest_EO = rest_EO + (over.average(longest_EO.double()) - longest_EO / over.num_processes).to(rest_EO.dtype)
     cos_E = F.cosine_similarity(scale_rows(longest_EO)[0], scale_rows(rest_EO)[0], eps=tiny)
