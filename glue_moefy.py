@@ -44,7 +44,7 @@ def make_parser() -> Parser:
     options.add_moe(parser, num_experts=8, layers="10", router="cosine")
     options.add_method(parser, beta=0.1, why_beta="the paper's 1 wrecks small models")
     # training
-    parser.add_argument("--epochs", type=number(int, 1), help="at most, see --patience; default: 10, large tasks 3")
+    parser.add_argument("--epochs", type=number(int, 1, 10**6), help="at most, see --patience; default: 10, large tasks 3")
     parser.add_argument("--patience", type=number(int, 0), default=3, help="stop after more epochs without gain on dev")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help="sentence pairs per step, over all processes")
     parser.add_argument("--lr", type=number(float, 0), default=3e-5, help="peak of AdamW's rate; falls linearly, no warm-up")

@@ -264,8 +264,8 @@ class Layer:
         known = self.keep_T is not None and len(self.keep_T) == len(x_TD)
         keep_T = self.keep_T if known else everything(x_TD)
         # The library computes padding as it does tokens, and so do we, but it is not judged. For gradients of whole weights,
-        # which sum up over all rows of a product, it runs apart.
-        apart = self.keep_T is not None and self.stgc.config.gradients == "weight"
+        # which sum up over all rows of a product, it runs apart on a GPU; elsewhere its share in the sum is taken out.
+        apart = self.keep_T is not None and self.stgc.config.gradients == "weight" and x_TD.is_cuda
         if apart and not known:
             fault = "gradient checkpointing computes a forward again that was not the latest"
             raise RuntimeError(f"{fault}, and gradients='weight' needs its attention mask: call backward after each forward")
@@ -316,8 +316,32 @@ def find_routers(model: nn.Module, path: str) -> list[nn.Module]:
     return []
 
 
+class PaddedStep(LayerStep):
+    """A step whose products hold padding, too. The gradient of a whole weight is compared without padding's share in it."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.shares: dict[int, Tensor] = {}  # by linear, as far as the main loss reaches padding
+
+    def on_gradient(self, linear: int, grad_SO: Tensor) -> None:
+        super().on_gradient(linear, grad_SO)
+        drop_S = ~self.pairs.onehot_SE.any(1)
+        if self.whole and linear >= 0 and not grad_SO.is_cuda and grad_SO[drop_S].any():
+            rows = (self.linears[linear][0], grad_SO * drop_S.unsqueeze(1))
+            slices = zip(*(tensor.tensor_split(self.pairs.ends_E.tolist())[:-1] for tensor in rows))
+            self.shares[linear] = torch.stack([a_NI.T @ grad_NO for a_NI, grad_NO in slices])
+
+    def find_conflicts(self):
+        shares, self.shares = self.shares, {}
+        for linear, share_EIO in shares.items():
+            self.weight_grads[linear] = self.weight_grads[linear] - share_EIO
+        return super().find_conflicts()
+
+
 class ModelSTGC(STGC):
     """`stgc_plus.STGC` on the MoE layers of a model of transformers. `attach` makes it."""
+
+    step_type = PaddedStep
 
     def __init__(self, model: nn.Module, config: STGCConfig):
         self.padding = Padding()

@@ -101,7 +101,8 @@ def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pa
     cos_S = (grouped_linear(a_SI, sum_EIO, None, pairs) * grad_SO).sum(-1)
     for norm_S in (grad_norm_S, a_norm_S, sum_norm_S):  # one by one: their product may underflow
         cos_S = cos_S / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
-    return cos_S, grad_norm_S * grad_power_S * a_norm_S * a_power_S / (sum_power_S > 0)
+    norm_S = grad_norm_S * grad_power_S * a_norm_S * a_power_S / (sum_power_S > 0)
+    return cos_S.masked_fill(sum_norm_S == 0, 0.0), norm_S  # 0 for padding, too
 
 
 # ---- 4. Leave one out ----

@@ -494,8 +494,8 @@ def ask(args) -> None:
 
 def questions(args):
     if args.ask is not None:
-        yield args.ask
-    while args.chat:
+        yield args.ask.encode(errors="replace").decode()
+    while args.chat and sys.stdin:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -555,9 +555,9 @@ def main(args) -> None:
     names, flags = runs.names_of(keys, runs.ENTRIES, stages=stages), (args.overwrite, args.resume)
     check = partial(runs.check_folder, folder, vars(args), vars(make_parser().parse_args([])), FREE, *flags, names)
     check()
+    spec = lvlm.check_spec(args)
     clip = lvlm.load_clip(args.clip) if args.clip else None
     lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
-    spec = lvlm.check_spec(args, clip, lm)
     problems = llava.Problems(args.max_bad)
     data = lvlm.load_data(args, clip, tokenizer, problems)
     with runs.claim_folder(folder, args.overwrite, accelerator, check, names):

@@ -1085,6 +1085,28 @@ def test_bench_in_readme(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("passes", ["two", "one"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_whole_weights_are_compared_without_padding_that_has_a_loss(family, passes, monkeypatch):
+    """Where the main loss reaches padding, its share in a weight's gradient is taken out. So does the GPU's way, apart."""
+    found = []
+    for on_gpu in (False, True):
+        model, batch = make(family), make_batch()
+        batch["labels"] = torch.where(batch["labels"] < 0, 7, batch["labels"])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", on_gpu)
+            stgc = stgc_hf.attach(model, STGCConfig(passes=passes, gradients="weight"))
+            stgc.loss(forward(model, batch).loss).backward()
+        found.append((stgc.verdicts, grads_of(model)))
+    (verdicts, grads), (expected, wanted) = found
+    for one, other in zip(verdicts, expected):
+        kept = other.judged_TK
+        assert torch.equal(one.judged_TK, kept) and not kept.all() and torch.equal(one.conflict_TK, other.conflict_TK)
+        torch.testing.assert_close(one.similarity_TK[kept], other.similarity_TK[kept], rtol=1e-9, atol=1e-12)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("passes", ["two", "one"])
 def test_padding_that_is_not_a_number(passes):
     """The library computes padding as tokens. What becomes NaN there changes no loss, flag or statistic of ours."""
     found = []

@@ -420,7 +420,7 @@ def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
         return saved.model("the model", dense_class)
     saved.require("model.safetensors")
     model = saved.guard("the model", lambda: load_moefied(saved.name))
-    saved.check_finite(model)
+    saved.check_weights(model)
     return model
 
 

@@ -382,7 +382,7 @@ def main() -> None:
             parser.error(f"{missing[0]}: no results.json with a finished run; give a run's output folder")
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:
-            say(plot_comparison(Path(os.path.commonpath(args.folder)), records, select))
+            say(plot_comparison(Path(os.path.commonpath([path.resolve() for path in args.folder])), records, select))
         else:
             say(plot_run(folder, records[0]))
             if len({run["variant"] for run in records[0]["runs"]}) > 1:

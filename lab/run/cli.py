@@ -137,6 +137,8 @@ def run_main(prog: str, main: Callable, resumes: bool = True):
 
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a pipe may have an encoding of few characters
+    with suppress(AttributeError):  # there is none
+        sys.stdin.reconfigure(errors="replace")
     handle_signals(on_signal)
     try:
         return main()
@@ -214,4 +216,4 @@ def model_is_cached(name: str) -> bool:
     """Whether the hub's cache on this disk has the model. Only looks for a folder and imports nothing heavy."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"
-    return (Path(cache).expanduser() / f"models--{name.replace('/', '--')}").is_dir()
+    return os.path.isdir(os.path.join(os.path.expanduser(cache), f"models--{name.replace('/', '--')}"))

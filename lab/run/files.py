@@ -23,12 +23,14 @@ PART = ".part"  # the ending of a temporary folder
 
 
 def read_list(folder: Path) -> list[str] | None:
-    """The listed paths, relative to the run folder; None without a list. A listed folder is temporary and ends in /."""
+    """The listed paths below the run folder; None without a list. A listed folder is temporary and ends in .part/. No other
+    line, such as one that a full disk cut, names what may be removed."""
     try:
         header, *names = (folder / LIST).read_text(errors="replace").splitlines() or [""]
     except OSError:
         return None
-    return names if header == HEADER else None
+    below = [name for name in names if name and not Path(name).is_absolute() and ".." not in Path(name).parts]
+    return [name for name in below if name[-1] != "/" or name.endswith(PART + "/")] if header == HEADER else None
 
 
 def find_list(path: Path) -> tuple[Path, list[str]] | None:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download, list_repo_files, resolve_revision
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 from huggingface_hub.utils import logging
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CamembertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
@@ -192,10 +193,16 @@ class Checkpoint:
                         parameter._is_hf_initialized = False  # transformers' mark of a weight that came from a file
                     part.apply(model._init_weights)
         model._weight_conversions = []  # otherwise transformers saves the names that the files had, such as gamma and beta
-        self.check_finite(model)
+        self.check_weights(model)
         return model.eval()
 
-    def check_finite(self, model: nn.Module) -> None:
+    def check_weights(self, model: nn.Module) -> None:
+        """Refuses numbers that are not finite, and files with numbers of a kind that would be cast silently."""
+        for path in sorted(self.folder().glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    if (kind := file.get_slice(name).get_dtype()) not in ("F16", "BF16", "F32", "F64", "I64"):
+                        self.refuse(f"its weight {name} is of type {kind}")
         for name, value in model.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
                 self.refuse(f"its weight {name} is not finite")
@@ -203,7 +210,9 @@ class Checkpoint:
     def tokenizer(self, config: PreTrainedConfig, added: tuple[str, ...] = ()):
         """The tokenizer, which knows words, and whose tokens, except those `added`, all have a row in the model's table."""
         tokenizer = self.load("the tokenizer", AutoTokenizer, config=config)
-        rows = self.guard("the tokenizer", lambda: tokenizer("a") and config.get_text_config().vocab_size)  # or raises
+        rows = self.guard("the tokenizer", lambda: config.get_text_config().vocab_size)
+        if not self.guard("the tokenizer", lambda: tokenizer(["a", "\u0f00"])).get("input_ids"):  # or it raises
+            self.refuse("its tokenizer makes no input_ids")
         ids, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
         if not any(any(map(str.isalnum, token)) for token in ids.keys() - special):  # as transformers makes without files
             self.refuse("its tokenizer knows no words: tokenizer.json is missing or empty")

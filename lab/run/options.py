@@ -31,7 +31,7 @@ def add_compare(parser: Parser, more: str = "") -> None:
 
 
 def add_moe(parser: Parser, num_experts: int, layers: str, router: str) -> None:
-    parser.add_argument("--num-experts", type=number(int, 1), default=num_experts, help="experts per MoE layer")
+    parser.add_argument("--num-experts", type=number(int, 1, 1024), default=num_experts, help="experts per MoE layer")
     text = "experts per token; 1: its weight is 1, so the main loss trains no router unless --no-normalize is given"
     parser.add_argument("--top-k", type=number(int, 1), default=2, help=text)
     text = "the K weights sum to 1; otherwise they are the routing scores"

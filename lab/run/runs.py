@@ -295,8 +295,8 @@ def digests_of_model(flag: str, name: str) -> dict[str, str]:
     if not folder.is_dir():
         cached = try_to_load_from_cache(name, "config.json")
         return {f"the revision of {flag}": Path(cached).parent.name} if isinstance(cached, str) else {}
-    tokenizer = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    model = {path for pattern in MODEL_FILES for path in folder.glob(pattern)} - tokenizer
+    tokenizer = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    model = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()} - tokenizer
     kinds = {f"the weights or config of {flag}": model, f"the tokenizer of {flag}": tokenizer}
     return {kind: digest_of(*((path.name, sha256(path)) for path in sorted(paths))) for kind, paths in kinds.items()}
 

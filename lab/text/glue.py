@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lab.run.cli import UserError, say
+from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message, say
 from lab.run.hub import Checkpoint, cache_of, fetch, from_hub
 from lab.text.tables import read_parquet
 from lab.text.tasks import HUB, Task
@@ -49,6 +49,8 @@ def load_splits(name: str, task: Task, data_dir: str | None) -> dict[str, datase
     folder = root if root.name == name else root / name
     files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in wanted}
     for split, found in files.items():
+        if not found and data_dir is None and is_offline():
+            raise UserError(offline_message(f"the data set {name} of", HUB, GLUE_WAYS))
         if not found:
             raise UserError(f"{where} has no {name}/{split}-*.parquet: {again}, laid out as {HUB} is on the hub")
         counts = {match[1] for file in found if (match := re.search(r"-\d+-of-(\d+)$", file.stem))}
@@ -201,7 +203,7 @@ def tokenize(splits: dict[str, datasets.Dataset], task: Task, tokenizer, max_len
     encode({column: ["x"] for column in task.columns})  # sets the tokenizer's truncation before it is hashed
     encoded, cache = {}, Path(datasets.config.HF_DATASETS_CACHE, "stgc")
     for split, dataset in splits.items():
-        dataset = dataset.rename_column("label", "labels")
+        dataset = dataset.select_columns([*task.columns, "label"]).rename_column("label", "labels")
         if task.num_labels == 1:
             dataset = dataset.cast_column("labels", datasets.Value("float32"))
         options = {"remove_columns": [column for column in dataset.column_names if column != "labels"]}

@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -200,11 +201,16 @@ def make_clip(tokenizer) -> CLIPModel:
     return clip
 
 
-def load_clip(name: str) -> CLIPModel:
+def find_clip(name: str) -> tuple[Checkpoint, PreTrainedConfig]:
     checkpoint = Checkpoint("--clip", name, "give a folder (--clip DIR), or leave --clip out: a tiny one is trained")
     config = checkpoint.config("the CLIP")
     if config.model_type != "clip":
         checkpoint.refuse(f"it is a {config.model_type}, not a CLIP")
+    return checkpoint, config
+
+
+def load_clip(name: str) -> CLIPModel:
+    checkpoint, config = find_clip(name)
     return checkpoint.model("the CLIP", CLIPModel, config, dtype=torch.float32)
 
 
@@ -267,10 +273,14 @@ def make_lm(tokenizer, max_length: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SMALL, **size, **special_ids(tokenizer)))
 
 
+def find_lm(name: str) -> tuple[Checkpoint, PreTrainedConfig]:
+    checkpoint = Checkpoint("--lm", name, "give a folder (--lm DIR), or leave --lm out: a small one is trained")
+    return checkpoint, checkpoint.config("the language model")
+
+
 def load_lm(name: str) -> tuple[PreTrainedModel, object]:
     """A pretrained decoder and its tokenizer, to which `<image>` is added, and a padding token if it has none. UserError."""
-    checkpoint = Checkpoint("--lm", name, "give a folder (--lm DIR), or leave --lm out: a small one is trained")
-    config = checkpoint.config("the language model")
+    checkpoint, config = find_lm(name)
     check_decoder(checkpoint.sketch("the language model", AutoModelForCausalLM, config))
     tokenizer = checkpoint.tokenizer(config, added=(EOS, PAD, IMAGE))
     lm = checkpoint.model("the language model", AutoModelForCausalLM, config, dtype=torch.float32)
@@ -327,10 +337,10 @@ def split_matrices(model: PreTrainedModel, trained: Sequence[nn.Parameter]) -> t
     return [p for p in trained if id(p) in linear], [p for p in trained if id(p) not in linear]
 
 
-def check_spec(args, clip: CLIPModel | None, lm: PreTrainedModel | None) -> moefication.MoESpec:
-    """The MoE spec for the language model. UserError."""
-    text = LlamaConfig(**SMALL) if lm is None else lm.config
-    vision = {} if clip is None else {"vision_config": clip.config.vision_config}
+def check_spec(args) -> moefication.MoESpec:
+    """The MoE spec for the language model, before any weights are fetched. UserError."""
+    text = find_lm(args.lm)[1] if args.lm else LlamaConfig(**SMALL)
+    vision = {"vision_config": find_clip(args.clip)[1].vision_config} if args.clip else {}
     return moefication.spec_of(LlavaConfig(text_config=text, **vision), "--lm", **spec_options(args))
 
 
