@@ -20,6 +20,7 @@ from test_resume import Killed, kill_at, outcome
 
 import glue_moefy
 import toy_lvlm
+from lab.run import files as written_files
 from lab.run import runs
 from lab.run.cli import UserError
 from lab.text import use
@@ -369,6 +370,17 @@ def a_folder_from_before_the_list(*, done, out, monkeypatch):
     assert not (out / "model-ce-s0").exists() and not (out / "ce-s0.jsonl").exists() and (out / "mine.txt").exists()
 
 
+def a_line_that_no_run_wrote(line, *, done, out):
+    """Cut by a full disk, or changed by hand: nothing else is removed, and the run's own files are."""
+    put(out.parent, "precious.txt", KEPT)
+    put(out, "checkpoints/mine.txt", KEPT)
+    with open(out / "written.txt", "a") as file:
+        file.write(line.format(out.parent) + "\n")
+    written_files.remove(out)
+    assert (out.parent / "precious.txt").read_text() == (out / "checkpoints" / "mine.txt").read_text() == KEPT
+    assert not (out / "results.json").exists()
+
+
 def a_hub_model_has_a_revision(*, out, monkeypatch):
     cached = out / "models--a--b" / "snapshots" / "abc123"
     put(cached, "config.json", "{}")
@@ -560,6 +572,14 @@ CASES = {
     predictions_beside_a_link: ONCE,
     home_is_home: ONCE,
     a_folder_from_before_the_list: ONCE,
+    a_line_that_no_run_wrote: {
+        "outside": ("../precious.txt",),
+        "absolute": ("{}/precious.txt",),
+        "a folder": ("checkpoints/",),
+        "a folder outside": ("../unfinished.part/../",),
+        "the root": ("/",),
+        "blank": ("",),
+    },
     a_hub_model_has_a_revision: ONCE,
     own_pictures: ONCE,
     kill_before_routes_are_drawn: ONCE,

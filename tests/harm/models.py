@@ -110,6 +110,10 @@ def bad_value(part, value):
     return weights(edit)
 
 
+def of_type(part, dtype):
+    return weights(lambda tensors: {name: one.to(dtype) if part in name else one for name, one in tensors.items()})
+
+
 def both(*edits):
     return lambda folder: [edit(folder) for edit in edits]
 
@@ -346,6 +350,10 @@ CASES = {
         "lost, lm's head": (LM, lost("lm_head"), "its weights lack lm_head"),
         "lost, clip": (CLIP, lost("vision_model.encoder.layers.0"), "its weights lack vision_model.encoder.layers.0"),
         "lost, clip's texts": (CLIP, lost("text_model.embeddings"), "its weights lack text_model.embeddings"),
+        "whole numbers": (TRAIN, of_type("layer.1.output", torch.int32), "layer.1.output.* is of type I32"),
+        "8 bits, lm": (LM, of_type("layers.1.mlp", torch.float8_e4m3fn), "layers.1.mlp.* is of type F8"),
+        "truth values, clip": (CLIP, of_type("visual_projection", torch.bool), "visual_projection.* is of type BOOL"),
+        "bytes, run": (RUN, of_type("router", torch.uint8), "must be floating point"),
         "NaN": (TRAIN, bad_value("layer.1.output", float("nan")), "is not finite"),
         "inf, lm": (LM, bad_value("layers.1.mlp", float("inf")), "is not finite"),
         "NaN, clip": (CLIP, bad_value("vision_model", float("nan")), "is not finite"),
