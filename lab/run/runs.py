@@ -94,15 +94,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 # ---- 2. Record ----
 
+RECORD_KINDS = {"name": str, "config": dict, "data": dict, "runs": list, "made_from": dict | None, "versions": dict | None}
 RUN = {"variant": str, "seed": int, "lr": float | int, "best": dict | None, "last": dict, "collapsed": bool}
+RUN |= {"limited": list | None}
 STAGE = {"stage": str, "seed": int, "scores": dict | None, "blind": dict | None}
 
 
 def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
     """The record of a run folder, or None if there is none. UserError if it is damaged or something else."""
     try:
-        record = read_json(folder / RECORD, name=str, config=dict, data=dict, runs=list)
-        for key, kinds in (("runs", RUN), ("stages", STAGE), ("resumed", {"versions": dict | None})):
+        record = read_json(folder / RECORD, **RECORD_KINDS)
+        for key, kinds in (("runs", RUN), ("stages", STAGE), ("resumed", {"versions": dict})):
             for entry in record.get(key, []):
                 check_kinds(entry, f"one of its {key}", **kinds)
         for scores in (run.get(key) or {} for run in record["runs"] for key in ("best", "last")):
@@ -374,6 +376,10 @@ def read_lines(path: Path, count: int | None = None) -> list[dict]:
         lines = [parse_json(line, "one line", step=int) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
         for line in lines:
             check_kinds(line, "one line", **{key: list if key == "layers" else float | int for key in line})
+            for layer in line.get("layers", []):
+                check_kinds(layer, "one layer of a line", load=list | None)
+                if not all(isinstance(share, float | int) for share in layer.get("load", [0.0]) or [None]):
+                    raise ValueError("one layer of a line has no valid load")
     except (OSError, ValueError) as error:
         raise RunFailed(f"the curve {path} cannot be read ({error}); start again with --overwrite") from None
     if count and len(lines) < count:

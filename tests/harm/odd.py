@@ -368,6 +368,9 @@ CASES = {
         "scores of a stage": RECORD | {"stages": [{"stage": "stage2", "seed": 0, "scores": 5}]},
         "resumed by null": RECORD | {"resumed": [None]},
         "versions 5": RECORD | {"resumed": [{"versions": 5}]},
+        "versions null": RECORD | {"resumed": [{"versions": None}]},
+        "versions of the record 5": RECORD | {"versions": 5},
+        **{f"made from {value!r}": RECORD | {"made_from": value} for value in (5, [1], "ab")},
         **{
             f"{key} {value}": RECORD | {"runs": [ENTRY | {key: value}]}
             for key, value in [
@@ -379,6 +382,7 @@ CASES = {
                 ("best", []),
                 ("best", {"score": None}),
                 ("collapsed", "no"),
+                ("limited", 5),
             ]
         },
     },
@@ -402,6 +406,7 @@ CASES = {
         LINE | {"loss": "x"},
         LINE | {"loss": None},
         LINE | {"layers": 5},
+        *[LINE | {"layers": value} for value in ([5], [None], [{"load": []}], [{"load": "abc"}], [{"load": ["a"]}])],
         deep(10**5),
         '{"step": 1, "step": 2}',
         b'{"step": 1, "a": "\xff"}',
