@@ -76,7 +76,7 @@ def load_rows(file: Path, columns: list[str], new: list[str]) -> tuple[Rows, lis
     found = rows.column_names if arrow else list(dict.fromkeys(name for row in rows for name in row))
     if not set(columns) <= set(found):
         have = textwrap.shorten(", ".join(found), 100, placeholder=" ...")
-        raise UserError(f"{where}: the model needs the columns {', '.join(columns)}, the file has {have}; add them")
+        raise UserError(f"{where}: the model needs the columns {', '.join(columns)}; the file has {have}: add them")
     if set(new) & set(found):
         raise UserError(f"{where} already has a column {min(set(new) & set(found))}: rename or remove it")
     sentences = [rows[name].to_pylist() if arrow else [row.get(name) for row in rows] for name in columns]

@@ -275,13 +275,14 @@ def make_lm(tokenizer, max_length: int) -> LlamaForCausalLM:
 
 def find_lm(name: str) -> tuple[Checkpoint, PreTrainedConfig]:
     checkpoint = Checkpoint("--lm", name, "give a folder (--lm DIR), or leave --lm out: a small one is trained")
-    return checkpoint, checkpoint.config("the language model")
+    config = checkpoint.config("the language model")
+    check_decoder(checkpoint.sketch("the language model", AutoModelForCausalLM, config))
+    return checkpoint, config
 
 
 def load_lm(name: str) -> tuple[PreTrainedModel, object]:
     """A pretrained decoder and its tokenizer, to which `<image>` is added, and a padding token if it has none. UserError."""
     checkpoint, config = find_lm(name)
-    check_decoder(checkpoint.sketch("the language model", AutoModelForCausalLM, config))
     tokenizer = checkpoint.tokenizer(config, added=(EOS, PAD, IMAGE))
     lm = checkpoint.model("the language model", AutoModelForCausalLM, config, dtype=torch.float32)
     if tokenizer.eos_token_id is None:
