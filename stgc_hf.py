@@ -325,8 +325,10 @@ class PaddedStep(LayerStep):
 
     def on_gradient(self, linear: int, grad_SO: Tensor) -> None:
         super().on_gradient(linear, grad_SO)
+        if not self.whole or linear < 0 or grad_SO.is_cuda:
+            return
         drop_S = ~self.pairs.onehot_SE.any(1)
-        if self.whole and linear >= 0 and not grad_SO.is_cuda and grad_SO[drop_S].any():
+        if grad_SO[drop_S].any():
             rows = (self.linears[linear][0], grad_SO * drop_S.unsqueeze(1))
             slices = zip(*(tensor.tensor_split(self.pairs.ends_E.tolist())[:-1] for tensor in rows))
             self.shares[linear] = torch.stack([a_NI.T @ grad_NO for a_NI, grad_NO in slices])
