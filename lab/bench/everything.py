@@ -70,11 +70,8 @@ def measure_layer(device: torch.device, sizes: Sizes, until: float) -> dict:
 def compare_steps(title: str, build: Callable, names: list[str], device: torch.device, sizes: Sizes, until: float) -> dict:
     """Time and peak memory of the steps that `build` makes by name, as ratios to "moe"."""
     peaks, seconds = measure_steps(build, names, sizes.rounds, device, until)
-    rows = compare(seconds, "moe")
-    say("", f"{title}; ratio to moe")
-    for name, row in rows.items():
-        row |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks["moe"]}
-        say(f"{line_of(name, row)}{row['peak_ratio']:>12.3f}x")
+    rows = compare(seconds, "moe", peaks)
+    say("", f"{title}; ratio to moe", *(line_of(name, row) for name, row in rows.items()))
     return rows
 
 

@@ -48,7 +48,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def compare(seconds: dict[str, list[float]], base: str) -> dict[str, dict]:
+def compare(seconds: dict[str, list[float]], base: str, peaks: dict[str, int] | None = None) -> dict[str, dict]:
     """By name: the median time, the median over rounds of its ratio to the base's in the same round, and the 95 % interval
     of this median by bootstrap, which draws as many of the rounds, with repetition, 2000 times; and the number of rounds."""
     rounds = len(seconds[base])
@@ -59,13 +59,15 @@ def compare(seconds: dict[str, list[float]], base: str) -> dict[str, dict]:
         low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
         rows[name] = {"seconds": median(own), "ratio": float(np.median(ratios)), "interval": [float(low), float(high)]}
         rows[name]["rounds"] = rounds
+        if peaks:
+            rows[name] |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[base]}
     return rows
 
 
 def line_of(name: str, row: dict) -> str:
-    """A line of a table."""
-    low, high = row["interval"]
-    return f"  {name:<30}{row['seconds']:>9.4f}s{row['ratio']:>9.3f}x{low:>9.3f} to {high:.3f}"
+    """A line of a table, which ends in the ratio of the peak memory where it was measured."""
+    (low, high), peak = row["interval"], f"{row['peak_ratio']:>12.3f}x" if "peak_ratio" in row else ""
+    return f"  {name:<30}{row['seconds']:>9.4f}s{row['ratio']:>9.3f}x{low:>9.3f} to {high:.3f}{peak}"
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -177,14 +177,12 @@ def main() -> None:
     conflict_TK = check_flags(problem, ways).conflict_TK
     installed, base = {name: way for name, way in ways.items() if way}, next(iter(ways))
     peaks = {name: peak_bytes(way, device) for name, way in installed.items()}
-    rows = compare(take_turns(installed, args.rounds, device), base)
+    rows = compare(take_turns(installed, args.rounds, device), base, peaks)
     say(
         f"{args.tokens} tokens, {args.threads} threads; all flag the same {conflict_TK.sum()} of {conflict_TK.numel()} pairs"
     )
     for name in ways:
-        if row := rows.get(name):
-            row |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[base]}
-        say(f"{line_of(name, row)}{row['peak_ratio']:>12.3f}x" if row else f"  {name:<30}not installed")
+        say(line_of(name, rows[name]) if name in rows else f"  {name:<30}not installed")
     content = {"config": vars(args), "base": base, "variants": {name: rows.get(name) for name in ways}}
     content["versions"] = environment(device)["versions"] | {
         "opacus": importlib.metadata.version("opacus") if importlib.util.find_spec("opacus") else None

@@ -182,9 +182,7 @@ def main() -> None:
     title = f"{args.size} BERT, MoE in layer(s) {layers}" if args.model == "bert" else f"{args.size} {args.model}"
     say("", f"{title}, {args.batch_size} x {args.length}, {device}, {args.threads} threads; ratio to {base}")
     say(f"  {'variant':<30}{'step':>10}{'ratio':>10}{'95 % interval':>18}{'peak memory':>13}")
-    rows = compare(seconds, base)
-    for name, row in rows.items():
-        row |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[base]}
-        say(f"{line_of(name, row)}{row['peak_ratio']:>12.3f}x")
+    rows = compare(seconds, base, peaks)
+    say(*(line_of(name, row) for name, row in rows.items()))
     gib = {name: vars(value) for name, value in memory.items()}
     write_record(args.output, device, config=vars(args), base=base, variants=rows, gradient_memory_gib=gib)
