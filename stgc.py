@@ -1,8 +1,8 @@
 """STGC: token gradient conflict in Mixture-of-Experts, in one file: the paper, and nothing but the paper.
 
-Paper: Yang et al., ICLR 2025, arXiv:2406.19905; "eq." and "sec." always mean it. PAPER: computed here. CHOICE: the paper is
-silent. DIFFERS: we knowingly depart. Hook: a method that stgc_plus.py extends, and what the paper does there. For MoE layers
-of your own: `find_conflicts`, `conflict_loss` and `balance_loss` take plain tensors.
+Paper: Yang et al., ICLR 2025, arXiv:2406.19905; "eq." and "sec." mean it. PAPER: computed here. CHOICE: the paper is silent.
+DIFFERS: we knowingly depart. Hook: what stgc_plus.py extends, and what the paper does there. For MoE layers of your own:
+`find_conflicts`, `conflict_loss` and `balance_loss` take plain tensors.
 
   T tokens        K experts per token        S = T*K pairs (token, expert), the unit that is judged
   E experts       D hidden size, F expert ffn size        I, O in and out of a linear, L linears of an expert
@@ -94,8 +94,10 @@ class Pairs:  # sorted by expert, without a capacity (dropless); those of weight
         return F.embedding(self.order_S // self.expert_ids_TK.shape[-1], x_TD)
 
     def by_token(self, rows_S: Tensor) -> Tensor:  # rows_TK: back in the order of the tokens
-        rows_SO = F.embedding(self.inverse_S, rows_S.reshape(len(rows_S), -1))
-        return rows_SO.view(*self.expert_ids_TK.shape, *rows_S.shape[1:])
+        return rows_S.index_select(0, self.inverse_S).unflatten(0, self.expert_ids_TK.shape)
+
+    def combine(self, y_SD: Tensor, weights_TK: Tensor) -> Tensor:  # Hook: y_TD, PAPER eq. 6
+        return (self.by_token(y_SD) * weights_TK.unsqueeze(2).to(y_SD.dtype)).sum(1)
 
     def sums(self, scale_SW: Tensor, rows_SO: Tensor) -> Tensor:  # Hook, as is `dot`: sums_EWO of each expert's scale * row
         return torch.einsum("sw,se,so->ewo", scale_SW, self.onehot_SE.to(rows_SO.dtype), rows_SO)
@@ -113,16 +115,15 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts, self.d_model, self.gated, self.activation = num_experts, d_model, gated, activation
 
-        def stacked(wanted, fan_in, *shape):
-            bound = fan_in**-0.5
+        def stacked(wanted, bound, *shape):
             return nn.Parameter(torch.empty(num_experts, *shape, **factory).uniform_(-bound, bound)) if wanted else None
 
-        self.w_gate_EDF = stacked(gated, d_model, d_model, d_ff)
-        self.b_gate_EF = stacked(gated and bias, d_model, d_ff)
-        self.w_in_EDF = stacked(True, d_model, d_model, d_ff)
-        self.b_in_EF = stacked(bias, d_model, d_ff)
-        self.w_out_EFD = stacked(True, d_ff, d_ff, d_model)
-        self.b_out_ED = stacked(bias, d_ff, d_model)
+        self.w_gate_EDF = stacked(gated, d_model**-0.5, d_model, d_ff)
+        self.b_gate_EF = stacked(gated and bias, d_model**-0.5, d_ff)
+        self.w_in_EDF = stacked(True, d_model**-0.5, d_model, d_ff)
+        self.b_in_EF = stacked(bias, d_model**-0.5, d_ff)
+        self.w_out_EFD = stacked(True, d_ff**-0.5, d_ff, d_model)
+        self.b_out_ED = stacked(bias, d_ff**-0.5, d_model)
 
     @staticmethod
     def product(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: Pairs) -> Tensor:
@@ -150,8 +151,8 @@ class Experts(nn.Module):
 
 # ---- 4. MoE layer ----
 class MoELayer(nn.Module):
-    """y = sum over the Top-K experts of w_e * E_e(x). PAPER eq. 6. x is (..., D) in any float dtype; mask (...) is False for
-    padding, which comes out as zeros. Where only x can be passed, set `layer.mask` for the next forward."""
+    """y = sum over the Top-K experts of w_e * E_e(x). x is (..., D) in any float dtype; mask (...) is False for padding,
+    which comes out as zeros. Where only x can be passed, set `layer.mask` for the next forward."""
 
     def __init__(self, experts: Experts, router: nn.Module | None = None, top_k: int = 2, normalize=True, scale=1.0):
         super().__init__()
@@ -179,8 +180,8 @@ class MoELayer(nn.Module):
         weights_TK = routing.weights_TK.masked_fill(padding_T1, 0.0)
         pairs = self.experts.pairs_type(routing.expert_ids_TK, weights_TK, self.experts.num_experts)
         step = None if self.watch is None else self.watch(x_TD, routing, pairs, keep_T)
-        y_TKD = pairs.by_token(self.experts(pairs.dispatch(x_TD), pairs, step))
-        return (y_TKD * weights_TK.unsqueeze(2).to(y_TKD.dtype)).sum(1).masked_fill(padding_T1, 0.0).reshape(x.shape)
+        y_TD = pairs.combine(self.experts(pairs.dispatch(x_TD), pairs, step), weights_TK)
+        return y_TD.masked_fill(padding_T1, 0.0).reshape(x.shape)
 
     def __getstate__(self):  # copies and pickles are unwatched: nothing of a graph goes with them
         return self.__dict__ | {"watch": None}
@@ -308,8 +309,7 @@ def balance_loss(logits_TE: Tensor, load_E: Tensor, keep_T: Tensor | None = None
 
 # ---- 8. STGC ----
 class STGC:
-    """Watches the MoE layers of a model and adds their losses to the main loss. A second one replaces the first. `verdicts`
-    has each layer's latest Verdict. With several processes, all are those of the global batch."""
+    """Watches a model's MoE layers and adds their losses. A second one replaces the first. Has their latest `verdicts`."""
 
     config_type, step_type, losses, group = STGCConfig, LayerStep, CONFLICT_LOSSES, None
 
@@ -388,7 +388,7 @@ class STGC:
         return loss
 
     def statistics(self, step: LayerStep, verdict: Verdict) -> dict[str, Tensor]:
-        """Hook: what the paper reports. CHOICE: consistency is the mean over the linears and over the experts in use."""
+        """Hook: what the paper reports, over processes. CHOICE: consistency is the mean over linears and used experts."""
         onehot_SE = step.pairs.onehot_SE
         judged_SE, flags_SE = (mask_TK.flatten()[step.pairs.order_S, None] * onehot_SE for mask_TK in verdict[1:3])
         load_E, judged_E, flags_E = step.counts = self.average(torch.stack([onehot_SE, judged_SE, flags_SE]).sum(1))

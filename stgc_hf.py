@@ -52,7 +52,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from stgc import Routing, widen
-from stgc_plus import STGC, LayerStep, Pairs, STGCConfig, grouped_linear
+from stgc_plus import STGC, LayerStep, Pairs, STGCConfig, grouped_linear, weight_cosine
 
 OLDEST = "5.23"  # tested from here on; older ones lack flags of the interface, or their routers return probabilities
 if Version(transformers.__version__) < Version(OLDEST):
@@ -105,7 +105,8 @@ def run_experts(
         step.on_linear(a_SF, weights[1], y_SD)
     if experts.has_post_expert_norm:
         y_SD = experts.post_expert_norm(y_SD)
-    return (pairs.by_token(y_SD) * weights_TK.unsqueeze(2)).sum(1).to(x_TD.dtype)
+    y_SD = y_SD.to(torch.promote_types(y_SD.dtype, weights_TK.dtype))  # as the library computes
+    return pairs.combine(y_SD, weights_TK).to(x_TD.dtype)
 
 
 def experts_function(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -340,10 +341,38 @@ class PaddedStep(LayerStep):
         return super().find_conflicts()
 
 
+def cosine_by_pairs(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor] | None:
+    """As `stgc_plus.weight_cosine`, where G_e sums these pairs alone: <a_n g_n^T, G_e> is the sum over an expert's pairs m
+    of (a_n . a_m)(g_n . g_m). None where the product with G_e costs less, since an expert has many pairs, and for lengths so
+    large or small that they need the scaling there."""
+    ends_E = pairs.ends_E.tolist()
+    counts = [end - start for start, end in zip([0, *ends_E], ends_E)]
+    if sum(count**2 for count in counts) * (a_SI.shape[1] + grad_SO.shape[1]) >= ends_E[-1] * sum_EIO[0].numel():
+        return None
+    grad_SO, a_SI, sum_EIO = widen(grad_SO), widen(a_SI), widen(sum_EIO)
+    grad_norm_S, a_norm_S = (torch.linalg.vector_norm(rows, dim=-1) for rows in (grad_SO, a_SI))
+    sum_norm_E = torch.linalg.vector_norm(sum_EIO, dim=(1, 2))
+    lengths = torch.cat([grad_norm_S, a_norm_S, sum_norm_E])
+    if not ((lengths == 0) | ((lengths > 1e-10) & (lengths < 1e10))).all():
+        return None
+    real_SO = grad_SO * pairs.onehot_SE.any(1, keepdim=True)
+    slices = zip(*(rows.tensor_split(ends_E)[:-1] for rows in (a_SI, grad_SO, real_SO)))
+    dots = [((a_NI @ a_NI.T) * (grad_NO @ real_NO.T)).sum(1) for a_NI, grad_NO, real_NO in slices]
+    dot_S, norm_S = F.pad(torch.cat(dots), (0, len(a_SI) - ends_E[-1])), grad_norm_S * a_norm_S
+    sum_norm_S = pairs.onehot_SE.to(sum_norm_E.dtype) @ sum_norm_E
+    cos_S = dot_S / (norm_S * sum_norm_S).clamp_min(torch.finfo(dot_S.dtype).tiny)
+    return cos_S.masked_fill(sum_norm_S == 0, 0.0), norm_S
+
+
 class ModelSTGC(STGC):
     """`stgc_plus.STGC` on the MoE layers of a model of transformers. `attach` makes it."""
 
     step_type = PaddedStep
+
+    def cosine(self, grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Of whole weight gradients, by sums of products of pairs where that costs less."""
+        found = None if self.num_processes > 1 or a_SI.is_cuda else cosine_by_pairs(grad_SO, a_SI, sum_EIO, pairs)
+        return weight_cosine(grad_SO, a_SI, sum_EIO, pairs) if found is None else found
 
     def __init__(self, model: nn.Module, config: STGCConfig):
         self.padding = Padding()

@@ -1,6 +1,5 @@
 """What the paper of STGC could not do: an extension of stgc.py, which has the method and the dimensions in all names.
-
-    from stgc_plus import STGC, STGCConfig    # the same five lines, and the fields of section 1
+In the same five lines: from stgc_plus import STGC, STGCConfig
 
 1 Config  2 Kernels  3 Whole weights  4 Leave one out  5 Placebo and reroute  6 One pass  7 STGC  8 Demo
 """
@@ -54,6 +53,11 @@ class Pairs(stgc.Pairs):
 
     def dot(self, rows_SO, vectors_EO):
         return grouped_linear(rows_SO, vectors_EO.unsqueeze(2), None, self).squeeze(1)
+
+    def combine(self, y_SD, w_TK):  # without a tensor of all pairs between
+        if y_SD.device.type != "cpu":
+            return super().combine(y_SD, w_TK)
+        return F.embedding_bag(self.inverse_S.view_as(w_TK), y_SD, mode="sum", per_sample_weights=w_TK.to(y_SD.dtype))
 
 
 def matmul_kernel(x_SI: Tensor, w_EIO: Tensor) -> str:
@@ -209,7 +213,7 @@ class LayerStep(stgc.LayerStep):
             for linear, (a_SI, split) in enumerate(self.linears if self.whole else []):
                 sums = split(self.stgc.average(widen(self.weight_grads[linear])))
                 for part, (grad_SO, sum_EIO) in enumerate(zip(self.grads[linear], sums)):
-                    cos_S, norm_S = weight_cosine(grad_SO, a_SI, sum_EIO, self.pairs)
+                    cos_S, norm_S = self.stgc.cosine(grad_SO, a_SI, sum_EIO, self.pairs)
                     self.compared[linear, part] = self.compared[linear, part]._replace(cos_S=cos_S, norm_S=norm_S)
             self.compared = self.by_others if self.config.leave_one_out else self.compared
             verdict = super().find_conflicts()
@@ -228,7 +232,7 @@ class STGC(stgc.STGC):
     """On layers of both files, with a config of either. With several processes create it after init_process_group (or
     Accelerator()): it has a group of its own, apart from DDP's; the same layers must run on all processes."""
 
-    config_type, step_type, losses = STGCConfig, LayerStep, CONFLICT_LOSSES
+    config_type, step_type, losses, cosine = STGCConfig, LayerStep, CONFLICT_LOSSES, staticmethod(weight_cosine)
 
     def __init__(self, model: nn.Module, config: stgc.STGCConfig = STGCConfig()):
         config = STGCConfig(**vars(config)) if type(config) is stgc.STGCConfig else config
@@ -248,8 +252,7 @@ class STGC(stgc.STGC):
         for layer in self.layers:
             if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:
                 layer.watch = None
-        if self.group is not None:
-            self.group = dist.destroy_process_group(self.group)  # None
+        self.group = self.group and dist.destroy_process_group(self.group)  # None
 
     def on_forward(self, i, x_TD, routing, pairs, keep_T):
         if not torch.is_grad_enabled():

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import stgc_hf
+import stgc_plus
 from lab.bench import step as bench
 from lab.report import readme
 from stgc_plus import LayerStep, STGCConfig
@@ -1120,3 +1121,31 @@ def test_padding_that_is_not_a_number(passes):
         loss.backward()
         found.append((loss.item(), stgc.verdicts[1].conflict_TK.tolist(), stgc.stats()))
     assert found[0][0] > 0 and found[0] == found[1]
+
+
+def test_whole_weights_by_pairs_where_that_costs_less(monkeypatch):
+    """Sums of products of pairs equal the product with the weight gradient: with an expert without pairs, padding inside and
+    behind the pairs, and without a gradient. Many pairs on an expert, or lengths that need scaling, take the product."""
+    torch.manual_seed(0)
+    ids_S = torch.tensor([0] * 5 + [2] * 6 + [3] * 3 + [1])
+    pairs = stgc_plus.Pairs(ids_S.unsqueeze(1), (ids_S != 1).double().unsqueeze(1), 4)
+    a_SI, grad_SO = torch.randn(15, 20).double(), torch.randn(15, 30).double()
+    pairs.onehot_SE[3], grad_SO[6] = 0, 0  # padding among expert 0's; without a gradient
+    sum_EIO = torch.einsum("se,si,so->eio", pairs.onehot_SE, a_SI, grad_SO)
+    real_S = pairs.onehot_SE.any(1)
+    for scale in (1.0, 1e-9):
+        cos_S, norm_S = stgc_hf.cosine_by_pairs(scale * grad_SO, a_SI, scale * sum_EIO, pairs)
+        expected_S, length_S = stgc_plus.weight_cosine(scale * grad_SO, a_SI, scale * sum_EIO, pairs)
+        torch.testing.assert_close(cos_S[real_S], expected_S[real_S], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(norm_S[real_S], length_S[real_S], rtol=1e-12, atol=0.0)
+        assert cos_S[6] == 0 and cos_S[real_S].abs().max() <= 1
+    for huge in (1e11, 1e-12, float("inf"), float("nan")):
+        assert stgc_hf.cosine_by_pairs(huge * grad_SO, a_SI, huge * sum_EIO, pairs) is None
+    assert stgc_hf.cosine_by_pairs(grad_SO[:, :4], a_SI[:, :4], sum_EIO[:, :4, :4], pairs) is None  # 6 pairs and more
+    calls = []
+    monkeypatch.setattr(stgc_hf, "weight_cosine", lambda *args: calls.append(args) or stgc_plus.weight_cosine(*args))
+    watch = stgc_hf.attach(make(), STGCConfig(gradients="weight"))
+    for processes, few in ((1, True), (2, False)):  # with two, G_e sums the other's pairs, too
+        watch.num_processes = processes
+        watch.cosine(grad_SO, a_SI, sum_EIO, pairs)
+        assert bool(calls) is not few

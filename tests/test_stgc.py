@@ -945,6 +945,25 @@ def count_products(work) -> int:
     return sum(name in ("aten::_grouped_mm", "aten::_scaled_grouped_mm") for name in names)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_combine_is_the_plain_sum(dtype, tolerance):
+    """Weighted rows of a token, added up, with both gradients; pairs of weight 0 (padding) add nothing."""
+    torch.manual_seed(0)
+    ids_TK, weights_TK = torch.rand(20, 6).topk(3).indices, torch.rand(20, 3) * (torch.rand(20, 3) > 0.2)
+    rows_SD, up_TD, results = torch.randn(60, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype), []
+    for own in (stgc_module, stgc_plus):
+        pairs = own.Pairs(ids_TK, weights_TK, 6)
+        y_SD, w_TK = rows_SD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+        y_TD = pairs.combine(y_SD, w_TK)
+        results.append((y_TD, *torch.autograd.grad(y_TD, (y_SD, w_TK), up_TD)))
+    for found, expected in zip(*results):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    order = [(pairs.order_S == 3 * t + k).nonzero().item() for t in range(20) for k in range(3)]
+    expected_TD = (rows_SD[order].view(20, 3, 8).double() * weights_TK.unsqueeze(2)).sum(1)
+    torch.testing.assert_close(results[0][0].double(), expected_TD, rtol=10 * tolerance, atol=10 * tolerance)
+
+
 @pytest.mark.skipif(torch.__version__ < (2, 11), reason="the CPU has no grouped_mm before 2.11")
 @pytest.mark.parametrize("gated, products", [(False, 1), (True, 1)])
 def test_the_first_of_two_passes_makes_no_weight_gradient(gated, products):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "tutorial.md").read_text()
 FENCE = re.compile(r"^```(\w+)[^\S\n]*([^\n]*)\n(.*?)^```$", re.M | re.S)
 PARTS = {"stgc.py": "", "stgc_plus.py": "II."}  # the two files, and how the titles of their part begin
-LEGEND = "CHOICE: the paper is\nsilent. DIFFERS: we knowingly depart."  # stgc.py says what the tags mean
+LEGEND = "CHOICE: the paper is silent.\nDIFFERS: we knowingly depart."  # stgc.py says what the tags mean
 TAGS = re.compile(r"\b(CHOICE|DIFFERS): ((?:[^\n]|\n)*?\S(?:\s+(?:# )?\S+){2})")  # a tag and the first three words behind it
 
 
