@@ -1,5 +1,4 @@
 """What the paper of STGC could not do: an extension of stgc.py, which has the method and the dimensions in all names.
-In the same five lines: from stgc_plus import STGC, STGCConfig
 
 1 Config  2 Kernels  3 Whole weights  4 Leave one out  5 Placebo and reroute  6 One pass  7 STGC  8 Demo
 """
@@ -74,8 +73,7 @@ def matmul_kernel(x_SI: Tensor, w_EIO: Tensor) -> str:
 def grouped_linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, pairs: stgc.Pairs) -> Tensor:
     """x w[e] + b[e], each row with its own expert e. Rows of padding are finite but mean nothing."""
     if torch.is_autocast_enabled(x_SI.device.type):
-        dtype = torch.get_autocast_dtype(x_SI.device.type)
-        x_SI, w_EIO, b_EO = x_SI.to(dtype), w_EIO.to(dtype), None if b_EO is None else b_EO.to(dtype)
+        x_SI, w_EIO, b_EO = (t if t is None else t.to(torch.get_autocast_dtype(t.device.type)) for t in (x_SI, w_EIO, b_EO))
     kernel, onehot_SE = matmul_kernel(x_SI, w_EIO), pairs.onehot_SE.to(x_SI.dtype)
     if kernel == "slices":
         return stgc.Experts.product(x_SI, w_EIO, b_EO, pairs)
@@ -111,8 +109,8 @@ def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pa
 
 # ---- 4. Leave one out ----
 def compare_to_others(grad_SO: Tensor, one: Compared, pairs: stgc.Pairs, over: "STGC") -> Compared:
-    """DIFFERS: by the mean of the other pairs. cos(g_n, G_e - g_n) follows from cos(g_n, G_e) and two lengths. The longest
-    gradient of an expert can hide the others' digits: for it they are summed up apart. Without others it has length 0."""
+    """DIFFERS: by the mean of the other pairs: cos(g_n, G_e - g_n) follows from cos(g_n, G_e) and two lengths. Where an
+    expert's longest gradient hides the others' digits, they are summed up again, without it. Alone it has length 0."""
     grad_SO, finite_S = widen(grad_SO), one.norm_S.isfinite()
     if grad_SO.is_cuda or not finite_S.all():  # those left out
         grad_SO = torch.where(finite_S.unsqueeze(1), grad_SO, 0.0)
@@ -124,7 +122,9 @@ def compare_to_others(grad_SO: Tensor, one: Compared, pairs: stgc.Pairs, over: "
     index_E = (norm_S.unsqueeze(1) * onehot_SE).argmax(0)
     longest_SE = onehot_SE * (torch.arange(len(cos_S), device=cos_S.device).unsqueeze(1) == index_E)
     longest_EO = grad_SO[index_E] * longest_SE.sum(0).unsqueeze(1)
-    rest_EO = over.average(pairs.sums((onehot_SE - longest_SE).sum(1, keepdim=True), grad_SO)).squeeze(1)
+    rest_EO = one.mean_EO - longest_EO
+    if grad_SO.is_cuda or over.group is not None or (rest_EO.abs().amax(1) < 0.01 * longest_EO.abs().amax(1)).any():
+        rest_EO = over.average(pairs.sums((onehot_SE - longest_SE).sum(1, keepdim=True), grad_SO)).squeeze(1)
     if over.group is not None:  # and the longest ones of the other processes; float64 keeps their digits
         rest_EO = rest_EO + (over.average(longest_EO.double()) - longest_EO / over.num_processes).to(rest_EO.dtype)
     cos_E = F.cosine_similarity(scale_rows(longest_EO)[0], scale_rows(rest_EO)[0], eps=tiny)
