@@ -73,6 +73,11 @@ def plot_peers(record: dict, path: Path) -> Path:
 ATTACHED = "A model of transformers with `stgc_hf` attached, against the faster of the library's own implementations."
 SECTIONS = {  # records -> title, text, table
     "bench.json": ("A step of training", "A small BERT with MoE layers, against itself without STGC.", bench_table),
+    "bench-bert-*.json": (
+        "A step of training, larger",
+        "BERT-base and BERT-large with random weights and one MoE layer in the middle, 8 experts, Top-2.",
+        bench_table,
+    ),
     "bench-mixtral.json": ("Attached to Mixtral", f"{ATTACHED} 8 experts, Top-2.", bench_table),
     "bench-olmoe.json": ("Attached to OLMoE", f"{ATTACHED} 64 experts, Top-8.", bench_table),
     "bench-peer.json": (
