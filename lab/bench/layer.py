@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -190,12 +191,15 @@ def plot_growth(growth: dict, target: Path) -> Path:
                 text = f"{name}: slope {slope(sizes, values):.2f}"
                 axes[row, column].loglog(sizes, values, **style, label=text)
             axes[row, column].set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
+            axes[row, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[row, column].yaxis.set_major_formatter("{x:g}")
             axes[row, column].minorticks_off()
             axes[row, column].legend(frameon=False, fontsize=8)
             axes[row, 0].set_ylabel(label)
         axes[1, column].set_xlabel(axis.replace("top_k", "experts per token"))
-    rest = ", ".join(f"{value} {name.replace('top_k', 'experts per token')}" for name, value in START.items())
-    figure.suptitle(f"How a step grows: one number varies, the others are {rest}; hidden size {SIZE[0]}", fontsize=11)
+    rest = "{tokens} tokens, {experts} experts, {top_k} experts per token, layers: {layers}".format(**START)
+    title = f"MoE layers alone, hidden size {SIZE[0]}, no model around them: one number varies, the others are {rest}"
+    figure.suptitle(title, fontsize=11)
     with written(target) as new:
         figure.savefig(new, dpi=110)
     plt.close(figure)

@@ -31,7 +31,11 @@ def layer_table(record: dict) -> str:
             "{ratio:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})".format(**rows[n]) if n in rows else "-" for n in names
         ]
         lines.append(f"| {size} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"    {record['command']}"])
+    said = []
+    for name in names:
+        ratios = [rows[name]["ratio"] for rows in record["layers"].values() if name in rows]
+        said += [f"{name} {min(ratios):.2f}x to {max(ratios):.2f}x"] if name not in names[:2] else []
+    return "\n".join([*lines, "", f"Over these sizes: {'; '.join(said)}.", "", f"    {record['command']}"])
 
 
 def growth_table(record: dict) -> str:
@@ -88,12 +92,15 @@ SECTIONS = {  # records -> title, text, table
     "layer*.json": (
         "One MoE layer",
         "Forward and backward of 8 experts, Top-2, as ratios to the limit: eight FFNs on even slices, without a router and\n"
-        "without sorting.",
+        "without sorting. The loop of `stgc.Experts` stays simple; `stgc_plus.Experts` has the faster kernels.",
         layer_table,
     ),
     "scaling*.json": (
         "How it grows",
-        "One number varies at a time. The slope is that of the line through the logarithms of both: 1 is linear growth.",
+        "One number varies at a time. The slope is that of the line through the logarithms of both: 1 is linear growth.\n"
+        "Time and memory are linear in tokens and nearly so in layers. With more experts the products stay the same, so\n"
+        "only what is kept for each expert grows. With more experts per token the router's part stays the same, so\n"
+        "growth is below linear.",
         growth_table,
     ),
     "peers.json": (
