@@ -102,7 +102,7 @@ def test_freed_memory_is_kept_where_the_system_has_a_way(monkeypatch):
 
 
 def test_a_step_leaves_no_gradient_behind():
-    for one in layer.make_layers(16, "gated, biases", num_experts=4).values():
-        step = layer.make_step(one, torch.randn(6, 16))
+    for one in layer.make_layers(64, "gated, biases", num_experts=4).values():
+        step = layer.make_step(one, torch.randn(6, 64))
         step(), step()
         assert isinstance(one, nn.Module) and all(parameter.grad is None for parameter in one.parameters())

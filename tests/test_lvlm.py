@@ -197,6 +197,8 @@ def test_two_processes_train_as_one(tmp_path, server):
         for a, b in zip(one, two, strict=True):
             for key in a.keys() & keys:
                 close = 1e-3 if name in names[:3] else 4e-3  # Muon rounds to bfloat16: sums in another order show more
+                if key == "conflict_loss":  # the mean of the flagged pairs, of which a near tie exchanges a few
+                    close = 2e-2
                 assert a[key] == pytest.approx(b[key], rel=close, abs=close), (name, a["step"], key)
 
 
