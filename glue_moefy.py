@@ -9,7 +9,7 @@
   accelerate launch --num_processes 2 glue_moefy.py ...        several processes or GPUs
 
   python glue_moefy.py --predict FILE --run RUN                predictions of a model saved by --save-model
-  python glue_moefy.py --inspect RUN                           its routing, token by token
+  python glue_moefy.py --inspect RUN                           its routing, token by token; --html FILE: as a page
 
 Output goes to --output-dir: results.json, a curve per run as JSON lines, plots.
 """
@@ -55,7 +55,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max-train-samples", type=number(int, 1), help="use the first n training examples")
     parser.add_argument("--max-eval-samples", type=number(int, 1), help="use the first n dev examples")
     # run
-    options.add_run(parser, "runs/<task>-<variant>")
+    options.add_run(parser, "runs/<task>-<variant>", films="with --toy")
     parser.add_argument("--save-model", action="store_true", help="keep each run's last model, as model-<variant>-s<seed>")
     # use of a saved model
     file, folder = {"type": path("file"), "metavar": "FILE"}, path("folder")
@@ -63,6 +63,7 @@ def make_parser() -> Parser:
     parser.add_argument("--run", type=folder, help="folder of a run with --save-model, or of a model in it, for --predict")
     parser.add_argument("--output", type=path("new file"), help="of --predict; default: <name>.predictions.<ending>")
     parser.add_argument("--inspect", type=folder, metavar="RUN", help="print experts and conflicts of examples by token")
+    options.add_page(parser)
     return parser
 
 
@@ -75,7 +76,7 @@ def parse(argv: list[str]):
     if args.predict or args.inspect:
         if args.predict and not args.run:
             parser.error("--predict FILE needs --run RUN (a run with --save-model)")
-        use = ("predict", "run", "output") if args.predict else ("inspect",)
+        use = ("predict", "run", "output") if args.predict else ("inspect", "html", "seed")
         options.refuse_unread(parser, args, f"--{use[0]}", (*use, "device"))
         return args
     if args.task is None:
@@ -84,6 +85,8 @@ def parse(argv: list[str]):
         if getattr(args, flag):
             parser.error(f"--{flag} goes with --predict: leave it out, or add --predict FILE")
     options.check(parser, args)
+    options.refuse_page(parser, args)
+    args.film = args.toy if args.film is None else args.film
     if args.toy and not args.compare and not args.variants[0].startswith("none"):
         args.variants.insert(0, "none")
     if args.toy and args.task != "rte":
@@ -113,11 +116,12 @@ from itertools import product
 
 import datasets
 import torch
-from transformers import get_linear_schedule_with_warmup, set_seed
+from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
 from lab.moe import moefication
-from lab.report import compare, figures
+from lab.moe.film import Film
+from lab.report import compare, figures, page
 from lab.report.readme import score_rows
 from lab.run import hub, runs
 from lab.run.training import Training
@@ -198,7 +202,8 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     if accelerator.process_index:  # otherwise all processes would use the same dropout masks
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
 
-    run = Training(args, job.folder, name, accelerator, model, optimizer, schedule, steps, stgc)
+    film = make_film(job, name, model, config, steps) if args.film and config is not None else None
+    run = Training(args, job.folder, name, accelerator, model, optimizer, schedule, steps, stgc, film)
     kept = run.at.kept = {"best": None, "last": None, "waited": 0, "answer": None} | run.at.kept
     with run:
         while run.at.epoch <= args.epochs and kept["waited"] <= args.patience:
@@ -232,6 +237,18 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
         "peak_memory_bytes": runs.peak_memory_bytes(accelerator.device),
         "collapsed": kept["answer"] is not None,
     }
+
+
+def make_film(job: Job, name: str, model, config: STGCConfig, steps: int) -> Film:
+    """The film of a run, on as many training examples as a batch has, evenly spread over the data."""
+    train, accelerator, tokenizer = job.encoded["train"], job.accelerator, job.source.tokenizer
+    rows = torch.linspace(0, len(train) - 1, min(job.args.batch_size, len(train))).long().tolist()
+    batch = DataCollatorWithPadding(tokenizer)([train[row] for row in rows]).to(accelerator.device)
+    names = job.card.labels or range(job.task.num_labels)
+    shown = use.show_texts(tokenizer, batch, job.task.columns, names)
+    answer = partial(use.read_answers, names=names, count=len(shown.examples))
+    where = job.folder / f"film-{name}", accelerator.unwrap_model(model)
+    return Film(*where, config, batch, shown, steps, answer, accelerator.autocast, accelerator.is_main_process)
 
 
 def save_model(job: Job, name: str, model) -> None:
@@ -351,6 +368,8 @@ def train_all(job: Job, parameters: moefication.Parameters) -> dict:
         if len(args.variants) > 1:
             figures.plot_comparison(folder, [record.record])
         say("", *summarize(record.record).split("\n"), "", f"written: {folder}/results.json and plots")
+        if args.film:
+            say(page.write_run(folder))
     return record.record
 
 
@@ -382,6 +401,11 @@ def main(args) -> None:
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
         device = runs.make_accelerator(args.device, "fp32").device
+        if args.html:
+            look = partial(use.film_of_model, device=device)
+            return say(f"written: {page.inspect(args.inspect, Path(args.html), args.seed, look)}")
+        if args.inspect and page.shows_film_alone(args.inspect):
+            return say(*page.describe(args.inspect, args.seed).split("\n"))
         if args.inspect:
             return say(*use.inspect(args.inspect, device).split("\n"))
         return say(*use.predict(args.run, args.predict, args.output, device=device).split("\n"))

@@ -38,8 +38,7 @@ class STGCConfig(stgc.STGCConfig):  # bad values raise ValueError
         # DIFFERS: with one pass only the main loss may send a gradient to a layer. So both losses act on router(x.detach()).
         if self.passes == "one" and self.router_only is False:
             raise ValueError("passes='one' needs router_only: one backward cannot tell the losses' gradients apart")
-        if self.router_only is None:
-            object.__setattr__(self, "router_only", self.passes == "one")
+        object.__setattr__(self, "router_only", self.passes == "one" if self.router_only is None else self.router_only)
 
 
 # ---- 2. Kernels ----
@@ -47,8 +46,8 @@ class Pairs(stgc.Pairs):
     def sums(self, scale_SW, rows_SO):
         if rows_SO.is_cuda:
             return super().sums(scale_SW, rows_SO)
-        scales, rows = (tensor.tensor_split(self.ends_E.tolist())[:-1] for tensor in (scale_SW, rows_SO))
-        return torch.stack([scale_NW.T @ rows_NO for scale_NW, rows_NO in zip(scales, rows)])
+        slices = zip(*(rows.tensor_split(self.ends_E.tolist())[:-1] for rows in (scale_SW, rows_SO)))
+        return torch.stack([scale_NW.T @ rows_NO for scale_NW, rows_NO in slices])
 
     def dot(self, rows_SO, vectors_EO):
         return grouped_linear(rows_SO, vectors_EO.unsqueeze(2), None, self).squeeze(1)
@@ -94,8 +93,8 @@ class Experts(stgc.Experts):
 # ---- 3. Whole weights ----
 def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pairs) -> tuple[Tensor, Tensor]:
     """cos(a_n g_n^T, G_e) of whole weight gradients ("STGC-full", sec. 6.4), and |a_n g_n^T|. DIFFERS: the paper could not
-    store them. But <a g^T, G> = a^T G g and |a g^T| = |a| |g|: one product with the ordinary weight gradient is enough. An
-    infinite pair makes G_e infinite, which leaves all pairs of its expert out."""
+    store them. But <a g^T, G> = a^T G g and |a g^T| = |a| |g|: one product with the weight gradient is enough. An infinite
+    pair leaves its whole expert out."""
     grad_SO, grad_norm_S, grad_power_S = scale_rows(widen(grad_SO))
     a_SI, a_norm_S, a_power_S = scale_rows(widen(a_SI))
     sum_EIO, *sums_E = scale_rows(widen(sum_EIO), dim=(1, 2))
@@ -104,7 +103,7 @@ def weight_cosine(grad_SO: Tensor, a_SI: Tensor, sum_EIO: Tensor, pairs: stgc.Pa
     for norm_S in (grad_norm_S, a_norm_S, sum_norm_S):  # one by one: their product may underflow
         cos_S = cos_S / norm_S.clamp_min(torch.finfo(norm_S.dtype).tiny)
     norm_S = grad_norm_S * grad_power_S * a_norm_S * a_power_S / (sum_power_S > 0)
-    return cos_S.masked_fill(sum_norm_S == 0, 0.0), norm_S  # 0 for padding, too
+    return cos_S.masked_fill(sum_norm_S == 0, 0.0), norm_S
 
 
 # ---- 4. Leave one out ----
@@ -144,8 +143,7 @@ def draw_placebo(conflict_TK: Tensor, judged_TK: Tensor, seed: int) -> Tensor:
 
 
 def best_other_expert(gain_TKE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    """argmax of cos(g2_n, gbar2_e') over the experts e' that the token is not on; without tokens e' has 0. DIFFERS: the
-    paper leaves the destination open. But g2 lives in the hidden space, so every expert's mean can be compared with it."""
+    """argmax of cos(g2_n, gbar2_e'), 0 without tokens, over the other experts e'. DIFFERS: the paper leaves it open."""
     on_TE = torch.zeros_like(gain_TKE[:, 0], dtype=torch.bool).scatter(1, expert_ids_TK, True)
     return gain_TKE.masked_fill(on_TE.unsqueeze(1), -float("inf")).argmax(-1)
 
@@ -173,26 +171,24 @@ class ConflictTap(torch.autograd.Function):
 
 
 class LayerStep(stgc.LayerStep):
-    def __init__(self, stgc, index, logits_TE, pairs, keep_T):
-        super().__init__(stgc, index, logits_TE, pairs, keep_T)
-        self.config, self.number, self.judged = stgc.config, stgc.forward_step, True
-        self.whole, self.one_pass = self.config.gradients == "weight", self.config.passes == "one"
-        self.linears, self.by_others, self.grads, self.weight_grads = [], {}, {}, {}
+    def __init__(self, stgc, *forward):
+        super().__init__(stgc, *forward)
+        self.config, self.number, self.whole = stgc.config, stgc.forward_step, stgc.config.gradients == "weight"
+        self.linears, self.by_others, self.grads, self.weight_grads, self.judged = [], {}, {}, {}, True
 
     def on_experts(self, x_SD, weights):
-        if not self.one_pass:  # a view's gradient is that of this forward alone
+        if self.config.passes == "two":  # a view's gradient is that of this forward alone
             return x_SD, [w.view_as(w) for w in weights] if self.whole else weights
         logits_TE = self.logits_TE if self.logits_TE.requires_grad else self.logits_TE.detach().requires_grad_()  # frozen
         placeholder, x_SD, *tapped = ConflictTap.apply(self, logits_TE, x_SD, *(weights if self.whole else []))
-        if self.stgc.steps.get(self.index) is self:  # not where gradient checkpointing computes an earlier forward again
-            self.stgc.placeholders[self.index] = placeholder
+        self.stgc.placeholders |= {self.index: placeholder} if self.stgc.steps.get(self.index) is self else {}  # no replay
         return x_SD, tapped or weights
 
     def on_linear(self, a_SI, w_EIO, out_SO, split=lambda rows: (rows,)):  # split: separates fused linears, by columns
         super().on_linear(a_SI, w_EIO, out_SO if w_EIO.requires_grad or not self.whole else w_EIO)
         linear, (_, edge) = len(self.linears), self.edges.popitem()
         self.linears.append((a_SI.detach() if self.whole else None, split))
-        if self.one_pass:  # a hook instead of an edge, which would make a cycle of this object and the graph
+        if self.config.passes == "one":  # a hook instead of an edge, which would make a cycle of this object and the graph
             out_SO.register_hook(partial(self.on_gradient, linear))
         else:
             self.edges |= {linear: edge} | ({-1 - linear: get_gradient_edge(w_EIO)} if self.whole else {})
@@ -229,8 +225,8 @@ class LayerStep(stgc.LayerStep):
 
 # ---- 7. STGC ----
 class STGC(stgc.STGC):
-    """On layers of both files, with a config of either. With several processes create it after init_process_group (or
-    Accelerator()): it has a group of its own, apart from DDP's; the same layers must run on all processes."""
+    """On layers of both files, with a config of either. With several processes create it after Accelerator(), or
+    init_process_group, for a group of its own; all must run the same layers."""
 
     config_type, step_type, losses, cosine = STGCConfig, LayerStep, CONFLICT_LOSSES, staticmethod(weight_cosine)
 
@@ -249,9 +245,8 @@ class STGC(stgc.STGC):
         self.placeholders, self.blind = {}, set()  # of one pass, until `loss` takes them; layers that ran without gradients
 
     def detach(self) -> None:  # ends the watch
-        for layer in self.layers:
-            if getattr(getattr(layer.watch, "func", None), "__self__", None) is self:
-                layer.watch = None
+        for layer in [one for one in self.layers if getattr(getattr(one.watch, "func", None), "__self__", None) is self]:
+            layer.watch = None
         self.group = self.group and dist.destroy_process_group(self.group)  # None
 
     def on_forward(self, i, x_TD, routing, pairs, keep_T):
@@ -281,9 +276,8 @@ class STGC(stgc.STGC):
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
         """grad_scale: of fp16, for two passes. With one pass L_CEL is 0 here, and its gradient comes with the backward."""
-        self.grad_scale = grad_scale
-        total = super().loss(main_loss)
-        self.step, self.placeholders = self.step + 1, {}
+        self.grad_scale, self.step = grad_scale, self.step + 1
+        total, self.placeholders = super().loss(main_loss), {}
         return total
 
     def conflict_losses(self, main_loss, steps):
@@ -293,8 +287,9 @@ class STGC(stgc.STGC):
         return super().conflict_losses(main_loss * self.grad_scale, judged) if judged else []
 
     def statistics(self, step, verdict):
-        """judged_ratio, infinite_ratio: of all pairs. consistency_by_chance: that of unrelated gradients, by the diagonal
-        alone, the mean of 1/N_e. conflict_ratio_others: of bias gradients, among the pairs that have others."""
+        """judged_ratio, infinite_ratio: of all pairs. consistency_by_chance: of unrelated gradients, the mean of 1/N_e.
+        conflict_ratio_others: of bias gradients, among the pairs that have others. router_margin: p_K - p_(K+1), without one
+        if K = E, and infinite if some tokens have fewer than K experts."""
         numbers, (load_E, judged_E, _) = super().statistics(step, verdict), step.counts
         others = stgc.flag_conflicts([one for _, one in sorted(step.by_others.items())], step.pairs, self.config.tau)
         infinite_S = ~verdict.norm_TKL.isfinite().all(-1).flatten()[step.pairs.order_S] & step.pairs.onehot_SE.any(1)
@@ -302,6 +297,11 @@ class STGC(stgc.STGC):
         num_pairs, (num_alone, num_conflicts, num_infinite) = load_E.sum(), self.average(torch.stack(counts).to(load_E))
         chance_E = (judged_E > 0) / (judged_E * self.num_processes).clamp_min(1)
         loss = self.losses.get(self.config.conflict_loss, torch.zeros_like)
+        if (top_k := verdict.picked_TK.shape[1]) < len(load_E):
+            logits_TE = step.logits_TE.masked_fill(~step.keep_T[:, None], 0.0)
+            *_, last_T, next_T = logits_TE.softmax(-1).topk(top_k + 1).values.unbind(1)
+            margin, tokens = self.average(torch.stack([(last_T - next_T).sum(), step.keep_T.sum()]))
+            numbers["router_margin"] = margin / tokens / (num_pairs >= tokens * top_k)
         return numbers | {
             "judged_ratio": judged_E.sum() / num_pairs.clamp_min(1e-9),
             "infinite_ratio": num_infinite / num_pairs.clamp_min(1e-9),
@@ -323,7 +323,7 @@ def demo() -> None:
         how = STGC(model, STGCConfig(**fields)), torch.optim.AdamW(model.parameters(), 5e-3)
         model.fit(*how, 100)
         print("{!s:<31}{:>9.3f}{:>11.3f}{:>13.3f}{:>11.3f}{:>11.3f}".format(fields, *model.fit(*how, 50, keys=keys)))
-    print("What random pairs reach as well is not due to the selection. A lower ratio with a higher main loss is no gain.")
+    print("What random pairs reach too is not due to the selection. A lower ratio at a higher main loss is no gain.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
   accelerate launch --num_processes 2 toy_lvlm.py ... several processes or GPUs
 
   python toy_lvlm.py --ask "what colour is the circle?" --image x.png --run RUN     asks a trained model; or --chat
+  python toy_lvlm.py --inspect RUN                    its routing, token by token; --html FILE: as a page
 
 A tiny CLIP is trained on pictures with captions, a small language model on the texts, and a LLaVA joins them. Stage I trains
 the projector, stage II also the language model, stage III its experts, which start as copies of its FFNs. Output goes to
@@ -74,12 +75,15 @@ def make_parser() -> Parser:
     parser.add_argument("--capacity", type=number(float, 0.01), nargs="+", default=[], help=text)
     parser.add_argument("--bpr", action="store_true", help="and again with Batch Prioritized Routing; needs --capacity")
     # run
-    options.add_run(parser, "runs/lvlm-<variant>")
+    options.add_run(parser, "runs/lvlm-<variant>", films="on generated pictures; of stage III, with --routing token")
     # use of a trained model
     parser.add_argument("--ask", metavar="QUESTION", help="answer a question about --image with the model of --run")
     parser.add_argument("--chat", action="store_true", help="keep asking about --image, line by line")
     parser.add_argument("--image", **file, help="the picture for --ask or --chat; none: text only")
     parser.add_argument("--run", type=folder, help="output folder of a run, or a model in it, for --ask and --chat")
+    text = "print experts and conflicts of examples by token, from the film of a run"
+    parser.add_argument("--inspect", type=folder, metavar="RUN", help=text)
+    options.add_page(parser)
     return parser
 
 
@@ -92,6 +96,11 @@ def parse(argv: list[str]):
             parser.error("--ask and --chat need --run RUN, the output folder of a finished run")
         options.refuse_unread(parser, args, "--ask and --chat", ("ask", "chat", "image", "run", "device"))
         return args
+    if args.inspect:
+        options.refuse_unread(parser, args, "--inspect", ("inspect", "html", "seed"))
+        return args
+    options.refuse_page(parser, args)
+    args.film = not args.data if args.film is None else args.film
     for flag in ("run", "image"):
         if getattr(args, flag):
             parser.error(f"--{flag} goes with --ask or --chat: leave it out, or add one of them")
@@ -144,7 +153,8 @@ from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_w
 from transformers.utils import logging
 
 from lab.moe import baselines, moefication
-from lab.report import compare, figures
+from lab.moe.film import Film
+from lab.report import compare, figures, page
 from lab.run import runs
 from lab.run.hub import Checkpoint
 from lab.run.training import MuonAdamW, Training
@@ -198,9 +208,20 @@ class Job:
 
 
 def train(
-    job: Job, folder: Path, name: str, model, trained: list, loader, stage: str, config=None, alike=False, muon=False
+    job: Job,
+    folder: Path,
+    name: str,
+    model,
+    trained: list,
+    loader,
+    stage: str,
+    config=None,
+    alike=False,
+    muon=False,
+    film=None,
 ) -> dict:
-    """Trains the parameters `trained` in one stage, with AdamW; with `muon`, matrices with Muon. Returns its summary.
+    """Trains the parameters `trained` in one stage, with AdamW; with `muon`, matrices with Muon. Returns its summary. `film`
+    makes the film.
 
     `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
     """
@@ -220,7 +241,8 @@ def train(
     stgc = None if config is None else STGC(prepared, config)
     samples = baselines.samples_of(model)
     labelled = any(isinstance(module, baselines.TaskRouter) for module in model.modules())
-    with Training(args, folder, name, accelerator, prepared, optimizer, schedule, steps, stgc) as run:
+    film = film() if film else None
+    with Training(args, folder, name, accelerator, prepared, optimizer, schedule, steps, stgc, film) as run:
         for batch in run.batches(loader) if run.at.epoch == 1 else ():  # a stage is one epoch
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             keep, asked, rows = (batch.pop(name, None) for name in ("keep", "asked", "rows"))
@@ -373,7 +395,9 @@ def moe_stage(job: Job, variant: str) -> dict:
     trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
     collate = Unpacked(job.packs(), job.packs(share=False)) if variant in ROUTINGS else job.packs()
     loader = job.loader(collate, "stage3", args.batch_size)  # each step has the same conversations for all variants
-    entry = train(job, job.folder, name, model, trained, loader, "stage3", make_config(args, variant))
+    config = make_config(args, variant)
+    film = partial(make_film, job, name, model, config) if args.film and config and variant not in ROUTINGS else None
+    entry = train(job, job.folder, name, model, trained, loader, "stage3", config, film=film)
     texts = answers(job, model)
     scores, limited = score(job, texts), []
     for capacity in args.capacity if variant != "dense" else ():
@@ -401,6 +425,21 @@ def moe_stage(job: Job, variant: str) -> dict:
         "peak_memory_bytes": runs.peak_memory_bytes(job.accelerator.device),
         "collapsed": len(set(texts)) == 1 < len(texts),
     }
+
+
+def make_film(job: Job, name: str, model, config: STGCConfig) -> Film:
+    """The film of stage III, on as many training pictures as a batch has, evenly spread over the data."""
+    collate, accelerator, size = job.packs(), job.accelerator, job.args.batch_size
+    rows = torch.linspace(0, len(collate) - 1, min(size, len(collate))).long().tolist()
+    batch = {key: value.to(accelerator.device) for key, value in collate(rows).items()}
+    for unread in ("keep", "asked", "rows"):
+        del batch[unread]
+    shown, ends = lvlm.show_packs(job.data, [collate.packs[row] for row in rows], batch["input_ids"].shape[1])
+    answer = partial(lvlm.read_answers, labels=batch["labels"], ends=ends, tokenizer=job.data.tokenizer)
+    where = job.folder / f"film-{name}", model
+    return Film(
+        *where, config, batch, shown, job.plan("stage3")[0], answer, accelerator.autocast, accelerator.is_main_process
+    )
 
 
 # ---- 3. Evaluation ----
@@ -545,6 +584,10 @@ def main(args) -> None:
         logging.disable_progress_bar()
     if args.ask is not None or args.chat:
         return ask(args)
+    if args.inspect and args.html:
+        return say(f"written: {page.inspect(args.inspect, Path(args.html), args.seed)}")
+    if args.inspect:
+        return say(*page.describe(args.inspect, args.seed).split("\n"))
     accelerator = runs.start(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         fault = f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model"
@@ -602,7 +645,9 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
         if len(args.variants) > 1:
             figures.plot_comparison(folder, [record.record], "last")
         say("", *summarize(record.record).split("\n"), "", f"written: {folder}/results.json and plots")
+        if args.film:
+            say(page.write_run(folder))
 
 
 if __name__ == "__main__":
-    run_main("toy_lvlm.py", lambda: main(ARGS), resumes=not (ARGS.chat or ARGS.ask is not None))
+    run_main("toy_lvlm.py", lambda: main(ARGS), resumes=not (ARGS.chat or ARGS.ask is not None or ARGS.inspect))

@@ -208,7 +208,8 @@ def test_a_wheel_holds_and_imports_everything(tmp_path):
     content = {path for path in content if ".dist-info/" not in path}
     lab = [path.relative_to(project).as_posix() for path in project.glob("lab/**/*") if path.is_file()]
     assert content == {*lab, *(f"{name}.py" for name in METHOD.keys() & set(TOP))}
-    modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sorted(content)]
+    names = [path.removesuffix(".py") for path in sorted(content) if path.endswith(".py")]
+    modules = [name.removesuffix("/__init__").replace("/", ".") for name in names]
     code = (
         f"import importlib, sys; sys.path.insert(0, {str(wheel)!r})\n"
         f"files = [importlib.import_module(name).__file__ for name in {modules}]\n"

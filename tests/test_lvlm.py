@@ -402,5 +402,5 @@ def test_help_is_quick_and_every_flag_is_read():
 def test_method_defaults_are_those_of_the_config():
     args, config = toy_lvlm.make_parser().parse_args([]), STGCConfig()
     for field in dataclasses.fields(config):
-        if hasattr(args, field.name):
+        if hasattr(args, field.name) and field.name != "seed":  # --seed: of the page
             assert getattr(args, field.name) == getattr(config, field.name), field.name

@@ -1144,3 +1144,27 @@ if torch.cuda.is_available():
         result = run(net.cuda(), Batch(*(t.cuda() for t in batch)), passes=passes, gradients=gradients)
         same_grads({name: grad.cpu() for name, grad in result.grads.items()}, expected.grads)
         same_verdicts([type(v)(*(t.cpu() for t in v)) for v in result.verdicts], expected.verdicts)
+
+
+@pytest.mark.parametrize("passes", ["two", "one"])
+def test_router_margin(passes):
+    """The probability of the last expert chosen minus that of the first one not chosen, over real tokens; without one where
+    all experts are chosen, not finite where a token has fewer than K."""
+    torch.manual_seed(0)
+    x_TD, mask_T = torch.randn(9, 6), torch.arange(9) < 7
+    for top_k, dropped in ((1, False), (2, False), (4, False), (2, True)):
+        layer = stgc_module.MoELayer(stgc_plus.Experts(4, 6, 8), top_k=top_k, normalize=False)
+        routing = layer.routing(x_TD)
+        if dropped:
+            weights_TK = routing.weights_TK * (torch.arange(9).unsqueeze(1) != 3)
+            layer.routing = lambda x, weights_TK=weights_TK, routing=routing: routing._replace(weights_TK=weights_TK)
+        watch = STGC(layer, STGCConfig(passes=passes))
+        watch.loss(layer(x_TD, mask_T).square().mean()).backward()
+        (stats,) = watch.stats()
+        probs = [sorted(torch.softmax(row, 0).tolist(), reverse=True) for row in routing.logits_TE[:7]]
+        if top_k == 4:
+            assert "router_margin" not in stats
+        elif dropped:
+            assert stats["router_margin"] == float("inf")
+        else:
+            assert stats["router_margin"] == pytest.approx(sum(p[top_k - 1] - p[top_k] for p in probs) / 7, abs=1e-6)

@@ -16,6 +16,7 @@ COMPARED = ["none", "ce", "placebo"]
 METHOD = ("conflict_loss", "select", "passes", "gradients")  # the flags that a variant's name replaces
 # options that may differ when a run is resumed
 FREE = {"seeds", "variants", "compare", "lrs", "resume", "overwrite", "output_dir", "save_steps", "save_model", "report_to"}
+FREE |= {"film"}
 
 
 def words(text: str) -> list[str]:
@@ -62,15 +63,29 @@ def add_method(parser: Parser, beta: float, why_beta: str) -> None:
     parser.add_argument("--every", type=number(int, 1), default=1, help="look for conflicts at every k-th step")
 
 
-def add_run(parser: Parser, folder: str) -> None:
+def add_run(parser: Parser, folder: str, films: str) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the forward and backward")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
     parser.add_argument("--log-steps", type=number(int, 1), default=10, help="write a line of the curve at every n-th step")
     parser.add_argument("--save-steps", type=number(int, 1), help="also write a checkpoint at every n-th step")
     parser.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="also log to this tracker")
+    text = "keep a film of the training, and write inspect.html from it, tokens and experts moment by moment; default: {}"
+    parser.add_argument("--film", action=BooleanOptionalAction, default=None, help=text.format(films))
     parser.add_argument("--output-dir", type=path("new folder"), help=f"folder of the run; default: {folder}")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir; finished runs are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
+
+
+def add_page(parser: Parser) -> None:
+    parser.add_argument("--html", type=path("new file"), metavar="FILE", help="of --inspect: write a page instead of a text")
+    parser.add_argument("--seed", type=number(int, 0, 10**6), help="of --inspect --html; default: the first of the run")
+
+
+def refuse_page(parser: Parser, args) -> None:
+    """An error for flags of --inspect where a run is trained."""
+    for flag in ("html", "seed"):
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag} goes with --inspect RUN: leave it out, or add --inspect")
 
 
 def check_model(parser: Parser, flag: str, name: str, ways: str) -> None:

@@ -39,7 +39,7 @@ from lab.run.files import RECORD, claim, lock_list, read_list, refuse_foreign, r
 from lab.run.reading import check_kinds, parse_json, read_json
 
 ROOT = Path(lab.__file__).resolve().parent.parent  # of the project, wherever in lab/ this file lies
-CHECKPOINTS, STAGES, ENTRIES = "checkpoints", "stages", "entries.json"
+CHECKPOINTS, STAGES, ENTRIES, PAGE = "checkpoints", "stages", "entries.json", "inspect.html"
 
 # ---- 1. Device ----
 
@@ -165,7 +165,15 @@ def check_folder(
 def names_of(runs: Iterable[str], *more: str, stages: Iterable[str] = ()) -> list[str]:
     """All that a command may write to its folder apart from the record: for each of its runs and stages, and `more`."""
     own = ("{}.jsonl", "model-{}", "sheet-{}.png", "routes-{}.png", f"{CHECKPOINTS}/{{}}", "tensorboard/{}")
-    names = ["all_results.json", "curves.png", "comparison.png", *more, *(kind.format(run) for run in runs for kind in own)]
+    own += ("film-{}.json", "film-{}.safetensors")
+    names = [
+        "all_results.json",
+        "curves.png",
+        "comparison.png",
+        PAGE,
+        *more,
+        *(kind.format(run) for run in runs for kind in own),
+    ]
     staged = ("{}", "{}.jsonl", f"{CHECKPOINTS}/{{}}", "tensorboard/{}")
     return names + [f"{STAGES}/{kind.format(stage)}" for stage in stages for kind in staged]
 
@@ -414,6 +422,7 @@ def summary_writer_class():
 def stats_line(stats: list[dict]) -> dict:
     """STGC's finite statistics for a curve: the mean of each over the MoE layers, and each layer's under `layers`."""
     names = ["balance_loss", "conflict_ratio", "judged_ratio", "consistency", "consistency_std", "conflict_loss"]
+    names.append("router_margin")
     stats = [{key: v for key, v in layer.items() if not isinstance(v, float) or math.isfinite(v)} for layer in stats]
     found = {name: [layer[name] for layer in stats if name in layer] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items() if values} | {"layers": stats}

@@ -73,10 +73,12 @@ class Progress:
 
 class Training:
     """One run of `steps` steps in total, see the module. It reads these flags of lab.run.options.add_run from `args`:
-    log_steps, save_steps, report_to, resume. It also writes a checkpoint after each epoch."""
+    log_steps, save_steps, report_to, resume. It also writes a checkpoint after each epoch. `film`: a lab.moe.film.Film."""
 
-    def __init__(self, args, folder: Path, name: str, accelerator, model, optimizer, schedule, steps: int, stgc=None):
-        self.name, self.accelerator, self.stgc = name, accelerator, stgc
+    def __init__(
+        self, args, folder: Path, name: str, accelerator, model, optimizer, schedule, steps: int, stgc=None, film=None
+    ):
+        self.name, self.accelerator, self.stgc, self.film = name, accelerator, stgc, film
         self.steps, self.log_steps, self.save_steps = steps, args.log_steps, args.save_steps
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
@@ -89,6 +91,8 @@ class Training:
         if stgc and self.resumed:
             stgc.step = self.at.step
             stgc.numbers = [{key: torch.tensor(value) for key, value in numbers.items()} for numbers in self.at.stats]
+        if film and self.resumed:
+            film.load(self.at.step)
         self.log = RunLog(folder / f"{name}.jsonl", steps, accelerator.is_main_process, self.at.step, self.at.lines, board)
         self.losses = [torch.tensor(value, device=accelerator.device) for value in self.at.losses]
         self.stop = StopSignal(accelerator)
@@ -115,6 +119,8 @@ class Training:
             if self.resumed:  # after the first batch is made, since making it may draw numbers
                 self.checkpoints.restore_random()
                 self.resumed = False
+            if self.film and self.at.step == 0:
+                self.start += self.film.step_done(0)
             yield batch
         self.at.seconds += time.perf_counter() - self.start
 
@@ -124,6 +130,8 @@ class Training:
         at = self.at
         self.losses.append(main_loss.detach())
         at.step, at.batch, at.samples = at.step + 1, at.batch + 1, at.samples + samples
+        if self.film:
+            self.start += self.film.step_done(at.step)
         due = at.step % self.log_steps == 1 % self.log_steps
         if due or at.step == self.steps:
             values, self.losses = check_losses(self.losses, at.step, self.accelerator), []
@@ -163,6 +171,8 @@ class Training:
         self.at.lines = len(self.log.lines)
         if self.stgc:
             self.at.stats = [{k: v.tolist() for k, v in own.items() if v.isfinite().all()} for own in self.stgc.numbers]
+        if self.film:
+            self.film.save()
         self.log.sync()
         self.checkpoints.save(self.at.step, asdict(self.at))
 

@@ -12,7 +12,10 @@ the model's inputs and answers. Nothing in the folder is unpickled or run as cod
 import os
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from lab.moe import moefication
 from lab.moe.baselines import CosineRouter
+from lab.moe.film import Film, Shown, split_pieces
 from lab.run.cli import UserError, printable
 from lab.run.files import write_json, written
 from lab.run.hub import Checkpoint, count_positions, misfit
@@ -177,21 +181,11 @@ def inspect(run: str | Path, device="cpu") -> str:
 
     All examples form one batch, since a conflict is relative to a mean gradient. UserError for a model without MoE layers.
     """
-    folder = find_model(run, "--inspect")
-    model, tokenizer, card = load_saved(folder, "--inspect")
-    if not any(isinstance(module, MoELayer) for module in model.modules()):
-        raise UserError(f"--inspect {folder} is a dense model without MoE layers; only --predict works with it")
-    if not card.examples:
-        raise UserError(f"--inspect {folder}: {CARD} has no examples; train again with --save-model")
-    texts = [[row[name] for row in card.examples] for name in card.columns]
-    batch = tokenizer(*texts, truncation=True, max_length=card.max_length, padding=True, return_tensors="pt").to(device)
-    labels = torch.tensor([row["label"] for row in card.examples], device=device)
-    model.to(device)
-
+    model, tokenizer, card, batch = load_examples(find_model(run, "--inspect"), device)
     stgc, inputs = STGC(model, STGCConfig(conflict_loss="none")), {}
     for layer in stgc.layers:
         layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0].detach()}))
-    out = model(**batch, labels=labels)
+    out = model(**batch)
     stgc.loss(out.loss)  # two passes: the backward that finds the conflicts happens here
 
     keep_BL = batch["attention_mask"].bool()
@@ -208,6 +202,58 @@ def inspect(run: str | Path, device="cpu") -> str:
     if any(isinstance(layer.router, CosineRouter) for layer in stgc.layers):
         intro.append("  A cosine router's logits are bounded, so the weights stay near 1 / K until its scale has grown.")
     return "\n\n".join(["\n".join(intro), *blocks, *sums])
+
+
+def load_examples(folder: Path, device) -> tuple[PreTrainedModel, object, TaskCard, dict]:
+    """A saved model, its tokenizer and card, and the card's examples as a batch. UserError for one without MoE layers or
+    examples."""
+    model, tokenizer, card = load_saved(folder, "--inspect")
+    if not any(isinstance(module, MoELayer) for module in model.modules()):
+        raise UserError(f"--inspect {folder} is a dense model without MoE layers; only --predict works with it")
+    if not card.examples:
+        raise UserError(f"--inspect {folder}: {CARD} has no examples; train again with --save-model")
+    texts = [[row[name] for row in card.examples] for name in card.columns]
+    batch = tokenizer(*texts, truncation=True, max_length=card.max_length, padding=True, return_tensors="pt").to(device)
+    labels = torch.tensor([row["label"] for row in card.examples], device=device)
+    return model.to(device), tokenizer, card, {**batch, "labels": labels}
+
+
+def show_texts(tokenizer, batch, columns: Sequence[str], names: Sequence, most: int = 12, room: int = 400) -> Shown:
+    """What a page shows of a batch: its first examples, 8 to `most` of them, as far as about `room` tokens go."""
+    examples, tokens, index, length = [], [], [], batch["input_ids"].shape[1]
+    for number, (ids, keep, label) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"])):
+        if number == most or (number >= 8 and len(tokens) > room):
+            break
+        places = keep.nonzero().flatten().tolist()  # some tokenizers pad on the left
+        special = [id in tokenizer.all_special_ids for id in ids[places].tolist()]
+        pieces = split_pieces(tokenizer.convert_ids_to_tokens(ids[places].tolist()), tokenizer.all_special_tokens)
+        tokens += [{"text": text, "joined": joined, "example": number, "patch": None} for text, joined in pieces]
+        index += [number * length + place for place in places]
+        groups = [[*group] for is_special, group in groupby(range(len(places)), key=special.__getitem__) if not is_special]
+        fields = [[name, group[0], group[-1] + 1] for name, group in zip(columns, groups)]
+        gold = f"{label:.2f}" if label.is_floating_point() else str(names[label])
+        empty = {"image": None, "grid": None, "question": None}
+        examples.append({"kind": "text", "fields": fields, "gold": gold} | empty)
+    return Shown(examples, tokens, torch.tensor(index))
+
+
+def read_answers(out, names: Sequence, count: int) -> list[str]:
+    """The model's answers to the first examples of a batch."""
+    logits_NC = out.logits[:count].detach()
+    if logits_NC.shape[1] == 1:
+        return [f"{value:.2f}" for value in logits_NC[:, 0].tolist()]
+    return [str(names[best]) for best in logits_NC.argmax(1).tolist()]
+
+
+def film_of_model(folder: Path, device="cpu") -> Film:
+    """One moment of a saved model, on its card's examples. UserError for a model without MoE layers or examples."""
+    model, tokenizer, card, batch = load_examples(folder, device)
+    names = card.labels or range(card.num_labels)
+    shown = show_texts(tokenizer, batch, card.columns, names)
+    answer = partial(read_answers, names=names, count=len(shown.examples))
+    film = Film(folder / "film", model, STGCConfig("none"), batch, shown, 0, answer, writes=False)
+    film.step_done(0)
+    return film
 
 
 def explain_marks(text: str) -> list[str]:

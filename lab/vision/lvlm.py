@@ -3,6 +3,8 @@
 Shapes: N pictures, B batch, L tokens, S the picture's side in pixels.   1 Data  2 Parts  3 LLaVA  4 Saved models
 """
 
+import base64
+import io
 import math
 import random
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,18 +30,21 @@ from transformers import (
 )
 
 from lab.moe import baselines, moefication
+from lab.moe.film import Shown, split_pieces
 from lab.run.cli import UserError, printable
 from lab.run.files import write_json
 from lab.run.hub import Checkpoint
 from lab.run.options import spec_options
 from lab.vision.instructions import (
     EOS,
+    IGNORED,
     IMAGE,
     PAD,
     Collate,
     Encoded,
     Instruction,
     InstructionSet,
+    Pack,
     Pixels,
     encode,
     make_packs,
@@ -375,6 +381,45 @@ def ask(model: PreTrainedModel, tokenizer, card: "Card", images_N3SS: Tensor, qu
     del batch["rows"]
     ids_BL = generate(model, baselines.samples_of(model), batch, tokenizer, max_new_tokens=64)
     return tokenizer.decode(ids_BL[0], skip_special_tokens=True).strip()
+
+
+def show_packs(data: Data, packs: Sequence[Pack], length: int, count: int = 8) -> tuple[Shown, list[tuple[int, int]]]:
+    """What a page shows of a batch of packs: of the first `count`, the picture and the first question about it, with its
+    answer. And where these tokens begin and end in each row of the batch."""
+    examples, tokens, index, ends = [], [], [], []
+    side = math.isqrt(data.image_tokens)
+    for number, pack in enumerate(packs[:count]):
+        one = data.train.instructions[pack.rows[0]]
+        ids = pack.prefix.input_ids + pack.rests[0].input_ids
+        pieces = split_pieces(data.tokenizer.convert_ids_to_tokens(ids), data.tokenizer.all_special_tokens)
+        patches = (divmod(place, side) for place in range(data.image_tokens))
+        for id, (text, joined) in zip(ids, pieces):
+            patch = list(next(patches)) if id == data.image_id else None
+            tokens.append({"text": text, "joined": joined, "example": number, "patch": patch})
+        index += range(number * length, number * length + len(ids))
+        ends.append((len(pack.prefix.input_ids), len(ids)))
+        question, answer = one.turns[0]
+        picture = None if one.image is None else png_of(data.train.images_N3SS[one.image])
+        shown = {"kind": "picture", "fields": [], "gold": answer, "image": picture, "grid": [side, side]}
+        examples.append(shown | {"question": question.replace(IMAGE, "").strip()})
+    return Shown(examples, tokens, torch.tensor(index)), ends
+
+
+def png_of(image_3SS: Tensor) -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_3SS.permute(1, 2, 0).numpy()).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_answers(out, labels: Tensor, ends: Sequence[tuple[int, int]], tokenizer) -> list[str]:
+    """The most likely token at each place of the shown answers, given those before it."""
+    found = []
+    for row, (start, end) in enumerate(ends):
+        asked = (labels[row, start:end] != IGNORED).nonzero().flatten() + start
+        ids = out.logits[row, asked - 1].argmax(-1).tolist()
+        found.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return found
 
 
 # ---- 4. Saved models ----

@@ -1,0 +1,244 @@
+"""The film of a training changes nothing, survives a kill, and has the numbers of the verdicts; its page shows them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import without_pictures
+from safetensors.torch import load_file
+from test_glue import data, model, plain, run, words  # noqa: F401  (fixtures)
+from test_resume import Killed, assert_same, kill_at, outcome
+from torch import nn
+
+from lab.moe import film
+from lab.report import page
+from lab.run.cli import UserError
+from stgc import MoELayer
+from stgc_plus import STGC, Experts, STGCConfig
+
+SIZES = "--task rte --moe-layers 1 --num-experts 4 --epochs 2 --batch-size 8 --max-length 16 --save-steps 2 --device cpu"
+SIZES = SIZES.split()
+
+
+@pytest.fixture(scope="module")
+def runs_of(data, model, tmp_path_factory):  # noqa: F811
+    """The command, and the folders of the same three variants with and without a film."""
+    root = tmp_path_factory.mktemp("film")
+    command = [*SIZES, "--seeds", "0", "--variants", "none,ce,placebo", "--save-model", "--log-steps", "2"]
+    command += ["--model", str(model), "--data-dir", str(data)]
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        run([*command, "--film", "--output-dir", root / "with"])
+        run([*command, "--output-dir", root / "without"])
+    return command, root / "with", root / "without"
+
+
+def read(folder, name):
+    content = json.loads((folder / f"film-{name}.json").read_text())
+    return {key: value for key, value in content.items() if key != "seconds"}, load_file(folder / f"film-{name}.safetensors")
+
+
+def same_film(one, other):
+    assert one[0] == other[0] and one[1].keys() == other[1].keys()
+    assert all(torch.equal(value, other[1][key]) for key, value in one[1].items())
+
+
+def test_moments_are_closer_together_at_the_beginning():
+    for steps in (1, 7, 100, 520, 10**5):
+        found = film.moments(steps)
+        gaps = np.diff(found)
+        assert found[0] == 0 and found[-1] == steps and len(found) <= film.COUNT and (gaps > 0).all()
+    assert len(found) == film.COUNT and (np.diff(gaps) >= -1).all() and gaps[-1] > 5 * gaps[0]
+
+
+def test_the_film_changes_nothing_in_the_training(runs_of):
+    _, filmed, plainly = runs_of
+    assert_same(outcome(filmed), outcome(plainly))
+    assert not list(plainly.glob("film-*")) and not (plainly / "inspect.html").exists()
+    assert {path.name for path in filmed.glob("film-*.json")} == {
+        f"film-{name}-s0.json" for name in ("none", "ce", "placebo")
+    }
+
+
+def test_variants_show_the_same_examples_and_start_alike(runs_of):
+    _, folder, _ = runs_of
+    (one, arrays), *others = (read(folder, f"{name}-s0") for name in ("none", "ce", "placebo"))
+    assert one["steps"] == film.moments(6) and one["run"]["delta"] == 5 and len(one["examples"]) == 8
+    for content, values in others:
+        for key in ("steps", "tokens", "examples"):
+            assert content[key] == one[key]
+        for key in ("0.logits", "0.experts", "0.cosines", "0.state"):  # before the first step
+            assert torch.equal(values[key][0], arrays[key][0])
+        assert not torch.equal(values["0.logits"][-1], arrays["0.logits"][-1])
+    (own,) = one["layers"]
+    assert len(own["moved"]) == sum(step + 5 <= 6 for step in one["steps"])
+    for key in ("load", "conflicts"):
+        assert all(len(row) == 4 for row in own[key])
+    assert sum(own["load"][0]) == pytest.approx(1) and len(own["histogram"][0]) == film.BINS
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_a_film_survives_a_kill(runs_of, tmp_path, monkeypatch, step):
+    command, folder, _ = runs_of
+    command = [*command, "--film", "--output-dir", tmp_path / "cut"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            run(command)
+    run([*command, "--resume"])
+    assert_same(outcome(folder), outcome(tmp_path / "cut"))
+    for name in ("none-s0", "ce-s0", "placebo-s0"):
+        same_film(read(folder, name), read(tmp_path / "cut", name))
+
+
+class Net(nn.Module):
+    """Two MoE layers; its dropout would draw random numbers in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = nn.ModuleList(MoELayer(Experts(4, 6, 8), top_k=2) for _ in range(2))
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(6, 3)
+
+    def forward(self, x, mask, labels):
+        for layer in self.moe:
+            x = x + self.drop(layer(x, mask))
+        logits = self.head(x)
+        kept = logits[mask], labels[mask]
+        return type("Out", (), {"loss": nn.functional.cross_entropy(*kept), "logits": logits})
+
+
+@pytest.mark.parametrize("gradients", ["bias", "weight"])
+def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
+    torch.manual_seed(0)
+    net = Net().train()
+    batch = {"x": torch.randn(5, 4, 6), "mask": torch.rand(5, 4) > 0.2, "labels": torch.randint(3, (5, 4))}
+    index = batch["mask"].flatten().nonzero().flatten()[:9]
+    tokens = [{"text": str(n), "joined": False, "example": int(n) // 4, "patch": None} for n in index]
+    examples = [{"kind": "text", "fields": [], "gold": "?", "image": None, "grid": None, "question": None}] * 5
+    config = STGCConfig("ce", gradients=gradients, tau=0.1)
+    training = STGC(net, config)
+    watches, state = [layer.watch for layer in net.moe], torch.get_rng_state()
+    made = film.Film(tmp_path / "film-x", net, config, batch, film.Shown(examples, tokens, index), 30, lambda out: ["?"] * 5)
+    made.step_done(0)
+    assert [layer.watch for layer in net.moe] == watches and torch.equal(torch.get_rng_state(), state)
+    assert net.training and net.drop.training and all(parameter.grad is None for parameter in net.parameters())
+    net.eval()
+    watch = STGC(net, STGCConfig("reroute", gradients=gradients, tau=0.1))
+    loss = net(**batch).loss
+    watch.loss(loss)
+    assert made.content["loss"] == [pytest.approx(loss.item(), rel=1e-6)]
+    for i, (verdict, stats) in enumerate(zip(watch.verdicts, watch.stats())):
+        found = {key: made.arrays[f"{i}.{key}"][0] for key in ("state", "best", "cosines", "norms", "experts")}
+        assert torch.equal(found["state"] == film.CONFLICT, verdict.conflict_TK[index])
+        assert torch.equal(found["state"] > 0, verdict.judged_TK[index]) and (found["state"] == film.CONFLICT).any()
+        assert torch.equal(found["best"].long(), verdict.target_TK[index])
+        torch.testing.assert_close(found["cosines"].float(), verdict.cos_TKL[index], atol=1e-3, rtol=1e-3)
+        length_NK = verdict.norm_TKL[index].square().sum(-1).sqrt()
+        torch.testing.assert_close(10 ** found["norms"].float(), length_NK, rtol=0.01, atol=0.0)
+        own = made.content["layers"][i]
+        assert own["conflict_ratio"] == [pytest.approx(stats["conflict_ratio"])]
+        assert own["margin"] == [pytest.approx(stats["router_margin"], abs=1e-6)]
+        assert own["load"][0] == pytest.approx(stats["load"])
+        kept = batch["mask"].flatten()
+        assert sum(own["histogram"][0]) == verdict.judged_TK[kept].sum()
+    training.detach()
+    with torch.no_grad():
+        for layer in net.moe:
+            layer.router.weight.neg_()
+    made.step_done(made.delta)  # the twin: the least likely experts are the most likely ones now
+    assert [own["moved"] for own in made.content["layers"]] != [[0.0], [0.0]]
+
+
+def test_a_matrix_has_the_cosines_of_its_pairs(tmp_path):
+    torch.manual_seed(0)
+    net, batch = Net(), {"x": torch.randn(5, 4, 6), "mask": torch.ones(5, 4).bool(), "labels": torch.randint(3, (5, 4))}
+    tokens = [{"text": "t", "joined": False, "example": n // 4, "patch": None} for n in range(20)]
+    made = film.Film(tmp_path / "f", net, STGCConfig(), batch, film.Shown([], tokens, torch.arange(20)), 30, lambda out: [])
+    made.step_done(0)
+    net.eval()
+    outs, layer = [], net.moe[1]
+    real, layer.experts.product = layer.experts.product, lambda *args: outs.append(real(*args)) or outs[-1]
+    pairs = []
+    layer.watch = lambda x, routing, own, keep: pairs.append(own)
+    grads = torch.autograd.grad(net(**batch).loss, outs)
+    rows = [pairs[0].by_token(grad) for grad in grads]
+    places = [one for one in made.content["matrices"] if one["layer"] == 1]
+    assert sum(len(one["pairs"]) for one in places) > 30
+    for number, one in enumerate(made.content["matrices"]):
+        if one["layer"] == 1:
+            assert [tokens[n]["example"] for n, _ in one["pairs"]] == sorted(tokens[n]["example"] for n, _ in one["pairs"])
+            n, k = torch.tensor(one["pairs"]).T
+            assert (pairs[0].expert_ids_TK[n, k] == one["expert"]).all()
+            cosines = [nn.functional.cosine_similarity(row[n, k][:, None], row[n, k][None], dim=-1) for row in rows]
+            found = made.matrices[f"matrix{number}"].float() / 127
+            torch.testing.assert_close(found, torch.stack(cosines).mean(0), atol=0.006, rtol=0.0)
+
+
+def test_the_page_of_a_run_has_its_numbers(runs_of, tmp_path):
+    _, folder, _ = runs_of
+    written = (folder / "inspect.html").read_text()
+    data = page.collect(folder)  # noqa: F811
+    assert json.loads(written.partition('type="application/json">')[2].partition("</script>")[0]) == data
+    assert [one["name"] for one in data["variants"]] == ["none", "ce", "placebo"] and data["source"] == "film"
+    assert [(one["loss"], one["placebo"]) for one in data["variants"]] == [("none", False), ("ce", False), ("ce", True)]
+    content, arrays = film.read_film(folder / "film-ce-s0")
+    own = data["variants"][1]["layers"][0]
+    for key in ("experts", "state", "best", "logits", "cosines"):
+        values = arrays[f"0.{key}"].float().numpy()
+        assert np.abs(page.unpack(own[key]) - values).max() <= max(np.abs(values).max(), 1) / 32767
+    assert own["moved"] == page.rounded(content["layers"][0]["moved"]) + [None] * (len(content["steps"]) - 2)
+    text = page.describe(folder)
+    assert text.count("after step 6, MoE layer") == 3 and "example 8" in text and "gold" in text
+    target = tmp_path / "page.html"
+    assert page.inspect(folder, target, 0).read_text() == written == page.inspect(folder, target).read_text()
+
+
+def test_a_run_without_a_film_is_shown_from_its_models(runs_of, tmp_path, capsys):
+    _, _, folder = runs_of
+    run(["--inspect", folder, "--html", tmp_path / "page.html"])
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    text = (tmp_path / "page.html").read_text().partition('type="application/json">')[2].partition("</script>")[0]
+    shown = json.loads(text)
+    assert shown["source"] == "model" and [one["name"] for one in shown["variants"]] == ["ce", "none", "placebo"]
+    assert "no film" in shown["notes"][0] and all(one["steps"] == [0] for one in shown["variants"])
+    run(["--inspect", folder / "model-ce-s0", "--html", tmp_path / "page.html"])  # a page of ours is replaced
+
+
+def test_a_run_of_the_dense_model_has_no_page(words, tmp_path, capsys):  # noqa: F811
+    run([*words, "--variants", "dense", "--film", "--epochs", "1"])
+    assert "no page: no variant of this run has a film" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "inspect.html").exists()
+
+
+def test_the_text_of_a_run_without_a_model_is_its_films(runs_of, tmp_path, capsys):
+    _, folder, _ = runs_of
+    for path in [*folder.glob("film-*"), folder / "results.json"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    run(["--inspect", tmp_path])
+    assert "placebo, after step 6, MoE layer" in capsys.readouterr().out
+
+
+def test_what_cannot_be_shown_is_named(runs_of, tmp_path):
+    _, folder, plainly = runs_of
+    (tmp_path / "mine.html").write_text("my notes")
+    for call, message in (
+        (lambda: page.inspect(folder, tmp_path / "mine.html"), "mine.html exists and is no page of a run"),
+        (lambda: page.inspect(folder, tmp_path / "a.html", 7), "--seed 7: .* has 0; name one"),
+        (lambda: page.inspect(plainly, tmp_path / "a.html"), "holds no film; train with --film"),
+        (lambda: page.describe(tmp_path), "holds no film"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert (tmp_path / "mine.html").read_text() == "my notes" and not (tmp_path / "a.html").exists()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for path in folder.glob("*.json*"):
+        (cut / path.name).write_bytes(path.read_bytes())
+    for path in folder.glob("film-*.safetensors"):
+        (cut / path.name).write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match="the film film-none-s0 cannot be read"):
+        page.collect(cut)
+    (cut / "film-none-s0.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        page.collect(cut)
