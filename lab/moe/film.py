@@ -11,7 +11,7 @@ twin of a moment keeps the experts alone: how many tokens have moved. The film i
 Shapes: M moments, T real tokens of the batch, N tokens that are shown, E experts, K per token, L linears.
 """
 
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,6 +28,7 @@ from torch import Tensor
 from lab.run.cli import UserError
 from lab.run.files import write_json, written
 from lab.run.reading import read_json
+from stgc import MoELayer
 from stgc_plus import STGC, STGCConfig
 
 COUNT, BINS = 24, 20  # moments; of the histogram of similarities
@@ -67,7 +68,7 @@ class Film:
     ):
         self.path, self.model, self.batch, self.shown, self.steps = path, model, batch, shown, moments(steps)
         self.answer, self.autocast, self.writes, self.delta = answer, autocast, writes, max(5, steps // 20)
-        layers = [module for module in model.modules() if hasattr(module, "watch") and hasattr(module, "experts")]
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         before = [layer.watch for layer in layers]
         kind = "reroute" if all(layer.top_k < layer.experts.num_experts for layer in layers) else "none"
         self.stgc = STGC(model, STGCConfig(kind, tau=config.tau, gradients=config.gradients))
@@ -79,15 +80,8 @@ class Film:
         run["linears"] = ["gate"] * first.experts.gated + ["in", "out"]
         names = ("load", "conflicts", "histogram", "conflict_ratio", "consistency", "margin", "moved")
         layers = [{"name": name} | {key: [] for key in names} for name in self.stgc.names]
-        self.content = {
-            "run": run,
-            "examples": shown.examples,
-            "tokens": shown.tokens,
-            "steps": [],
-            "loss": [],
-            "answers": [],
-        }
-        self.content |= {"layers": layers, "matrices": [], "seconds": 0.0}
+        self.content = {"run": run, "examples": shown.examples, "tokens": shown.tokens, "layers": layers, "seconds": 0.0}
+        self.content |= {key: [] for key in ("steps", "loss", "answers", "matrices")}
         self.arrays: dict[str, list[Tensor]] = {}  # by name, one per moment
         self.matrices: dict[str, Tensor] = {}
 
@@ -137,16 +131,16 @@ class Film:
         self.content["steps"].append(step)
         self.content["loss"].append(out.loss.item())
         self.content["answers"].append(self.answer(out))
+        stats = self.stgc.stats()
         for i, (routing, keep_T, step_of_layer) in enumerate(seen):
-            self.add_layer(i, routing, keep_T)
+            self.add_layer(i, routing, keep_T, stats[i])
             if step in (self.steps[0], self.steps[len(self.steps) // 2], self.steps[-1]):
                 self.add_matrices(i, number, step_of_layer)
 
     @torch.no_grad()
-    def add_layer(self, i: int, routing, keep_T: Tensor) -> None:
-        verdict, stats, own = self.stgc.verdicts[i], self.stgc.stats()[i], self.content["layers"][i]
+    def add_layer(self, i: int, routing, keep_T: Tensor, stats: dict) -> None:
+        verdict, own = self.stgc.verdicts[i], self.content["layers"][i]
         logits_TE, ids_TK = routing.logits_TE.detach(), routing.expert_ids_TK
-        (_, num_experts), top_k = logits_TE.shape, ids_TK.shape[1]
         state_TK = (verdict.judged_TK * JUDGED).where(~verdict.conflict_TK, CONFLICT)
         best_TK = verdict.target_TK if self.stgc.config.conflict_loss == "reroute" else torch.full_like(ids_TK, UNKNOWN)
         length_TK = torch.linalg.vector_norm(verdict.norm_TKL, dim=-1)
@@ -155,16 +149,16 @@ class Film:
         for key, rows in arrays.items():
             self.keep(f"{i}.{key}", rows[self.shown.index_N.to(rows.device)])
         self.keep(f"{i}.first", ids_TK[:, 0].byte())
-        self.keep("keep", keep_T) if i == 0 else None
-        pairs_E = ids_TK[keep_T].flatten().bincount(minlength=num_experts)
-        conflicts_E = ids_TK[keep_T][verdict.conflict_TK[keep_T]].bincount(minlength=num_experts)
+        pairs_E, conflicts_E = (
+            ids_TK[mask_TK].bincount(minlength=logits_TE.shape[1])
+            for mask_TK in (keep_T.unsqueeze(1).expand_as(ids_TK), verdict.conflict_TK)
+        )
         similarity = verdict.similarity_TK[verdict.judged_TK].float().clamp(-1, 1)
-        probs_TP = logits_TE[keep_T].softmax(-1).topk(min(top_k + 1, num_experts)).values
-        margin = None if top_k == num_experts else (probs_TP[:, -2] - probs_TP[:, -1]).mean().item()
+        margin = stats.get("router_margin", math.inf)
         own["load"].append((pairs_E / pairs_E.sum()).tolist())
         own["conflicts"].append((conflicts_E / pairs_E.clamp_min(1)).tolist())
         own["histogram"].append(similarity.cpu().histc(BINS, -1, 1).tolist())
-        own["margin"].append(margin)
+        own["margin"].append(margin if math.isfinite(margin) else None)
         own["conflict_ratio"].append(stats.get("conflict_ratio", 0.0))
         own["consistency"].append(stats.get("consistency", 0.0))
 
@@ -238,7 +232,7 @@ def read_film(path: Path, flag: str = "--output-dir") -> tuple[dict, dict[str, T
             if len(arrays[f"{i}.experts"]) != len(content["steps"]):
                 raise ValueError(f"layer {i} has {len(arrays[f'{i}.experts'])} moments of {len(content['steps'])}")
         return content, arrays
-    except (OSError, ValueError, KeyError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{flag} {path.parent}: the film {path.name} cannot be read ({error}); train again") from None
 
 

@@ -32,9 +32,9 @@ def layer_table(record: dict) -> str:
         ]
         lines.append(f"| {size} | {' | '.join(cells)} |")
     said = []
-    for name in names:
+    for name in names[2:]:  # behind the limit and the dense FFN
         ratios = [rows[name]["ratio"] for rows in record["layers"].values() if name in rows]
-        said += [f"{name} {min(ratios):.2f}x to {max(ratios):.2f}x"] if name not in names[:2] else []
+        said.append(f"{name} {min(ratios):.2f}x to {max(ratios):.2f}x")
     return "\n".join([*lines, "", f"Over these sizes: {'; '.join(said)}.", "", f"    {record['command']}"])
 
 

@@ -119,7 +119,7 @@ def page_data(title: str, source: str, notes: list[str], films: dict[str, tuple[
     for name, (content, _) in films.items():
         if content["tokens"] != first["tokens"] or len(content["layers"]) != len(first["layers"]):
             raise UserError(f"--inspect: {name} shows other examples than the others; inspect its model folder alone")
-    run, twins = first["run"], [content["run"]["delta"] for content, _ in films.values()]
+    run = first["run"]
     data = {"title": f"How tokens choose their experts: {title}", "source": source, "notes": notes, "agreement": None}
     data |= {key: run[key] for key in ("experts", "topK", "normalize", "tau", "linears")}
     data |= {
@@ -128,9 +128,9 @@ def page_data(title: str, source: str, notes: list[str], films: dict[str, tuple[
         "examples": first["examples"],
     }
     data["variants"] = []
-    for (name, (content, arrays)), delta in zip(films.items(), twins):
+    for name, (content, arrays) in films.items():
         one = {key: content["run"][key] for key in ("loss", "placebo", "beta")}
-        one |= {"name": name, "steps": content["steps"], "delta": delta if source == "film" else None}
+        one |= {"name": name, "steps": content["steps"], "delta": content["run"]["delta"] if source == "film" else None}
         one |= {"loss_curve": rounded(content["loss"]), "answers": content["answers"], "layers": []}
         for i, layer in enumerate(content["layers"]):
             count = len(content["steps"])
