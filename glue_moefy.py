@@ -116,6 +116,7 @@ from itertools import product
 
 import datasets
 import torch
+import torch.nn.functional as F
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
@@ -165,18 +166,22 @@ def make_config(args, variant: str) -> STGCConfig | None:
 
 @torch.no_grad()
 def evaluate(model, loaders: dict, accelerator, task: Task) -> tuple[dict, float | None]:
-    """The task's metrics on dev, and the prediction for all examples of the first split, if it is the same for all."""
+    """The task's metrics and the mean loss on dev, and the prediction for all examples of the first split, if it is the same
+    for all."""
     model.eval()
     scores, answer = {}, None
     for split, loader in loaders.items():
-        metric, answers = GlueMetric(task.metrics), set()
+        metric, answers, losses = GlueMetric(task.metrics, task.also), set(), []
         for batch in loader:
-            logits = model(**batch).logits
-            predictions = logits.squeeze(-1).float() if task.num_labels == 1 else logits.argmax(-1)
-            predictions, labels = accelerator.gather_for_metrics((predictions, batch["labels"]))
+            logits = model(**batch).logits.float()
+            predictions = logits.squeeze(-1) if task.num_labels == 1 else logits.argmax(-1)
+            loss = F.mse_loss if task.num_labels == 1 else F.cross_entropy
+            losses_B = loss(logits.squeeze(-1), batch["labels"], reduction="none")
+            predictions, labels, losses_B = accelerator.gather_for_metrics((predictions, batch["labels"], losses_B))
             metric.add_batch(predictions=predictions, references=labels)
             answers |= set(predictions.tolist())
-        found = metric.compute()
+            losses += losses_B.tolist()
+        found = metric.compute() | {"dev_loss": sum(losses) / len(losses)}
         scores |= {f"{name}_mm": found[name] for name in task.metrics} if scores else found
         if split == task.dev[0] and len(answers) == 1 < len(loader.dataset):
             (answer,) = answers
@@ -191,7 +196,8 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     set_seed(seed)  # for head, router and dropout; all variants get the same data in the same order
     model = job.source.load_model()
     if config is not None:
-        model = moefication.moefy(model, replace(job.spec, seed=seed))
+        router = "random" if variant == "random" else job.spec.router
+        model = moefication.moefy(model, replace(job.spec, seed=seed, router=router))
     train, dev, order = glue.make_loaders(job.encoded, job.source.tokenizer, args.batch_size)
     steps = args.epochs * len(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
@@ -389,7 +395,7 @@ def all_results(record: dict) -> dict:
     return result | {key: mean([run[name] for run in found]) for key, name in TRAIN_KEYS.items()}
 
 
-THEIR_NAMES = {"matthews": "matthews_correlation", "spearman": "spearmanr", "score": "combined_score"}
+THEIR_NAMES = {"dev_loss": "loss", "matthews": "matthews_correlation", "spearman": "spearmanr", "score": "combined_score"}
 TRAIN_KEYS = {"train_runtime": "seconds", "train_samples_per_second": "samples_per_second"}
 
 

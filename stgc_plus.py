@@ -20,19 +20,21 @@ from stgc import Compared, get_gradient_edge, scale_rows, widen
 class STGCConfig(stgc.STGCConfig):  # bad values raise ValueError
     passes: str = "two"  # two: an extra backward for the token gradients (paper) | one: the ordinary backward
     gradients: str = "bias"  # bias: of the (virtual) biases (paper) | weight: of the whole weights
-    select: str = "conflict"  # conflict | random: the placebo, as many pairs drawn at random get the loss
+    select: str = "conflict"  # which pairs get the loss | random: the placebo, as many drawn by dice | all: no extra backward
     every: int = 1  # judge the tokens at each k-th call of `loss` only; 0: never
     layers: tuple[int, ...] | None = None  # which MoE layers to judge, counted from 0; None: all
     router_only: bool | None = None  # both losses train the router, not the features; None: only with one pass
     seed: int = 0  # of the placebo's draw
     leave_one_out: bool = False  # judge a pair by the mean of the other pairs of its expert
     choices = {"conflict_loss": ("none", "ce", "mse", "reroute"), "passes": ("two", "one"), "gradients": ("bias", "weight")}
-    choices["select"] = ("conflict", "random")
+    choices["select"] = ("conflict", "random", "all")
 
     def __post_init__(self):
         super().__post_init__()
         if self.leave_one_out and self.gradients == "weight":
             raise ValueError("leave_one_out=True needs gradients='bias': a weight gradient has no sum without the pair")
+        if self.select == "all" and (self.leave_one_out or "weight" in self.gradients or "reroute" in self.conflict_loss):
+            raise ValueError("select='all' reads no gradients: leave out gradients='weight', leave_one_out and 'reroute'")
         if self.every < (self.conflict_loss != "none"):
             raise ValueError(f"every={self.every} must be at least 1 (or 0, with conflict_loss='none')")
         # DIFFERS: with one pass only the main loss may send a gradient to a layer. So both losses act on router(x.detach()).
@@ -267,7 +269,7 @@ class STGC(stgc.STGC):
         if step.judged and self.config.conflict_loss != "none" and trains and not any(trains):
             how = "unfreeze it (peft: modules_to_save), or set STGCConfig.layers or conflict_loss='none'"
             raise RuntimeError(f"the router of {self.names[i]} is frozen: {how}")
-        return step if step.judged else None
+        return step if step.judged and self.config.select != "all" else None
 
     def check(self, steps):
         blind, self.blind = self.blind - steps.keys(), set()
@@ -282,34 +284,40 @@ class STGC(stgc.STGC):
 
     def conflict_losses(self, main_loss, steps):
         judged = [step for step in steps if step.judged]
+        if self.config.select == "all":
+            return [self.flat_loss(step) for step in judged]
         if self.config.passes == "one":
             return [self.placeholders[step.index] for step in judged]
         return super().conflict_losses(main_loss * self.grad_scale, judged) if judged else []
 
+    def flat_loss(self, step):  # of all routed pairs, whether or not a gradient reaches them
+        all_TK, loss = step.pairs.by_token(step.pairs.onehot_SE.any(1)), self.losses[self.config.conflict_loss]
+        count = self.average(all_TK.sum().to(step.logits_TE.dtype))
+        loss = stgc.conflict_loss(step.logits_TE, step.pairs.expert_ids_TK, all_TK, loss, count)
+        self.numbers[step.index]["conflict_loss"] = self.average(loss.detach())
+        return loss
+
+    def balance_loss(self, step):
+        """router_margin: p_K - p_(K+1), without one if K = E, and infinite if some tokens have fewer than K experts."""
+        if (top_k := step.pairs.expert_ids_TK.shape[1]) < len(step.pairs.ends_E):
+            top_TK = step.logits_TE.detach().softmax(-1).topk(top_k + 1).values.masked_fill(~step.keep_T[:, None], 0.0)
+            sums = [(top_TK[:, -2] - top_TK[:, -1]).sum(), step.keep_T.sum(), step.pairs.onehot_SE.sum()]
+            margin, tokens, num_pairs = self.average(torch.stack(sums))
+            self.numbers[step.index]["router_margin"] = margin / tokens / (num_pairs >= tokens * top_k)
+        return super().balance_loss(step)
+
     def statistics(self, step, verdict):
         """judged_ratio, infinite_ratio: of all pairs. consistency_by_chance: of unrelated gradients, the mean of 1/N_e.
-        conflict_ratio_others: of bias gradients, among the pairs that have others. router_margin: p_K - p_(K+1), without one
-        if K = E, and infinite if some tokens have fewer than K experts."""
+        conflict_ratio_others: of bias gradients, among the pairs that have others."""
         numbers, (load_E, judged_E, _) = super().statistics(step, verdict), step.counts
         others = stgc.flag_conflicts([one for _, one in sorted(step.by_others.items())], step.pairs, self.config.tau)
         infinite_S = ~verdict.norm_TKL.isfinite().all(-1).flatten()[step.pairs.order_S] & step.pairs.onehot_SE.any(1)
         counts = [(verdict.judged_TK & ~others.judged_TK).sum(), others.conflict_TK.sum(), infinite_S.sum()]
         num_pairs, (num_alone, num_conflicts, num_infinite) = load_E.sum(), self.average(torch.stack(counts).to(load_E))
         chance_E = (judged_E > 0) / (judged_E * self.num_processes).clamp_min(1)
-        loss = self.losses.get(self.config.conflict_loss, torch.zeros_like)
-        if (top_k := verdict.picked_TK.shape[1]) < len(load_E):
-            logits_TE = step.logits_TE.masked_fill(~step.keep_T[:, None], 0.0)
-            *_, last_T, next_T = logits_TE.softmax(-1).topk(top_k + 1).values.unbind(1)
-            margin, tokens = self.average(torch.stack([(last_T - next_T).sum(), step.keep_T.sum()]))
-            numbers["router_margin"] = margin / tokens / (num_pairs >= tokens * top_k)
-        return numbers | {
-            "judged_ratio": judged_E.sum() / num_pairs.clamp_min(1e-9),
-            "infinite_ratio": num_infinite / num_pairs.clamp_min(1e-9),
-            "consistency_by_chance": chance_E.sum() / (judged_E > 0).sum().clamp_min(1),
-            "conflict_ratio_others": num_conflicts / (num_pairs - num_alone).clamp_min(1e-9),
-            "conflict_loss_if_uniform": loss(torch.zeros(len(judged_E), dtype=torch.float64))[0],
-            "balance_loss_if_even": torch.ones(()),
-        }
+        numbers["judged_ratio"], numbers["infinite_ratio"] = torch.stack([judged_E.sum(), num_infinite]) / num_pairs.clamp_min(1e-9)
+        numbers["consistency_by_chance"] = chance_E.sum() / (judged_E > 0).sum().clamp_min(1)
+        return numbers | {"conflict_ratio_others": num_conflicts / (num_pairs - num_alone).clamp_min(1e-9)}
 
 
 # ---- 8. Demo ----

@@ -24,7 +24,8 @@ from pathlib import Path
 from lab.run import options
 from lab.run.cli import Parser, UserError, number, path, report, run_main, say
 
-ROUTINGS = ("embedding", "feature", "task")
+SAMPLED = ("embedding", "feature", "task")
+ROUTINGS = (*SAMPLED, "random")
 STAGES = {  # flag: (default steps, learning rate, rate with a pretrained language model as in MoE-LLaVA, what is trained)
     "clip": (300, 4e-4, 4e-4, "the tiny CLIP"),
     "text": (80, 2e-3, 2e-3, "the small language model, on texts alone"),
@@ -39,7 +40,7 @@ METHOD_FLAGS = [*options.METHOD, "alpha", "beta", "tau", "every"]
 def make_parser() -> Parser:
     parser = Parser(prog="toy_lvlm.py", description=__doc__)
     # what
-    options.add_compare(parser, more=f", {', '.join(ROUTINGS)} (see --routing)")
+    options.add_compare(parser, more=f"; {', '.join(SAMPLED)}: see --routing")
     text = "hub name or folder of a pretrained {}; default: a small one is trained"
     parser.add_argument("--clip", type=path("model"), help=text.format("CLIP"))
     parser.add_argument("--lm", type=path("model"), help=text.format("Llama-like decoder"))
@@ -54,7 +55,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max-length", type=number(int, 16), default=256, help="tokens of a conversation, picture included")
     # Mixture-of-Experts
     options.add_moe(parser, num_experts=4, layers="every-second", router="linear")
-    text = "token: as usual; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample, without the balance loss"
+    text = "token: as usual; random: by dice; embedding (MoCLE), feature (LoRA-MoE), task (MoLA): by sample; without losses"
     parser.add_argument("--routing", choices=["token", *ROUTINGS], default="token", help=text)
     parser.add_argument("--clusters", type=number(int, 2), default=128, help="clusters of instructions, for embedding")
     text = "stage III trains the MoE layers, or all except CLIP"
@@ -119,7 +120,7 @@ def parse(argv: list[str]):
     if not args.compare:
         chosen = args.routing if args.routing != "token" else args.variants[0]
         args.variants = ["none", chosen] if not chosen.startswith("none") else [chosen]
-    routed = [name for name in args.variants if name in ROUTINGS]
+    routed = [name for name in args.variants if name in SAMPLED]
     if routed and args.router != parser.get_default("router"):
         parser.error(f"--router {args.router}: {routed[0]} is a router of its own; leave one of them out")
     if routed and args.top_k == 1 and args.normalize and set(routed) & {"embedding", "feature"}:
@@ -381,7 +382,7 @@ def build(job: Job, variant: str):
 
 def make_config(args, variant: str) -> STGCConfig | None:
     """The STGCConfig of a variant; None for `dense`. Sample-level routings have neither loss and are only measured."""
-    if variant in ROUTINGS:
+    if variant in SAMPLED:
         return STGCConfig("none", alpha=0.0, tau=args.tau, every=args.log_steps)
     chosen = options.variant_options(variant, args)
     return None if chosen is None else STGCConfig(**chosen)
@@ -393,10 +394,10 @@ def moe_stage(job: Job, variant: str) -> dict:
     model, layers = build(job, variant)
     set_seed(job.seed)
     trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
-    collate = Unpacked(job.packs(), job.packs(share=False)) if variant in ROUTINGS else job.packs()
+    collate = Unpacked(job.packs(), job.packs(share=False)) if variant in SAMPLED else job.packs()
     loader = job.loader(collate, "stage3", args.batch_size)  # each step has the same conversations for all variants
     config = make_config(args, variant)
-    film = partial(make_film, job, name, model, config) if args.film and config and variant not in ROUTINGS else None
+    film = partial(make_film, job, name, model, config) if args.film and config and variant not in SAMPLED else None
     entry = train(job, job.folder, name, model, trained, loader, "stage3", config, film=film)
     texts = answers(job, model)
     scores, limited = score(job, texts), []

@@ -1,4 +1,4 @@
-"""What the paper compares with: other routers, three of which route whole samples, and a capacity limit at evaluation.
+"""What STGC is compared with: other routers, three of which route whole samples, and a capacity limit at evaluation.
 
     samples = share_samples(model)                       # one object for all routers that make_router built
     samples.set(keep_BL, task_B=...)                     # before each forward, or generate
@@ -9,7 +9,7 @@
 Shapes as in stgc.py: T tokens, K experts per token, E experts, D hidden size. The tokens are those of B samples with L
 tokens each, in order: T = B * L, or T = B in a step of `generate`. P projected size, C clusters, N instructions.
 
-  1 Cosine router  2 Sample-level routers  3 Clusters and labels  4 Building  5 Capacity
+  1 Token routers  2 Sample-level routers  3 Clusters and labels  4 Building  5 Capacity
 """
 
 import math
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stgc import MoELayer, Router, Routing, widen
 
-# ---- 1. Cosine router ----
+# ---- 1. Token routers ----
 
 
 class CosineRouter(nn.Module):
@@ -48,6 +48,27 @@ class CosineRouter(nn.Module):
             x_TP = F.linear(widen(x_TD), widen(self.project.weight), widen(self.project.bias))
             cosines_TE = F.normalize(x_TP, dim=1) @ F.normalize(widen(self.experts_PE), dim=0)
             return cosines_TE * widen(self.log_scale).clamp(max=self.LIMIT).exp()
+
+
+class RandomRouter(nn.Module):
+    """Draws the K experts of each token by dice, with equal weights, in training and in evaluation, as THOR does
+    (arXiv:2110.04260). It has no parameter. The control for a learned router: x_TD -> logits_TE.
+
+    The logits of the chosen experts are 0, except for a term too small for the weights, which ranks them by dice, too. The
+    others' are low enough for a weight of 0. The draws come from torch's default generator of the device.
+    """
+
+    OTHER, RANK = -50.0, 2.0**-21
+
+    def __init__(self, d_model: int, num_experts: int, top_k: int, **factory):
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        ids_TK = torch.rand(len(x_TD), self.num_experts, device=x_TD.device).topk(self.top_k).indices
+        rank_K = self.RANK * torch.arange(self.top_k, 0, -1, device=x_TD.device)
+        logits_TE = torch.full((len(x_TD), self.num_experts), self.OTHER, device=x_TD.device)
+        return logits_TE.scatter(1, ids_TK, rank_K.expand_as(ids_TK))
 
 
 # ---- 2. Sample-level routers ----
@@ -214,16 +235,17 @@ def label_loss(model: nn.Module) -> Tensor:
 
 # ---- 4. Building ----
 
-TOKEN_ROUTERS = {"linear": Router, "cosine": CosineRouter}
+TOKEN_ROUTERS = {"linear": Router, "cosine": CosineRouter, "random": RandomRouter}
 ROUTERS = TOKEN_ROUTERS | {"embedding": EmbeddingRouter, "feature": FeatureRouter, "task": TaskRouter}
 
 
-def make_router(kind: str, d_model: int, num_experts: int, num_clusters: int = 128, **factory) -> nn.Module:
-    """A router of a kind in ROUTERS; only `embedding` reads num_clusters. Call `share_samples` once the model is built."""
+def make_router(kind: str, d_model: int, num_experts: int, num_clusters: int = 128, top_k: int = 2, **factory) -> nn.Module:
+    """A router of a kind in ROUTERS; only `embedding` reads num_clusters, only `random` top_k. Call `share_samples` once the
+    model is built."""
     if kind not in ROUTERS:
         raise ValueError(f"router={kind!r} is none of {', '.join(ROUTERS)}")
-    size = {"num_clusters": num_clusters} if kind == "embedding" else {}
-    return ROUTERS[kind](d_model, num_experts, **size, **factory)
+    more = {"embedding": {"num_clusters": num_clusters}, "random": {"top_k": top_k}}.get(kind, {})
+    return ROUTERS[kind](d_model, num_experts, **more, **factory)
 
 
 def routers_of(model: nn.Module, kind: type[SampleRouter]) -> list[SampleRouter]:

@@ -112,8 +112,9 @@ class Film:
         for i, layer in enumerate(self.stgc.layers):
             layer.watch = partial(watch, i)
         self.model.eval()
+        device = next(self.model.parameters()).device
         try:
-            with torch.set_grad_enabled(judge), self.autocast():
+            with torch.random.fork_rng([device] * (device.type == "cuda")), torch.set_grad_enabled(judge), self.autocast():
                 out = self.model(**self.batch)
             if judge:
                 self.stgc.loss(out.loss)

@@ -292,7 +292,7 @@ def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
     The router is drawn from torch's default generator on the CPU, so a seed gives the same router on every device. For
     `split` a linear router starts at MoEfication's parameter centres: the mean of the normalised rows of each part.
     """
-    shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters)
+    shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters, spec.top_k)
     device = "meta" if ffn.first.weight.is_meta else "cpu"
     router = baselines.make_router(spec.router, *shape, device=device, dtype=torch.float32).to(ffn.first.weight)
     if spec.experts == "copy":

@@ -1,6 +1,7 @@
 """Flags that the scripts share, and the names of the variants. Standard library only, so that --help answers at once.
 
-A variant is `dense` (no MoE) or a treatment of conflicts. The ending `-one` means one pass, `-weight` weight gradients.
+A variant is `dense` (no MoE), `random` (no learned router) or a treatment of conflicts. The ending `-one` means one pass,
+`-weight` weight gradients.
 """
 
 import re
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from lab.run.cli import Parser, hub_is_reachable, model_is_cached, number, offline_message, path, say
 
-VARIANT = re.compile(r"(dense|(?:(none|ce|mse|reroute|placebo(?:-mse|-reroute)?)(-one)?(-weight)?))")
+KINDS = "none|ce|mse|reroute|placebo(?:-mse|-reroute)?|flat(?:-mse)?"
+VARIANT = re.compile(rf"(dense|random|(?!flat.*-weight)(?:({KINDS})(-one)?(-weight)?))")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 COMPARED = ["none", "ce", "placebo"]
 METHOD = ("conflict_loss", "select", "passes", "gradients")  # the flags that a variant's name replaces
@@ -26,7 +28,8 @@ def words(text: str) -> list[str]:
 
 def add_compare(parser: Parser, more: str = "") -> None:
     parser.add_argument("--compare", action="store_true", help="train several --variants with the same seeds, and compare")
-    text = f"dense, none, ce, mse, reroute, placebo (ce on random pairs){more}; -one: one pass, -weight: weight gradients"
+    text = "dense, none, ce, mse, reroute; placebo, placebo-mse, placebo-reroute: on random pairs; flat, flat-mse: on all pairs;"
+    text += f" random: experts drawn by dice{more}; endings -one: one pass, -weight: weight gradients"
     text += f"; default of --compare: {','.join(COMPARED)}"
     parser.add_argument("--variants", type=words, nargs="+", help=text)
 
@@ -53,8 +56,8 @@ def add_method(parser: Parser, beta: float, why_beta: str) -> None:
     """Their meaning: see stgc_plus.STGCConfig."""
     losses = ["none", "ce", "mse", "reroute"]
     parser.add_argument("--conflict-loss", choices=losses, default="ce", help="none: the MoE baseline")
-    text = "random: the placebo, as many pairs at random"
-    parser.add_argument("--select", choices=["conflict", "random"], default="conflict", help=text)
+    text = "pairs that get the loss; random: the placebo, as many drawn by dice; all: without an extra backward"
+    parser.add_argument("--select", choices=["conflict", "random", "all"], default="conflict", help=text)
     parser.add_argument("--passes", choices=["two", "one"], default="two", help="two: the paper's; one: no extra backward")
     parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="token gradients to compare")
     parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this cosine")
@@ -112,6 +115,9 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
     of variants that only this script has."""
     if args.top_k > args.num_experts:
         parser.error(f"--top-k {args.top_k} is above --num-experts {args.num_experts}: lower one or raise the other")
+    if args.select == "all" and (args.gradients == "weight" or args.conflict_loss == "reroute"):
+        flag = "--gradients weight" if args.gradients == "weight" else "--conflict-loss reroute"
+        parser.error(f"--select all reads no gradients: leave out {flag}, or --select")
     args.compare, given = bool(args.compare or args.variants), args.variants
     args.variants = sum(given or [COMPARED], []) if args.compare else [variant_name(args)]
     if not args.variants:
@@ -138,22 +144,24 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
 
 def variant_name(args) -> str:
     """The name of the variant that the method's flags describe, for `--variants`, files and tables."""
-    name = args.conflict_loss
-    if args.select == "random" and name != "none":
-        name = "placebo" if name == "ce" else f"placebo-{name}"
+    name, control = args.conflict_loss, {"random": "placebo", "all": "flat"}.get(args.select)
+    if control and name != "none":
+        name = control if name == "ce" else f"{control}-{name}"
     return name + ("-one" if args.passes == "one" else "") + ("-weight" if args.gradients == "weight" else "")
 
 
 def variant_options(name: str, args) -> dict | None:
     """The STGCConfig options of a variant; None for `dense`. The baseline measures its conflicts at logged steps only, since
-    it should not pay for an extra backward."""
+    it should not pay for an extra backward. Routing by dice has no loss of the router."""
     _, kind, one, weight = VARIANT.fullmatch(name).groups()
+    if name == "random":
+        return {"conflict_loss": "none", "every": args.log_steps, "alpha": 0.0, "tau": args.tau}
     if kind is None:
         return None
-    loss = "ce" if kind == "placebo" else kind.removeprefix("placebo-")
+    control, _, loss = kind.rpartition("-") if kind not in ("placebo", "flat") else (kind, "", "ce")
     return {
         "conflict_loss": loss,
-        "select": "random" if kind.startswith("placebo") else "conflict",
+        "select": {"placebo": "random", "flat": "all"}.get(control, "conflict"),
         "passes": "one" if one else "two",
         "gradients": "weight" if weight else "bias",
         "every": args.log_steps if loss == "none" else args.every,

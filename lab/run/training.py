@@ -181,6 +181,8 @@ class Training:
         return {
             "conflict_ratio": self.log.tenths("conflict_ratio"),
             "consistency": self.log.tenths("consistency"),
+            "router_margin": self.log.tenths("router_margin"),
+            "loss": self.log.tenths("loss"),
             "seconds": round(self.at.seconds, 2),
             "samples_per_second": round(self.at.samples / self.at.seconds, 2),
         }

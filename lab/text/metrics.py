@@ -23,13 +23,13 @@ SCORES = {
 
 class GlueMetric(evaluate.Metric):
     """The named scores of a task, and `score`, their mean, as tables in the literature print it. In [0, 1]; Matthews and the
-    correlations in [-1, 1]. Classes are given as ids, the values of a regression as floats."""
+    correlations in [-1, 1]. Classes are given as ids, the values of a regression as floats. `also`: not in the mean."""
 
-    def __init__(self, names: tuple[str, ...]):
-        unknown = set(names) - SCORES.keys()
+    def __init__(self, names: tuple[str, ...], also: tuple[str, ...] = ()):
+        unknown = {*names, *also} - SCORES.keys()
         if unknown:
             raise ValueError(f"unknown metrics {sorted(unknown)}; known: {sorted(SCORES)}")
-        self.score_names = names
+        self.score_names, self.also = names, also
         super().__init__(keep_in_memory=True)
 
     def _info(self):
@@ -39,4 +39,5 @@ class GlueMetric(evaluate.Metric):
 
     def _compute(self, predictions, references):
         scores = {name: float(SCORES[name](references, predictions)) for name in self.score_names}
-        return scores | {"score": sum(scores.values()) / len(scores)}
+        more = {name: float(SCORES[name](references, predictions)) for name in self.also}
+        return scores | more | {"score": sum(scores.values()) / len(scores)}

@@ -16,6 +16,7 @@ class Task:
     num_labels: int = 2  # 1 means a regression
     dev: tuple[str, ...] = ("validation",)  # the first gives the score; the metrics of a second one end in _mm
     epochs: int = 10  # at most
+    also: tuple[str, ...] = ()  # a metric that is not in the score: Matthews moves by points between seeds
     labels: tuple[str, ...] = ()  # GLUE's names of the classes, in the order of their numbers
 
 
@@ -23,7 +24,7 @@ ENTAILMENT, DUPLICATE = ("entailment", "not_entailment"), ("not_duplicate", "dup
 NLI, HALVES = ("entailment", "neutral", "contradiction"), ("validation_matched", "validation_mismatched")
 # Epochs as in DynMoE's runs; other tasks get the epochs of a task of similar size.
 TASKS = {
-    "cola": Task(("sentence",), ("matthews",), 8551, 1043, labels=("unacceptable", "acceptable")),
+    "cola": Task(("sentence",), ("matthews",), 8551, 1043, also=("accuracy",), labels=("unacceptable", "acceptable")),
     "mrpc": Task(("sentence1", "sentence2"), ("accuracy", "f1"), 3668, 408, labels=("not_equivalent", "equivalent")),
     "qnli": Task(("question", "sentence"), ("accuracy",), 104743, 5463, epochs=3, labels=ENTAILMENT),
     "mnli": Task(("premise", "hypothesis"), ("accuracy",), 392702, 9815, 3, HALVES, epochs=3, labels=NLI),
