@@ -20,7 +20,9 @@ from stgc import Compared, get_gradient_edge, scale_rows, widen
 class STGCConfig(stgc.STGCConfig):  # bad values raise ValueError
     passes: str = "two"  # two: an extra backward for the token gradients (paper) | one: the ordinary backward
     gradients: str = "bias"  # bias: of the (virtual) biases (paper) | weight: of the whole weights
-    select: str = "conflict"  # which pairs get the loss | random: the placebo, as many drawn by dice | all: no extra backward
+    select: str = (
+        "conflict"  # which pairs get the loss | random: the placebo, as many drawn by dice | all: no extra backward
+    )
     every: int = 1  # judge the tokens at each k-th call of `loss` only; 0: never
     layers: tuple[int, ...] | None = None  # which MoE layers to judge, counted from 0; None: all
     router_only: bool | None = None  # both losses train the router, not the features; None: only with one pass
@@ -315,7 +317,9 @@ class STGC(stgc.STGC):
         counts = [(verdict.judged_TK & ~others.judged_TK).sum(), others.conflict_TK.sum(), infinite_S.sum()]
         num_pairs, (num_alone, num_conflicts, num_infinite) = load_E.sum(), self.average(torch.stack(counts).to(load_E))
         chance_E = (judged_E > 0) / (judged_E * self.num_processes).clamp_min(1)
-        numbers["judged_ratio"], numbers["infinite_ratio"] = torch.stack([judged_E.sum(), num_infinite]) / num_pairs.clamp_min(1e-9)
+        numbers["judged_ratio"], numbers["infinite_ratio"] = torch.stack(
+            [judged_E.sum(), num_infinite]
+        ) / num_pairs.clamp_min(1e-9)
         numbers["consistency_by_chance"] = chance_E.sum() / (judged_E > 0).sum().clamp_min(1)
         return numbers | {"conflict_ratio_others": num_conflicts / (num_pairs - num_alone).clamp_min(1e-9)}
 

@@ -34,6 +34,8 @@ STAGES = {  # flag: (default steps, learning rate, rate with a pretrained langua
     "stage3": (100, 5e-4, 2e-5, "the MoE layers"),
 }
 FREE = options.FREE | {"max_bad"}
+DENSE = ["clip", "lm", "scenes", "test_scenes", "data", "image_dir", "eval_data", "max_length", "batch_size", "precision"]
+DENSE += [f"{stage}_{what}" for stage in list(STAGES)[:-1] for what in ("steps", "lr")]  # what the dense stages depend on
 METHOD_FLAGS = [*options.METHOD, "alpha", "beta", "tau", "every"]
 
 
@@ -60,6 +62,10 @@ def make_parser() -> Parser:
     parser.add_argument("--clusters", type=number(int, 2), default=128, help="clusters of instructions, for embedding")
     text = "stage III trains the MoE layers, or all except CLIP"
     parser.add_argument("--train", choices=["moe", "all"], default="moe", help=text)
+    text = "the model that gets the experts; stage1 has learnt captions alone, and needs --train all"
+    parser.add_argument("--moe-from", choices=["stage1", "stage2"], default="stage2", help=text)
+    text = "take the dense stages of a finished run, of the same data, seeds and flags, instead of training them"
+    parser.add_argument("--stages-from", type=folder, metavar="RUN", help=text)
     options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
     # training
     for name, (steps, lr, lr_pretrained, what) in STAGES.items():
@@ -114,6 +120,8 @@ def parse(argv: list[str]):
         fix = f"leave it out, and add {args.routing} to --variants"
         parser.error(f"--routing {args.routing} is a variant's name here: {fix}")
     options.check(parser, args, more=ROUTINGS)
+    if args.moe_from == "stage1" and args.train == "moe":
+        parser.error("--moe-from stage1 needs --train all: its language model has not learnt the instructions")
     for name, (_, lr, lr_pretrained, _) in STAGES.items():
         if getattr(args, f"{name}_lr") is None:
             setattr(args, f"{name}_lr", lr_pretrained if args.lm else lr)
@@ -278,8 +286,9 @@ def stage(job: Job, name: str, load, make):
 
     `make(folder, name)`, with the folder and name of the curve, returns the model, a summary, and a function that saves it.
     """
-    folder, accelerator = job.folder / runs.STAGES / f"{name}-s{job.seed}", job.accelerator
-    if not folder.is_dir():  # it is complete or absent
+    other, accelerator = job.args.stages_from, job.accelerator
+    folder = Path(other or job.folder) / runs.STAGES / f"{name}-s{job.seed}"
+    if not folder.is_dir() and not other:  # it is complete or absent
         if accelerator.is_main_process:
             folder.parent.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
@@ -289,9 +298,11 @@ def stage(job: Job, name: str, load, make):
             with runs.replaced_folder(folder) as target:
                 save(model, target)
                 runs.write_json(target / STAGE_FILE, {"stage": name, "seed": job.seed} | entry)
-    runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
+    if not other:
+        runs.remove_checkpoints(folder.parent / runs.CHECKPOINTS / folder.name, accelerator)
     accelerator.wait_for_everyone()
-    saved = Checkpoint("--output-dir", folder, again="remove it to train it again")
+    flag, again = ("--stages-from", "name another run") if other else ("--output-dir", "remove it to train it again")
+    saved = Checkpoint(flag, folder, again=again)
     if not job.record.find(to="stages", stage=name, seed=job.seed):  # also after a kill right after saving
         job.record.add(saved.read(STAGE_FILE, **runs.STAGE), to="stages")
     return load(saved)
@@ -332,9 +343,25 @@ def text_stage(job: Job) -> LlamaForCausalLM:
     return stage(job, "text", lambda saved: saved.model("the model", LlamaForCausalLM, dtype=torch.float32), make)
 
 
+def check_stages(args, made_from: dict) -> None:
+    """UserError unless --stages-from holds the dense stages that this command would train. `made_from`: digests, by names."""
+    run, what = Path(args.stages_from), f"--stages-from {args.stages_from}"
+    record = runs.read_record(run, "--stages-from")
+    if record is None or "stages" not in record:
+        raise UserError(f"{what}: no run of toy_lvlm.py is there; give the --output-dir of one")
+    if flags := runs.other_flags(record, vars(args), vars(make_parser().parse_args([])), DENSE):
+        raise UserError(f"{what} was made with {flags}; give the same, or leave --stages-from out")
+    known = record.get("made_from") or {}
+    if changed := [name for name, digest in made_from.items() if known.get(name) != digest]:
+        raise UserError(f"{what}: {', '.join(changed)} changed since; leave --stages-from out")
+    names = [f"{args.moe_from}-s{seed}" for seed in args.seeds]
+    if missing := [name for name in names if not (run / runs.STAGES / name).is_dir()]:
+        raise UserError(f"{what} has no {missing[0]}: train that seed there first, or leave it out of --seeds")
+
+
 def dense_model(job: Job):
-    """The LLaVA after stages I and II, as in MoE-LLaVA: the projector on captions, then language model and projector on
-    all."""
+    """The LLaVA that gets the experts, trained as in MoE-LLaVA. Stage I: the projector, on captions. Stage II: the language
+    model and the projector, on all."""
     size, save = job.args.batch_size, partial(lvlm.save, data=job.data)
     load = lambda saved: lvlm.load(saved)[0]  # noqa: E731
 
@@ -361,7 +388,7 @@ def dense_model(job: Job):
         job.print_line(f"stage II answers {right:.1f} % of {len(test)} right; blind {best:.1f} %")
         return model, entry, save
 
-    return stage(job, "stage2", load, stage_2)
+    return stage(job, job.args.moe_from, load, {"stage1": stage_1, "stage2": stage_2}[job.args.moe_from])
 
 
 def build(job: Job, variant: str):
@@ -392,6 +419,7 @@ def moe_stage(job: Job, variant: str) -> dict:
     """Stage III of one variant. Returns its entry of results.json."""
     args, name = job.args, f"{variant}-s{job.seed}"
     model, layers = build(job, variant)
+    start = score(job, answers(job, model)) if args.moe_from == "stage1" else None  # of stage II it is in the record
     set_seed(job.seed)
     trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
     collate = Unpacked(job.packs(), job.packs(share=False)) if variant in SAMPLED else job.packs()
@@ -420,6 +448,7 @@ def moe_stage(job: Job, variant: str) -> dict:
         "lr": args.stage3_lr,
         "last": kinds,
         "where": {key: value for key, value in scores.items() if key not in kinds},
+        "start": start and start["score"],
         "limited": limited,
         "routes": None if variant == "dense" else routes.summary(trace_routes(job, model)),
         **entry,
@@ -604,19 +633,28 @@ def main(args) -> None:
     lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
     problems = llava.Problems(args.max_bad)
     data = lvlm.load_data(args, clip, tokenizer, problems)
+    made_from = digests(args, data)
+    if args.stages_from:
+        check_stages(args, made_from)
     with runs.claim_folder(folder, args.overwrite, accelerator, check, names):
-        train_all(args, folder, accelerator, data, spec, clip, lm, problems)
+        train_all(args, folder, accelerator, data, spec, clip, lm, problems, made_from)
 
 
-def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, problems: llava.Problems) -> None:
+def digests(args, data: lvlm.Data) -> dict[str, str]:
+    """Of the data and the models that a run is made from, by their names for the user."""
+    sets = {"train": data.train, "test": data.test}
+    found = {f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions) for name, own in sets.items()}
+    for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
+        found |= runs.digests_of_model(flag, name) if name else {}
+    return found
+
+
+def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, problems, made_from: dict) -> None:
     """All seeds and variants, in the folder that is ours by now."""
     main_process = accelerator.is_main_process
     sets = {"train": data.train, "test": data.test}
     sizes = {name: len(own.instructions) for name, own in sets.items()}
     pictures = {f"{name}_pictures": len(own.images_N3SS) for name, own in sets.items()}
-    made_from = {f"the data to {name}": runs.digest_of(own.images_N3SS, own.instructions) for name, own in sets.items()}
-    for flag, name in (("--clip", args.clip), ("--lm", args.lm)):
-        made_from |= runs.digests_of_model(flag, name) if name else {}
     record = runs.RunFolder(folder, f"lvlm-{data.name}", vars(args), sizes | pictures, accelerator, made_from)
     if main_process and problems.total:
         runs.write_json(folder / runs.ENTRIES, {"left out": problems.left_out, "changed": problems.changed})

@@ -115,12 +115,14 @@ def lvlm_table(records: list[dict]) -> str:
     names = {"score": "all", **{kind: kind for kind in KINDS}, "vqa, clean": "clean vqa"}
     lines = [f"| run | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
     for record in merge(records):
-        stages = [stage for stage in record["stages"] if stage["stage"] == "stage2"]
+        stages = [stage for stage in record["stages"] if stage.get("blind")]
         rows = {"stage II": [stage["scores"] for stage in stages]}
-        rows |= {f"blind: {how}": [stage["blind"][how] for stage in stages] for how in stages[0]["blind"]}
+        rows |= {
+            f"blind: {how}": [stage["blind"][how] for stage in stages] for how in (stages or [{"blind": {}}])[0]["blind"]
+        }
         for run in record["runs"]:
             rows.setdefault(f"stage III, {run['variant']}", []).append(run["last"] | run["where"])
-        for label, scores in rows.items():
+        for label, scores in ((label, scores) for label, scores in rows.items() if scores):
             cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
             lines.append(f"| {record['name']} | {label} | {len(scores)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", folded([command for record in merge(records) for command in record["command"]])])

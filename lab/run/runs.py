@@ -137,8 +137,7 @@ def check_folder(
     """Checks that a run of this configuration may write `names` here; writes nothing. UserError otherwise.
 
     A folder that holds a run is refused unless `overwrite`, or `resume` with a configuration that differs only in the
-    `free` options (which seeds, which variants). So two configurations never share a folder. If the record lacks an option,
-    because the option is newer, the record counts as made with its value in `defaults`.
+    `free` options (which seeds, which variants). So two configurations never share a folder. `defaults`: see `other_flags`.
     """
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -155,11 +154,16 @@ def check_folder(
     if not resume:
         ways = "name another folder, or pass --overwrite to replace it (--resume: to continue it)"
         raise UserError(f"--output-dir {folder} holds another run: {ways}")
-    before = defaults | record["config"]
-    other = [name for name in before if name not in free and before[name] != json.loads(json.dumps(config.get(name)))]
-    if other:
-        flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in other)
+    if flags := other_flags(record, config, defaults, [name for name in defaults | record["config"] if name not in free]):
         raise UserError(f"--resume: {folder} was started with {flags}; give the same, or name another --output-dir")
+
+
+def other_flags(record: dict, config: dict, defaults: dict, names: Iterable[str]) -> str:
+    """The options among `names` that a record has otherwise than `config`, as flags; empty if there is none. An option that
+    the record does not know, because it is newer, counts as made with its value in `defaults`."""
+    before = defaults | record["config"]
+    other = [name for name in names if before.get(name) != json.loads(json.dumps(config.get(name)))]
+    return ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in other)
 
 
 def names_of(runs: Iterable[str], *more: str, stages: Iterable[str] = ()) -> list[str]:
