@@ -289,11 +289,11 @@ CONFLICT_LOSSES = {  # logits_TE -> each token's loss on each expert
 }
 
 
-def conflict_loss(logits_TE: Tensor, expert_ids_TK: Tensor, conflict_TK: Tensor, loss="ce", count=None) -> Tensor:
-    """Mean loss of the conflicting pairs; 0 without any. loss: as above. count: of pairs, or its mean over processes."""
+def conflict_loss(logits_TE: Tensor, expert_ids_TK: Tensor, conflict_TK: Tensor, loss="ce", average=None) -> Tensor:
+    """Mean loss of the conflicting pairs; 0 without any. loss: as above. average: of their number over processes."""
     logits_TE = logits_TE.masked_fill(~conflict_TK.any(1, keepdim=True), 0.0)
     loss_TE = (loss if callable(loss) else CONFLICT_LOSSES[loss])(logits_TE)
-    count = (conflict_TK.sum() if count is None else count).to(loss_TE.dtype).clamp_min(torch.finfo(loss_TE.dtype).tiny)
+    count = (average or torch.clone)(conflict_TK.sum().to(loss_TE.dtype)).clamp_min(torch.finfo(loss_TE.dtype).tiny)
     return (loss_TE.gather(1, expert_ids_TK.clamp_min(0)) * conflict_TK).sum() / count
 
 
@@ -382,8 +382,8 @@ class STGC:
                 self.numbers[step.index] |= self.statistics(step, verdict)
         if self.config.conflict_loss == "none" or not step.compared:
             return logits_TE[:0].sum()
-        loss_TE, count = self.losses[self.config.conflict_loss], self.average(verdict.picked_TK.sum().to(logits_TE.dtype))
-        loss = conflict_loss(logits_TE, verdict.target_TK, verdict.picked_TK, loss_TE, count)
+        how = self.losses[self.config.conflict_loss], self.average
+        loss = conflict_loss(logits_TE, verdict.target_TK, verdict.picked_TK, *how)
         self.numbers[step.index]["conflict_loss"] = self.average(loss.detach())
         return loss
 

@@ -344,7 +344,7 @@ def text_stage(job: Job) -> LlamaForCausalLM:
 
 
 def check_stages(args, made_from: dict) -> None:
-    """UserError unless --stages-from holds the dense stages that this command would train. `made_from`: digests, by names."""
+    """UserError unless --stages-from holds the dense stages that this command would train. `made_from`: see `digests`."""
     run, what = Path(args.stages_from), f"--stages-from {args.stages_from}"
     record = runs.read_record(run, "--stages-from")
     if record is None or "stages" not in record:

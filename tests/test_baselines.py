@@ -94,6 +94,29 @@ LEFT_PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1,
 QUESTION = torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
 
 
+# ---- Routing by dice ----
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_random_routing(dtype, normalize):
+    """Each expert is a first and a second choice as often as any other, whatever the token is; weights are equal."""
+    torch.manual_seed(0)
+    router, num_tokens = make_router("random", 16, 4, top_k=2), 20_000
+    routing = stgc.route(router, torch.ones(num_tokens, 16, dtype=dtype), top_k=2, normalize=normalize)
+    assert not [*router.parameters()] and routing.logits_TE.dtype == torch.promote_types(dtype, torch.float32)
+    close(routing.weights_TK, torch.full((num_tokens, 2), 0.5), rtol=1e-6)
+    for ids_T in routing.expert_ids_TK.T:
+        assert (ids_T.bincount(minlength=4) / num_tokens - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / num_tokens)
+    assert (routing.expert_ids_TK[:, 0] != routing.expert_ids_TK[:, 1]).all()
+    again = stgc.route(router.eval(), torch.ones(num_tokens, 16, dtype=dtype), top_k=2)
+    moved = (again.expert_ids_TK[:, 0] != routing.expert_ids_TK[:, 0]).float().mean()
+    assert abs(moved - 0.75) < 0.02  # in evaluation, too
+
+
+# ---- Sample-level routers ----
+
+
 def make_sampled_net(kind, **factory):
     """Two layers with routers of a kind, samples set for the 3 x 6 batch above."""
     net = make_net()
@@ -158,7 +181,7 @@ def test_a_batch_routes_as_its_samples_do_and_padding_does_not_matter(kind):
         assert (logits_BLE == logits_BLE[:, :1]).all() and not torch.allclose(logits_BLE[0], logits_BLE[1])
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != "random"])
 def test_routers_are_wide_and_come_back_from_their_state(kind, tmp_path):
     def logits(router, dtype=torch.float32):
         if kind in SAMPLE_KINDS:
@@ -325,8 +348,8 @@ def test_samples_that_do_not_fit():
         router(torch.randn(3, 8))
     with pytest.raises(ValueError, match="no TaskRouter"):
         label_loss(router)
-    with pytest.raises(ValueError, match="is none of linear, cosine, embedding"):
-        make_router("random", 8, 4)
+    with pytest.raises(ValueError, match="is none of linear, cosine, random"):
+        make_router("dice", 8, 4)
 
 
 def test_clusters():

@@ -275,12 +275,21 @@ def test_variants_differ_in_the_method_alone(words, tmp_path, pictures, capsys, 
 
 
 def test_variant_names_are_the_flags():
-    for flags in ("", "--conflict-loss mse --passes one", "--select random --gradients weight", "--conflict-loss none"):
+    more = "--select all --passes one", "--select all --conflict-loss mse"
+    for flags in (
+        "",
+        "--conflict-loss mse --passes one",
+        "--select random --gradients weight",
+        "--conflict-loss none",
+        *more,
+    ):
         args = glue_moefy.make_parser().parse_args(["--task", "rte", *flags.split()])
         found = options.variant_options(options.variant_name(args), args)
         every = args.log_steps if args.conflict_loss == "none" else args.every
         assert found == {name: getattr(args, name) for name in found} | {"every": every}
-    assert options.variant_options("dense", args) is None and not options.VARIANT.fullmatch("dense-one")
+    assert options.variant_options("dense", args) is None and options.variant_options("random", args)["alpha"] == 0
+    for wrong in ("dense-one", "random-one", "flat-weight", "flat-mse-one-weight", "flat-reroute"):
+        assert not options.VARIANT.fullmatch(wrong)
 
 
 def test_several_learning_rates(words, tmp_path, pictures, capsys, monkeypatch):

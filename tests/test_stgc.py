@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import stgc as stgc_module
 import stgc_plus
 from stgc import MoELayer, Router, balance_loss, route
-from stgc_plus import CONFLICT_LOSSES, STGC, Experts, LayerStep, STGCConfig, best_other_expert, draw_placebo
+from stgc_plus import CONFLICT_LOSSES, STGC, Experts, LayerStep, STGCConfig, draw_placebo
 
 PASSES, GRADIENTS, KINDS = ("two", "one"), ("bias", "weight"), ("ce", "mse", "reroute")
 both_passes = pytest.mark.parametrize("passes", PASSES)
@@ -566,10 +566,35 @@ def test_draw_placebo_is_uniform():
     assert (share_TK[judged_TK] - p).abs().max() < 5 * math.sqrt(p * (1 - p) / 2000)  # five standard deviations
 
 
-def test_best_other_expert():
-    """The highest cosine among the experts that the token is not on, even when its own are higher or all others negative."""
-    cos_TKE = torch.tensor([[[0.9, 0.1, 0.3, 0.2], [0.9, -0.1, -0.3, 0.8]], [[-0.1, -0.9, 0.5, -0.2], [0.1, 0.2, 0.0, 0.3]]])
-    assert best_other_expert(cos_TKE, torch.tensor([[0, 3], [2, 3]])).tolist() == [[2, 1], [0, 1]]
+@pytest.mark.parametrize("kind", ["ce", "mse"])
+@pytest.mark.parametrize("options", [{}, {"passes": "one"}, {"router_only": True}, {"layers": (1,)}], ids=str)
+def test_flat_is_a_tau_that_flags_every_pair(options, kind, monkeypatch):
+    """The conflict loss on all routed pairs: where each of them is judged, it equals tau above 1, without its backward."""
+    net, batch = make_net(), make_batch(padding=3, unlabelled=0)
+    config = {"conflict_loss": kind, "alpha": 0.1, "beta": 0.7} | options
+    tau = run(net, batch, tau=1.001, **config)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("an extra backward"))
+    flat = run(net, batch, select="all", **config)
+    assert flat.verdicts == [None, None]
+    same_grads(flat.grads, tau.grads, rtol=1e-12)
+    for row, truth in zip(flat.stats, tau.stats, strict=True):
+        assert truth.get("judged_ratio", 1) == 1 and not {"conflict_ratio", "consistency", "judged_ratio"} & row.keys()
+        for key in ("load", "balance_loss", "router_margin", *(["conflict_loss"] * ("conflict_loss" in truth))):
+            close(row[key], truth[key], rtol=1e-12)
+
+
+def test_flat_reads_no_gradient():
+    """Pairs that no gradient reaches get the loss, too, and so do all pairs of a layer that the main loss does not reach."""
+    net, batch = make_net(num_layers=1), make_batch()
+    stgc = STGC(net, STGCConfig(select="all", alpha=0.0))
+    net.layers[0](batch.x_TD, batch.keep_T)
+    loss = stgc.loss(torch.zeros(()))
+    logits_TE, ids_TK = net.layers[0].routing(batch.x_TD)[::2]
+    expected = stgc_module.conflict_loss(logits_TE, ids_TK, batch.keep_T.unsqueeze(1).expand_as(ids_TK))
+    close(loss.detach(), expected.detach())
+    for wrong in ({"gradients": "weight"}, {"conflict_loss": "reroute"}, {"leave_one_out": True}):
+        with pytest.raises(ValueError, match="select='all' reads no gradient"):
+            STGCConfig(select="all", **wrong)
 
 
 def test_resume():

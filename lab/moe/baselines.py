@@ -65,9 +65,9 @@ class RandomRouter(nn.Module):
         self.num_experts, self.top_k = num_experts, top_k
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        ids_TK = torch.rand(len(x_TD), self.num_experts, device=x_TD.device).topk(self.top_k).indices
-        rank_K = self.RANK * torch.arange(self.top_k, 0, -1, device=x_TD.device)
-        logits_TE = torch.full((len(x_TD), self.num_experts), self.OTHER, device=x_TD.device)
+        logits_TE = widen(x_TD).new_full((len(x_TD), self.num_experts), self.OTHER)
+        ids_TK = torch.rand_like(logits_TE).topk(self.top_k).indices
+        rank_K = self.RANK * torch.arange(self.top_k, 0, -1).to(logits_TE)
         return logits_TE.scatter(1, ids_TK, rank_K.expand_as(ids_TK))
 
 

@@ -123,8 +123,8 @@ def select_rows(record: dict, select: str) -> list[Row]:
 
 
 def metric_names(record: dict) -> list[str]:
-    """The task's metrics that all runs have. `score`, their mean, is included only if it differs from all of them: for RTE it
-    is the accuracy, for MNLI the matched accuracy. Entries that are not numbers are left out.
+    """The task's metrics that all runs have. `score`, their mean, is included only if it differs from all of them: for RTE
+    it is the accuracy, for MNLI the matched accuracy. Entries that are not numbers are left out.
     """
     entries = [run[select] for run in record["runs"] for select in ("best", "last") if select in run]
     names = [name for name, value in entries[0].items() if isinstance(value, (int, float))]

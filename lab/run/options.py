@@ -28,8 +28,8 @@ def words(text: str) -> list[str]:
 
 def add_compare(parser: Parser, more: str = "") -> None:
     parser.add_argument("--compare", action="store_true", help="train several --variants with the same seeds, and compare")
-    text = "dense, none, ce, mse, reroute; placebo, placebo-mse, placebo-reroute: on random pairs; flat, flat-mse: on all pairs;"
-    text += f" random: experts drawn by dice{more}; endings -one: one pass, -weight: weight gradients"
+    text = "dense, none, ce, mse, reroute; placebo, placebo-mse, placebo-reroute: on random pairs; flat, flat-mse: on all; "
+    text += f"random: experts drawn by dice{more}; endings -one: one pass, -weight: weight gradients"
     text += f"; default of --compare: {','.join(COMPARED)}"
     parser.add_argument("--variants", type=words, nargs="+", help=text)
 
