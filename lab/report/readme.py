@@ -3,13 +3,13 @@
 A gap within the spread is reported as no difference. No cell is emphasised, and collapsed runs stay in the table.
 """
 
-import json
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from lab.report.records import merge, read_all
 from lab.run.cli import Parser, UserError, say
 from lab.run.reading import read_json
-from lab.run.runs import ROOT, read_record
+from lab.run.runs import ROOT
 from lab.vision.instructions import KINDS
 
 RENAMED = {"lab.peer": "lab.bench.peer"}  # old name of a module in recorded commands -> its name now
@@ -35,19 +35,6 @@ def score_rows(record: dict) -> list[dict]:
         row["samples_per_second"] = mean(run["samples_per_second"] for run in runs)
         rows.append(row)
     return rows
-
-
-def merge(records: list[dict]) -> list[dict]:
-    """Merges records that differ only in seeds and folder."""
-    merged: dict[str, dict] = {}
-    for record in records:
-        apart = ("seeds", "output_dir", "overwrite", "resume")
-        config = {key: value for key, value in record["config"].items() if key not in apart}
-        one = merged.setdefault(json.dumps([record["name"], config]), record | {"runs": [], "stages": [], "command": []})
-        one["runs"] = one["runs"] + record["runs"]
-        one["stages"] = one["stages"] + record.get("stages", [])
-        one["command"] = [*one["command"], record["command"]]
-    return list(merged.values())
 
 
 def fold(title: str, lines: list[str]) -> list[str]:
@@ -130,7 +117,7 @@ def lvlm_table(records: list[dict]) -> str:
 
 def sections() -> dict[str, str]:
     """Mark -> generated text."""
-    found = [read_record(path.parent, "results of") for path in sorted((ROOT / "results").rglob("results.json"))]
+    found = read_all()
     pictures = [record for record in found if "stages" in record]
     texts = {"results": results_table([record for record in found if "stages" not in record])}
     if pictures:

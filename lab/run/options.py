@@ -19,6 +19,10 @@ METHOD = ("conflict_loss", "select", "passes", "gradients")  # the flags that a 
 # options that may differ when a run is resumed
 FREE = {"seeds", "variants", "compare", "lrs", "resume", "overwrite", "output_dir", "save_steps", "save_model", "report_to"}
 FREE |= {"film"}
+# flags that use a trained model, and train nothing
+USES = {"inspect", "html", "seed", "predict", "run", "output", "ask", "chat", "image"}
+# options that older records do not have, with their defaults
+NEWER = {"normalize": True, "lrs": None, "moe_from": "stage2"}
 
 
 def words(text: str) -> list[str]:

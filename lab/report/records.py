@@ -1,0 +1,42 @@
+"""The recorded runs in results/, and how parts of one experiment become one record.
+
+Old and new records merge: an option that a record does not know, because it is newer, counts as its default. What may differ
+between parts (seeds, variants, folders, checkpoints) is left out of the comparison.
+"""
+
+import json
+from pathlib import Path
+
+from lab.run.options import FREE, NEWER, USES
+from lab.run.runs import ROOT, read_record
+
+RESULTS = ROOT / "results"
+APART = (FREE - {"lrs"}) | USES | {"stages_from"}  # may differ between the parts of one experiment
+
+
+def read_all(folder: Path = RESULTS) -> list[dict]:
+    """The records of all runs in a folder, by path. Each run has its record's commit. UserError for a damaged one."""
+    records = [read_record(path.parent, "results of") for path in sorted(folder.rglob("results.json"))]
+    return [one | {"runs": [run | {"commit": one.get("commit")} for run in one["runs"]]} for one in records]
+
+
+def key_of(record: dict) -> str:
+    """Equal for the parts of one experiment: name and data, and the options that matter."""
+    config = {name: value for name, value in (NEWER | record["config"]).items() if name not in APART}
+    return json.dumps([record["name"], record.get("data"), config], sort_keys=True)
+
+
+def merge(records: list[dict]) -> list[dict]:
+    """One record per experiment, with the runs, the stages and the commands of its parts. A run that occurs again, such as
+    the baseline's at a newer commit, is under `repeated`: a list of [first run, run]."""
+    merged: dict[str, dict] = {}
+    for record in records:
+        fresh = record | {"runs": [], "stages": [], "command": [], "repeated": []}
+        one = merged.setdefault(key_of(record), fresh)
+        first = {(run["variant"], run["seed"], run.get("lr")): run for run in one["runs"]}
+        for run in record["runs"]:
+            before = first.get((run["variant"], run["seed"], run.get("lr")))
+            (one["repeated"] if before else one["runs"]).append([before, run] if before else run)
+        one["stages"] = one["stages"] + [stage for stage in record.get("stages", []) if stage not in one["stages"]]
+        one["command"] = [*one["command"], record["command"]]
+    return list(merged.values())
