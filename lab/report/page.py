@@ -33,6 +33,7 @@ Shapes in parentheses are arrays from `pack`. A similarity is the mean of a pair
 
 import base64
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,27 +127,35 @@ def page_data(title: str, source: str, note: str, films: dict[str, tuple[dict, d
     }
     data["variants"] = []
     for name, (content, arrays) in films.items():
-        run = {"select": "random" if content["run"].get("placebo") else "conflict", "drawn": False} | content["run"]
-        one = {key: run[key] for key in ("loss", "select", "drawn", "beta")}
-        one |= {"name": name, "steps": content["steps"], "delta": content["run"]["delta"] if source == "film" else None}
-        one |= {"loss_curve": rounded(content["loss"]), "answers": content["answers"], "layers": []}
-        for i, layer in enumerate(content["layers"]):
-            count = len(content["steps"])
-            own = {key: rounded(layer[key]) for key in layer if key != "name"}
-            own["moved"] += [None] * (count - len(own["moved"]))
-            own |= {key: pack(arrays[f"{i}.{key}"].numpy(), 1, "uint8") for key in ("experts", "state", "best")}
-            for key in ("logits", "cosines", "norms"):
-                values = arrays[f"{i}.{key}"].float().numpy()
-                own[key] = pack(values, max(float(abs(values).max()), 1e-3) / 32767, "int16")
-            own["matrices"] = [
-                {key: place[key] for key in ("moment", "expert", "pairs")}
-                | {"cosines": pack(arrays[f"matrix{number}"].numpy() / 127, 1 / 127, "int8")}
-                for number, place in enumerate(content["matrices"])
-                if place["layer"] == i
-            ]
-            one["layers"].append(own)
-        data["variants"].append(one)
+        try:
+            data["variants"].append({"name": name} | variant_data(content, arrays, source))
+        except ValueError as error:
+            raise UserError(f"{flag}: the film of {name} cannot be shown ({error}); remove it, or train again") from None
     return data
+
+
+def variant_data(content: dict, arrays: dict, source: str) -> dict:
+    """What the schema has for a variant, but for its name. ValueError for numbers that are not finite."""
+    run = {"select": "random" if content["run"].get("placebo") else "conflict", "drawn": False} | content["run"]
+    one = {key: run[key] for key in ("loss", "select", "drawn", "beta")}
+    one |= {"steps": content["steps"], "delta": run["delta"] if source == "film" else None}
+    one |= {"loss_curve": rounded(content["loss"]), "answers": content["answers"], "layers": []}
+    for i, layer in enumerate(content["layers"]):
+        count = len(content["steps"])
+        own = {key: rounded(layer[key]) for key in layer if key != "name"}
+        own["moved"] += [None] * (count - len(own["moved"]))
+        own |= {key: pack(arrays[f"{i}.{key}"].numpy(), 1, "uint8") for key in ("experts", "state", "best")}
+        for key in ("logits", "cosines", "norms"):
+            values = arrays[f"{i}.{key}"].float().numpy()
+            own[key] = pack(values, max(float(abs(values).max()), 1e-3) / 32767, "int16")
+        own["matrices"] = [
+            {key: place[key] for key in ("moment", "expert", "pairs")}
+            | {"cosines": pack(arrays[f"matrix{number}"].numpy() / 127, 1 / 127, "int8")}
+            for number, place in enumerate(content["matrices"])
+            if place["layer"] == i
+        ]
+        one["layers"].append(own)
+    return one
 
 
 def is_page(file: Path) -> bool:
@@ -162,9 +171,11 @@ def unpack(array: dict) -> np.ndarray:
 
 
 def rounded(value):
-    """Numbers with four significant digits, in lists of lists, too."""
+    """Numbers with four significant digits, in lists of lists, too. ValueError for those that are not finite."""
     if isinstance(value, list):
         return [rounded(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a number is {value}")
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
