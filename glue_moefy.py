@@ -121,7 +121,7 @@ from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmu
 from transformers.utils import logging
 
 from lab.moe import moefication
-from lab.moe.film import Film
+from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
 from lab.report.readme import score_rows
 from lab.run import hub, runs
@@ -248,8 +248,8 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
 def make_film(job: Job, name: str, model, config: STGCConfig, steps: int) -> Film:
     """The film of a run, on as many training examples as a batch has, evenly spread over the data."""
     train, accelerator, tokenizer = job.encoded["train"], job.accelerator, job.source.tokenizer
-    rows = torch.linspace(0, len(train) - 1, min(job.args.batch_size, len(train))).long().tolist()
-    batch = DataCollatorWithPadding(tokenizer)([train[row] for row in rows]).to(accelerator.device)
+    rows = [train[row] for row in evenly(len(train), job.args.batch_size)]
+    batch = DataCollatorWithPadding(tokenizer)(rows).to(accelerator.device)
     names = job.card.labels or range(job.task.num_labels)
     shown = use.show_texts(tokenizer, batch, job.task.columns, names)
     answer = partial(use.read_answers, names=names, count=len(shown.examples))
@@ -407,11 +407,11 @@ def main(args) -> None:
         datasets.disable_progress_bars()
     if args.predict or args.inspect:
         device = runs.make_accelerator(args.device, "fp32").device
+        look = partial(use.film_of_model, device=device)
         if args.html:
-            look = partial(use.film_of_model, device=device)
             return say(f"written: {page.inspect(args.inspect, Path(args.html), args.seed, look)}")
-        if args.inspect and page.shows_film_alone(args.inspect):
-            return say(*page.describe(args.inspect, args.seed).split("\n"))
+        if args.inspect and (args.seed is not None or page.shows_film_alone(args.inspect)):
+            return say(*page.describe(args.inspect, args.seed, look).split("\n"))
         if args.inspect:
             return say(*use.inspect(args.inspect, device).split("\n"))
         return say(*use.predict(args.run, args.predict, args.output, device=device).split("\n"))

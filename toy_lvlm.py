@@ -88,8 +88,7 @@ def make_parser() -> Parser:
     parser.add_argument("--chat", action="store_true", help="keep asking about --image, line by line")
     parser.add_argument("--image", **file, help="the picture for --ask or --chat; none: text only")
     parser.add_argument("--run", type=folder, help="output folder of a run, or a model in it, for --ask and --chat")
-    text = "print experts and conflicts of examples by token, from the film of a run"
-    parser.add_argument("--inspect", type=folder, metavar="RUN", help=text)
+    parser.add_argument("--inspect", type=folder, metavar="RUN", help="print experts and conflicts of examples by token")
     options.add_page(parser)
     return parser
 
@@ -104,7 +103,7 @@ def parse(argv: list[str]):
         options.refuse_unread(parser, args, "--ask and --chat", ("ask", "chat", "image", "run", "device"))
         return args
     if args.inspect:
-        options.refuse_unread(parser, args, "--inspect", ("inspect", "html", "seed"))
+        options.refuse_unread(parser, args, "--inspect", ("inspect", "html", "seed", "device"))
         return args
     options.refuse_page(parser, args)
     args.film = not args.data if args.film is None else args.film
@@ -151,6 +150,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and error
     ARGS = run_main("toy_lvlm.py", lambda: parse(sys.argv[1:]), resumes=False)
 
 # ruff: noqa: E402
+import math
 import random
 from functools import partial
 from itertools import zip_longest
@@ -162,7 +162,7 @@ from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_w
 from transformers.utils import logging
 
 from lab.moe import baselines, moefication
-from lab.moe.film import Film
+from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
 from lab.run import runs
 from lab.run.hub import Checkpoint
@@ -459,17 +459,11 @@ def moe_stage(job: Job, variant: str) -> dict:
 
 def make_film(job: Job, name: str, model, config: STGCConfig) -> Film:
     """The film of stage III, on as many training pictures as a batch has, evenly spread over the data."""
-    collate, accelerator, size = job.packs(), job.accelerator, job.args.batch_size
-    rows = torch.linspace(0, len(collate) - 1, min(size, len(collate))).long().tolist()
-    batch = {key: value.to(accelerator.device) for key, value in collate(rows).items()}
-    for unread in ("keep", "asked", "rows"):
-        del batch[unread]
-    shown, ends = lvlm.show_packs(job.data, [collate.packs[row] for row in rows], batch["input_ids"].shape[1])
-    answer = partial(lvlm.read_answers, labels=batch["labels"], ends=ends, tokenizer=job.data.tokenizer)
-    where = job.folder / f"film-{name}", model
-    return Film(
-        *where, config, batch, shown, job.plan("stage3")[0], answer, accelerator.autocast, accelerator.is_main_process
-    )
+    collate, accelerator, side = job.packs(), job.accelerator, math.isqrt(job.data.image_tokens)
+    rows = evenly(len(collate), job.args.batch_size)
+    batch, shown, answer = lvlm.film_batch(model, collate, rows, job.data.tokenizer, side)
+    where, how = (job.folder / f"film-{name}", model), (accelerator.autocast, accelerator.is_main_process)
+    return Film(*where, config, batch, shown, job.plan("stage3")[0], answer, *how)
 
 
 # ---- 3. Evaluation ----
@@ -614,10 +608,11 @@ def main(args) -> None:
         logging.disable_progress_bar()
     if args.ask is not None or args.chat:
         return ask(args)
-    if args.inspect and args.html:
-        return say(f"written: {page.inspect(args.inspect, Path(args.html), args.seed)}")
     if args.inspect:
-        return say(*page.describe(args.inspect, args.seed).split("\n"))
+        look = partial(lvlm.film_of_model, device=runs.make_accelerator(args.device, "fp32").device)
+        if args.html:
+            return say(f"written: {page.inspect(args.inspect, Path(args.html), args.seed, look)}")
+        return say(*page.describe(args.inspect, args.seed, look).split("\n"))
     accelerator = runs.start(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         fault = f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model"

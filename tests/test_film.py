@@ -1,6 +1,9 @@
 """The film of a training changes nothing, survives a kill, and has the numbers of the verdicts; its page shows them."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,24 +11,27 @@ import torch
 from conftest import without_pictures
 from safetensors.torch import load_file
 from test_glue import data, model, plain, run, words  # noqa: F401  (fixtures)
+from test_page import read_data
 from test_resume import Killed, assert_same, kill_at, outcome
 from torch import nn
 
 from lab.moe import film
 from lab.report import page
 from lab.run.cli import UserError
+from lab.run.training import Training
 from stgc import MoELayer
 from stgc_plus import STGC, Experts, STGCConfig
 
 SIZES = "--task rte --moe-layers 1 --num-experts 4 --epochs 2 --batch-size 8 --max-length 16 --save-steps 2 --device cpu"
 SIZES = SIZES.split()
+VARIANTS = ["none", "ce", "placebo", "flat", "random"]
 
 
 @pytest.fixture(scope="module")
 def runs_of(data, model, tmp_path_factory):  # noqa: F811
-    """The command, and the folders of the same three variants with and without a film."""
+    """The command, and the folders of the same variants with and without a film."""
     root = tmp_path_factory.mktemp("film")
-    command = [*SIZES, "--seeds", "0", "--variants", "none,ce,placebo", "--save-model", "--log-steps", "2"]
+    command = [*SIZES, "--seeds", "0", "--variants", *VARIANTS, "--save-model", "--log-steps", "2"]
     command += ["--model", str(model), "--data-dir", str(data)]
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch)
@@ -56,14 +62,14 @@ def test_the_film_changes_nothing_in_the_training(runs_of):
     _, filmed, plainly = runs_of
     assert_same(outcome(filmed), outcome(plainly))
     assert not list(plainly.glob("film-*")) and not (plainly / "inspect.html").exists()
-    assert {path.name for path in filmed.glob("film-*.json")} == {
-        f"film-{name}-s0.json" for name in ("none", "ce", "placebo")
-    }
+    assert {path.name for path in filmed.glob("film-*.json")} == {f"film-{name}-s0.json" for name in VARIANTS}
 
 
 def test_variants_show_the_same_examples_and_start_alike(runs_of):
     _, folder, _ = runs_of
-    (one, arrays), *others = (read(folder, f"{name}-s0") for name in ("none", "ce", "placebo"))
+    (one, arrays), *others, (dice, drawn) = (read(folder, f"{name}-s0") for name in VARIANTS)
+    assert dice["tokens"] == one["tokens"] and dice["layers"][0]["margin"] == [None] * len(one["steps"])
+    assert (drawn["0.experts"][1:] != drawn["0.experts"][:-1]).float().mean() > 0.5  # each moment has draws of its own
     assert one["steps"] == film.moments(6) and one["run"]["delta"] == 5 and len(one["examples"]) == 8
     for content, values in others:
         for key in ("steps", "tokens", "examples"):
@@ -88,8 +94,8 @@ def test_a_film_survives_a_kill(runs_of, tmp_path, monkeypatch, step):
             run(command)
     run([*command, "--resume"])
     assert_same(outcome(folder), outcome(tmp_path / "cut"))
-    for name in ("none-s0", "ce-s0", "placebo-s0"):
-        same_film(read(folder, name), read(tmp_path / "cut", name))
+    for name in VARIANTS:
+        same_film(read(folder, f"{name}-s0"), read(tmp_path / "cut", f"{name}-s0"))
 
 
 class Net(nn.Module):
@@ -150,6 +156,40 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
     assert [own["moved"] for own in made.content["layers"]] != [[0.0], [0.0]]
 
 
+class Faint(Net):
+    """Its gradients are below the smallest number of float16, 6e-8."""
+
+    def forward(self, x, mask, labels):
+        out = super().forward(x, mask, labels)
+        out.loss = out.loss * 1e-7
+        return out
+
+
+def test_fp16_with_its_loss_scale_shows_what_float32_shows():
+    torch.manual_seed(0)
+    net, batch = Faint(), {"x": torch.randn(5, 4, 6), "mask": torch.ones(5, 4).bool(), "labels": torch.randint(3, (5, 4))}
+    half, found = partial(torch.autocast, "cpu", torch.float16), []
+    for autocast, scale in ((nullcontext, 1.0), (half, 2.0**16), (half, 1.0)):
+        shown = film.Shown([], [{"example": n // 4} for n in range(20)], range(20))
+        made = film.Film(Path("film"), net, STGCConfig(), batch, shown, 30, lambda out: [], autocast)
+        made.step_done(0, scale)
+        found.append({key: value[0].float() for key, value in made.arrays.items()})
+    exact, scaled, lost = found
+    for i in range(2):
+        assert (lost[f"{i}.state"] == 0).any() and (exact[f"{i}.state"] > 0).all()
+        assert (scaled[f"{i}.state"] == exact[f"{i}.state"]).float().mean() > 0.9
+        for key, close in (("norms", 0.05), ("cosines", 0.05)):
+            torch.testing.assert_close(scaled[f"{i}.{key}"], exact[f"{i}.{key}"], atol=close, rtol=0.0)
+
+
+def test_the_film_gets_the_loss_scale_of_the_training(words, monkeypatch):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(Training, "grad_scale", lambda self: 8.0)
+    monkeypatch.setattr(film.Film, "look", lambda self, step, grad_scale: seen.append((step, grad_scale)))
+    run([*words, "--film", "--epochs", "1"])
+    assert seen == [(step, 8.0) for step in range(4)]
+
+
 def test_a_matrix_has_the_cosines_of_its_pairs(tmp_path):
     torch.manual_seed(0)
     net, batch = Net(), {"x": torch.randn(5, 4, 6), "mask": torch.ones(5, 4).bool(), "labels": torch.randint(3, (5, 4))}
@@ -179,9 +219,11 @@ def test_the_page_of_a_run_has_its_numbers(runs_of, tmp_path):
     _, folder, _ = runs_of
     written = (folder / "inspect.html").read_text()
     data = page.collect(folder)  # noqa: F811
-    assert json.loads(written.partition('type="application/json">')[2].partition("</script>")[0]) == data
-    assert [one["name"] for one in data["variants"]] == ["none", "ce", "placebo"] and data["source"] == "film"
-    assert [(one["loss"], one["placebo"]) for one in data["variants"]] == [("none", False), ("ce", False), ("ce", True)]
+    assert read_data(folder / "inspect.html") == data
+    assert [one["name"] for one in data["variants"]] == VARIANTS and data["source"] == "film"
+    assert [one["loss"] for one in data["variants"]] == ["none", "ce", "ce", "ce", "none"]
+    assert [one["select"] for one in data["variants"]] == ["conflict", "conflict", "random", "all", "conflict"]
+    assert [one["drawn"] for one in data["variants"]] == [False] * 4 + [True]
     content, arrays = film.read_film(folder / "film-ce-s0")
     own = data["variants"][1]["layers"][0]
     for key in ("experts", "state", "best", "logits", "cosines"):
@@ -189,7 +231,7 @@ def test_the_page_of_a_run_has_its_numbers(runs_of, tmp_path):
         assert np.abs(page.unpack(own[key]) - values).max() <= max(np.abs(values).max(), 1) / 32767
     assert own["moved"] == page.rounded(content["layers"][0]["moved"]) + [None] * (len(content["steps"]) - 2)
     text = page.describe(folder)
-    assert text.count("after step 6, MoE layer") == 3 and "example 8" in text and "gold" in text
+    assert text.count("after step 6, MoE layer") == 5 and "example 8" in text and "gold" in text
     target = tmp_path / "page.html"
     assert page.inspect(folder, target, 0).read_text() == written == page.inspect(folder, target).read_text()
 
@@ -198,11 +240,16 @@ def test_a_run_without_a_film_is_shown_from_its_models(runs_of, tmp_path, capsys
     _, _, folder = runs_of
     run(["--inspect", folder, "--html", tmp_path / "page.html"])
     assert str(tmp_path / "page.html") in capsys.readouterr().out
-    text = (tmp_path / "page.html").read_text().partition('type="application/json">')[2].partition("</script>")[0]
-    shown = json.loads(text)
-    assert shown["source"] == "model" and [one["name"] for one in shown["variants"]] == ["ce", "none", "placebo"]
+    shown = read_data(tmp_path / "page.html")
+    assert shown["source"] == "model" and [one["name"] for one in shown["variants"]] == VARIANTS
     assert "no film" in shown["notes"][0] and all(one["steps"] == [0] for one in shown["variants"])
     run(["--inspect", folder / "model-ce-s0", "--html", tmp_path / "page.html"])  # a page of ours is replaced
+    capsys.readouterr()
+    run(["--inspect", folder, "--seed", "0"])
+    said = capsys.readouterr().out
+    assert "no film" in said and said.count(", MoE layer") == 5 and "after step" not in said
+    with pytest.raises(UserError, match="--seed 3: .* has 0; name one"):
+        run(["--inspect", folder, "--seed", "3"])
 
 
 def test_a_run_of_the_dense_model_has_no_page(words, tmp_path, capsys):  # noqa: F811
@@ -231,14 +278,23 @@ def test_what_cannot_be_shown_is_named(runs_of, tmp_path):
         with pytest.raises(UserError, match=message):
             call()
     assert (tmp_path / "mine.html").read_text() == "my notes" and not (tmp_path / "a.html").exists()
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    for path in folder.glob("*.json*"):
-        (cut / path.name).write_bytes(path.read_bytes())
-    for path in folder.glob("film-*.safetensors"):
-        (cut / path.name).write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(UserError, match="the film film-none-s0 cannot be read"):
-        page.collect(cut)
-    (cut / "film-none-s0.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read"):
-        page.collect(cut)
+
+
+def test_the_pages_own_command(runs_of, tmp_path, monkeypatch, capsys):
+    """It draws the page again, and its errors name its own flags."""
+    _, folder, plainly = runs_of
+    (tmp_path / "mine.html").write_text("my notes")
+    for given, message in (
+        ([folder, "--output", tmp_path / "again.html"], None),
+        ([folder, "--output", tmp_path / "mine.html"], f"--output {tmp_path}/mine.html exists and is no page"),
+        ([folder, "--seed", "7"], "--seed 7: "),
+        ([plainly], f"the run {plainly} holds no film; train with --film"),
+    ):
+        monkeypatch.setattr("sys.argv", ["lab.report.page", *map(str, given)])
+        if message is None:
+            page.main()
+            assert (tmp_path / "again.html").read_text() == (folder / "inspect.html").read_text()
+        else:
+            with pytest.raises(UserError) as error:
+                page.main()
+            assert str(error.value).startswith(message)

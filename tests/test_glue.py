@@ -524,7 +524,8 @@ def test_help_needs_no_heavy_import_and_shows_every_default():
 
 
 def test_every_flag_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("glue_moefy.py", "lab/run/options.py", "lab/run/runs.py"))
+    files = ("glue_moefy.py", "lab/run/options.py", "lab/run/runs.py", "lab/run/training.py")
+    source = "".join((ROOT / name).read_text() for name in files)
     flags = {action.dest for action in glue_moefy.make_parser()._actions} - {"help"}
     dead = [flag for flag in flags if not re.search(rf'\bargs\.{flag}\b|getattr\(.*"{flag}"|[(,] "{flag}"', source)]
     assert len(flags) > 30 and not dead, dead

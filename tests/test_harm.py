@@ -16,6 +16,7 @@ from harm.data import CASES as DATA
 from harm.data import cache, folder  # noqa: F401  (fixtures)
 from harm.files import CASES as FILES
 from harm.files import done, out, quick  # noqa: F401
+from harm.films import CASES as FILMS
 from harm.hub import CASES as HUB
 from harm.hub import content, everything, place  # noqa: F401
 from harm.lvlm import CASES as LVLM
@@ -27,7 +28,7 @@ from harm.odd import CASES as ODD
 from test_glue import data, model, words  # noqa: F401
 from test_use import run as saved  # noqa: F401
 
-QUICK = DATA | LVLM
+QUICK = DATA | LVLM | FILMS
 CASES = QUICK | FILES | MODELS | NAMES | ODD | HUB  # kind -> its rows, with names or without
 
 

@@ -17,16 +17,27 @@ from forked import Launched
 from PIL import Image
 from test_launch import curve
 from test_llava import write_digits
+from test_page import read_data
 from test_resume import Killed, kill_at
 from transformers import CLIPImageProcessorPil, CLIPModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 import toy_lvlm
 from lab.moe import moefication
-from lab.report import figures
+from lab.report import figures, page
 from lab.run.cli import UserError
 from lab.run.hub import Checkpoint
 from lab.vision import lvlm
-from lab.vision.instructions import Collate, Pixels, Unpacked, make_packs, make_tokenizer
+from lab.vision.instructions import (
+    KINDS,
+    Collate,
+    Instruction,
+    InstructionSet,
+    Pixels,
+    Unpacked,
+    encode,
+    make_packs,
+    make_tokenizer,
+)
 from stgc import MoELayer
 from stgc_plus import STGCConfig
 
@@ -154,15 +165,24 @@ def outcome(folder):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "out"
-    command = [*WORDS, "--variants", "none,feature", "--save-steps", "2"]
+    command = [*WORDS, "--variants", "ce,feature", "--save-steps", "2"]
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch)
         run([*command, "--output-dir", folder])
+    assert [path.name for path in folder.glob("film-*.json")] == ["film-ce-s0.json"] and (folder / "inspect.html").exists()
     return command, outcome(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 5, 10, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, none 11-14, feature 15-18
+def test_the_film_changes_nothing_in_the_training(straight, tmp_path):
+    command, filmed = straight
+    run([*command, "--no-film", "--output-dir", tmp_path / "out"])
+    assert outcome(tmp_path / "out") == filmed
+    assert not list((tmp_path / "out").glob("film-*")) and not (tmp_path / "out" / "inspect.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 5, 10, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, ce 11-14, feature 15-18
 def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
     command, expected = straight
     with monkeypatch.context() as patch:
@@ -283,6 +303,91 @@ def test_pretrained_parts(tmp_path):
     fails([*command, "--text-steps", "3"], "")
 
 
+def test_a_page_shows_conversations_of_mixed_kinds_where_they_are_in_the_batch():
+    data = lvlm.load_data(toy_lvlm.parse(WORDS), None, None, None)
+    packs = make_packs(data.train, data.encoded, data.image_id, 256)[:12]
+    batch = Collate(data.train, packs, data.pixels, data.pad_id)(range(12))
+    shown, ends = lvlm.show_packs(data.train, packs, data.tokenizer, 2, batch["input_ids"].shape[1])
+    ids, labels = (batch[name].flatten()[shown.index].tolist() for name in ("input_ids", "labels"))
+    texts = data.tokenizer.convert_ids_to_tokens(ids)
+    assert len(texts) == len(shown.tokens) > 150 and len(shown.examples) == len(ends) == 8
+    kinds = []
+    for number, (example, (start, end), pack) in enumerate(zip(shown.examples, ends, packs)):
+        own = [n for n, token in enumerate(shown.tokens) if token["example"] == number]
+        assert [shown.tokens[n]["patch"] for n in own if texts[n] == "<image>"] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        ((_, _, first), (name, answer, last)) = example["fields"]
+        assert name == "answer" and first == answer and texts[own[last]] == "<eos>"
+        assert [labels[n] for n in own] == [-100] * answer + [ids[n] for n in own[answer:]]
+        assert batch["labels"][number, start:end].tolist()[-len(own[answer:]) :] == [ids[n] for n in own[answer:]]
+        group = [data.train.instructions[row] for row in pack.rows]
+        (one,) = (one for one in group if one.turns[0] == (f"<image>\n{example['question']}", example["gold"]))
+        assert data.tokenizer.decode([ids[n] for n in own[answer:last]]).strip() == example["gold"]
+        assert torch.equal(lvlm.picture_of(example["image"], 64), data.train.images_N3SS[one.image])
+        kinds.append(one.kind)
+    assert len(set(kinds)) == 5 and max(map(kinds.count, kinds)) == 2
+
+
+def test_a_conversation_of_turns_and_one_without_a_picture():
+    picture = torch.randint(256, (1, 3, 4, 4), dtype=torch.uint8)
+    turns = (("<image>\nwhat?", "a cat"), ("what colour?", "red"))
+    data = InstructionSet(picture, [Instruction(turns, 0, "vqa"), Instruction((("who?", "I"),), None, "vqa")])
+    tokenizer = make_tokenizer(["what colour? who? a cat red I"])
+    packs = make_packs(data, encode([one.turns for one in data.instructions], tokenizer, 4), tokenizer.vocab["<image>"], 99)
+    shown, _ = lvlm.show_packs(data, packs, tokenizer, 2, 50)
+    one, other = shown.examples
+    assert (one["kind"], one["question"], one["gold"]) == ("picture", "what? what colour?", "a cat red")
+    assert [name for name, *_ in one["fields"]] == ["question", "answer"] * 2
+    assert (other["kind"], other["question"], other["gold"], other["image"]) == ("text", "who?", "I", None)
+    assert [token["text"] for token in shown.tokens if token["example"] == 1][-2:] == ["I", "<eos>"]
+
+
+def test_a_card_keeps_examples_of_mixed_kinds(tmp_path):
+    data = lvlm.load_data(toy_lvlm.parse(WORDS), None, None, None)
+    card = lvlm.Card(*data.pixels, data.image_tokens, lvlm.choose_examples(data.test))
+    (tmp_path / "lvlm.json").write_text(json.dumps(dataclasses.asdict(card)))
+    kept = Checkpoint("--inspect", tmp_path).read("lvlm.json", lvlm.Card).instructions()
+    assert {one.kind for one in kept.instructions} == set(KINDS) and torch.equal(kept.images_N3SS, data.test.images_N3SS)
+    known = [(one.turns, one.image, one.kind) for one in data.test.instructions]
+    assert all((one.turns, i, one.kind) in known for i, one in enumerate(kept.instructions)) and len(kept.instructions) == 6
+    assert (tmp_path / "lvlm.json").stat().st_size < 100_000
+
+
+@pytest.mark.slow
+def test_inspect(whole, tmp_path, capsys):
+    """From the film; without one, from the saved models, also of sample-level routings: a token's logits are those of its
+    conversation alone."""
+    run(["--inspect", whole])
+    said = capsys.readouterr().out
+    assert said.count("after step 4, MoE layer") == 2 * 4 and "training examples" in said and "patch 1 1" in said
+    for path in [whole / "results.json", *whole.glob("model-*")]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    run(["--inspect", tmp_path])
+    assert capsys.readouterr().out.count(", MoE layer") == 2 * 7  # all but dense
+    run(["--inspect", tmp_path, "--html", tmp_path / "page.html"])
+    data = read_data(tmp_path / "page.html")
+    assert [one["name"] for one in data["variants"]] == VARIANTS.split(",")[1:] and data["source"] == "model"
+    for variant in data["variants"]:
+        model, tokenizer, card = lvlm.load(Checkpoint("--run", tmp_path / f"model-{variant['name']}-s0"))
+        layers = [one for one in model.modules() if isinstance(one, MoELayer)]
+        alone = []
+        for one in card.instructions().instructions:
+            single = InstructionSet(card.instructions().images_N3SS[[one.image]], [dataclasses.replace(one, image=0)])
+            encoded = encode([one.turns], tokenizer, card.image_tokens)
+            packs = make_packs(single, encoded, tokenizer.vocab["<image>"], 0, share=False)
+            found = lvlm.look_at(model, *lvlm.film_batch(model, Collate(single, packs, card.pixels, 0), [0], tokenizer, 2))
+            alone.append([found[1][f"{i}.logits"][0] for i in range(len(layers))])
+        for i, layer in enumerate(variant["layers"]):
+            shown = torch.tensor(page.unpack(layer["logits"])[0])
+            torch.testing.assert_close(shown, torch.cat([own[i] for own in alone]).double(), rtol=0.0, atol=2e-3)
+    card = json.loads((tmp_path / "model-none-s0" / "lvlm.json").read_text())
+    del card["examples"]
+    (tmp_path / "model-none-s0" / "lvlm.json").write_text(json.dumps(card))
+    fails(["--inspect", tmp_path / "model-none-s0"], "lvlm.json has no examples, as an older version wrote it; train again")
+    fails(["--inspect", tmp_path / "model-dense-s0"], "is a dense model without MoE layers")
+    fails(["--inspect", whole / "stages"], "holds no film and no saved model")
+    run(["--ask", "what?", "--run", tmp_path / "model-none-s0"])  # which needs none
+
+
 def test_the_end_of_a_caption_is_where_clip_reads_it():
     """Whatever number the tokenizer's end has: another text before it is another feature."""
     tokenizer = make_tokenizer(["red blue green"])
@@ -391,7 +496,7 @@ def test_help_is_quick_and_every_flag_is_read():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "heavy: []" in done.stdout and "--stage3-lr" in done.stdout
-    files = ("toy_lvlm.py", "lab/run/options.py", "lab/run/runs.py", "lab/vision/lvlm.py")
+    files = ("toy_lvlm.py", "lab/run/options.py", "lab/run/runs.py", "lab/run/training.py", "lab/vision/lvlm.py")
     source = "".join((ROOT / name).read_text() for name in files)
     flags = {action.dest for action in toy_lvlm.make_parser()._actions} - {"help"}
     flags -= {f"{stage}_{what}" for stage in toy_lvlm.STAGES for what in ("steps", "lr")}  # read by Job.plan

@@ -97,7 +97,8 @@ def sample_page(moments=12, experts=4, layers=2, rows=4, seed=0) -> dict:
     for name, loss, restless in (("none", "none", 0.1), ("ce", "ce", 1.0), ("placebo", "ce", 0.8)):
         answers = [[str(rng.choice(["entailment", "not_entailment", "a circle"])) for _ in examples] for _ in steps]
         own = [sample_layer(rng, len(tokens), len(steps), restless, film, experts, 2) for _ in range(layers)]
-        variant = {"name": name, "loss": loss, "placebo": name == "placebo", "beta": 0.1, "steps": steps, "layers": own}
+        variant = {"name": name, "loss": loss, "select": {"placebo": "random"}.get(name, "conflict"), "drawn": False}
+        variant |= {"beta": 0.1, "steps": steps, "layers": own}
         curve = (0.7 * np.exp(-np.linspace(0, 2, len(steps)))).tolist()
         variants.append(variant | {"delta": 26 if film else None, "loss_curve": curve, "answers": answers})
     page = {"title": "How tokens choose their experts", "source": "film" if film else "model", "tau": 0.0, "agreement": None}
@@ -338,29 +339,46 @@ def test_a_token_shows_its_numbers(visit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["mse", "reroute"])
-def test_the_push_of_the_other_losses(visit, loss):
-    """Against the difference quotient of the loss."""
+@pytest.mark.parametrize("loss, select", [("mse", "conflict"), ("reroute", "conflict"), ("mse", "all"), ("ce", "all")])
+def test_the_push_of_the_other_losses(visit, loss, select):
+    """Against the difference quotient of the loss, of the pairs in conflict or, of flat, of all."""
     data = sample_page()
-    data["variants"][1]["loss"] = loss
-    layer = data["variants"][1]["layers"][0]
-    n = next(n for n in judged(data, 1, 4) if (unpack(layer["state"])[4, n] == 2).all())
+    data["variants"][1] |= {"loss": loss, "select": select}
+    layer, conflicts = data["variants"][1]["layers"][0], 2 if select == "conflict" else 1
+    n = next(n for n in judged(data, 1, 4) if (unpack(layer["state"])[4, n] == 2).sum() == conflicts)
     z, ids, best = (unpack(layer[name])[4, n] for name in ("logits", "experts", "best"))
 
     def of(z):
-        p = np.exp(z) / np.exp(z).sum()
-        return sum(p[int(e)] ** 2 if loss == "mse" else -np.log(p[int(b)]) for e, b in zip(ids, best))
+        p, q = (np.exp(x) / np.exp(x).sum() for x in (z, -z))
+        each = {"mse": p**2, "ce": -np.log(q)}
+        return sum(-np.log(p[int(b)]) if loss == "reroute" else each[loss][int(e)] for e, b in zip(ids, best))
 
     forces = [(of(z - 1e-6 * row) - of(z + 1e-6 * row)) / 2e-6 for row in np.eye(4)]
     page = visit(f"#t=4&n={n}&v=1", data)
     arrows = ["\u25bc" if force < 0 else "\u25b2" for force in forces]
     expected = {j: f"{arrow} {abs(force):.3f}" for j, (arrow, force) in enumerate(zip(arrows, forces))}
     assert {int(row[0]): row[-1] for row in cells(page)[-4:]} == expected
+    said = page.locator("#full").inner_text()
+    assert f"push of {loss}{' on all pairs' * (select == 'all')}\n" in said and "would give" not in said
+
+
+@pytest.mark.slow
+def test_experts_drawn_by_dice(visit):
+    """They have no margin; the push is what ce would give, as without a loss."""
+    data = sample_page()
+    data["variants"][0] |= {"name": "random", "drawn": True}
+    for layer in data["variants"][0]["layers"]:
+        layer["margin"] = [None] * len(layer["margin"])
+    page = visit("#v=0", data)
+    said, (story,) = page.locator("#full").inner_text(), page.locator("#story p").filter(has_text="margin").all_inner_texts()
+    assert "what ce would give" in said and "draws the experts of each token by dice" in said
+    assert "with \u25a0\xa0ce" in story and "random" not in story
 
 
 @pytest.mark.slow
 def test_layer_and_choice(visit):
     page = visit()
+    assert page.get_by_label("MoE layer").locator("option").all_inner_texts() == ["layer 0", "layer 1"]
     for layer, choice in ((1, 0), (1, 1), (0, 1)):
         page.get_by_label("MoE layer").select_option(str(layer))
         page.get_by_label("choice shown").select_option(str(choice))

@@ -13,10 +13,11 @@ Shapes: M moments, T real tokens of the batch, N tokens that are shown, E expert
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lab.moe.baselines import RandomRouter
 from lab.run.cli import UserError
 from lab.run.files import write_json, written
 from lab.run.reading import read_json
@@ -33,7 +35,22 @@ from stgc_plus import STGC, STGCConfig
 
 COUNT, BINS = 24, 20  # moments; of the histogram of similarities
 JUDGED, CONFLICT, UNKNOWN = 1, 2, 255  # the state of a pair; no expert that would fit best
-KINDS = {"run": dict, "examples": list, "tokens": list, "steps": list, "layers": list, "matrices": list, "seconds": float}
+CURVES = ("load", "conflicts", "histogram", "conflict_ratio", "consistency", "margin", "moved")  # of a layer
+ARRAYS = ("logits", "experts", "state", "best", "cosines", "norms")  # of a layer, (M, N, ...)
+NUMBER, TEXT, LIST = float | int | None, str | None, list | None
+RUN = {"experts": int, "topK": int, "normalize": bool, "tau": NUMBER, "linears": [str], "drawn": bool | None}
+RUN |= {"loss": str, "select": TEXT, "beta": NUMBER, "delta": int}
+KINDS = {  # of the JSON file. What it means: lab.report.page
+    "run": RUN,
+    "examples": [{"kind": str, "gold": str, "fields": [list], "image": TEXT, "grid": LIST, "question": TEXT}],
+    "tokens": [{"text": str, "joined": bool, "example": int, "patch": LIST}],
+    "steps": [int],
+    "loss": [NUMBER],
+    "answers": [[str]],
+    "layers": [{"name": str} | {key: [list] if key in CURVES[:3] else [NUMBER] for key in CURVES}],
+    "matrices": [{"layer": int, "moment": int, "expert": int, "pairs": [[int]]}],
+    "seconds": float,
+}
 
 
 def moments(steps: int) -> list[int]:
@@ -41,13 +58,32 @@ def moments(steps: int) -> list[int]:
     return sorted({round(steps * (number / (COUNT - 1)) ** 1.5) for number in range(COUNT)})
 
 
+def evenly(size: int, count: int) -> list[int]:
+    """`count` of the numbers below `size`, or all of them, evenly spread."""
+    return torch.linspace(0, size - 1, min(size, count)).long().tolist()
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 @dataclass
 class Shown:
     """What the page shows of a batch: examples, and where their tokens are in it."""
 
-    examples: list[dict]  # as lab.report.page documents
-    tokens: list[dict]
-    index_N: Tensor  # of the shown tokens in the flattened batch
+    examples: list[dict] = field(default_factory=list)  # as lab.report.page documents
+    tokens: list[dict] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)  # of the shown tokens in the flattened batch
+
+    def add(self, tokenizer, ids: Sequence[int], index: Iterable[int], gold: str, patches: Sequence = (), **more) -> None:
+        """An example: its tokens, where they are, the right answer, the [row, column] of those that are patches of a picture
+        (None for a word), and what else lab.report.page documents."""
+        pieces = split_pieces(tokenizer.convert_ids_to_tokens(ids), tokenizer.all_special_tokens)
+        for (text, joined), patch in zip_longest(pieces, patches):
+            self.tokens.append({"text": text, "joined": joined, "example": len(self.examples), "patch": patch})
+        self.index += index
+        empty = {"kind": "text", "fields": [], "image": None, "grid": None, "question": None}
+        self.examples.append(empty | {"gold": gold} | more)
 
 
 class Film:
@@ -67,6 +103,7 @@ class Film:
         writes: bool = True,
     ):
         self.path, self.model, self.batch, self.shown, self.steps = path, model, batch, shown, moments(steps)
+        self.index_N = torch.as_tensor(shown.index)
         self.answer, self.autocast, self.writes, self.delta = answer, autocast, writes, max(5, steps // 20)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         before = [layer.watch for layer in layers]
@@ -76,10 +113,9 @@ class Film:
             layer.watch = watch
         first = self.stgc.layers[0]
         run = {"experts": first.experts.num_experts, "topK": first.top_k, "normalize": first.normalize, "tau": config.tau}
-        run |= {"loss": config.conflict_loss, "placebo": config.select == "random", "beta": config.beta, "delta": self.delta}
-        run["linears"] = ["gate"] * first.experts.gated + ["in", "out"]
-        names = ("load", "conflicts", "histogram", "conflict_ratio", "consistency", "margin", "moved")
-        layers = [{"name": name} | {key: [] for key in names} for name in self.stgc.names]
+        run |= {"loss": config.conflict_loss, "select": config.select, "beta": config.beta, "delta": self.delta}
+        run |= {"linears": ["gate"] * first.experts.gated + ["in", "out"], "drawn": isinstance(first.router, RandomRouter)}
+        layers = [{"name": name} | {key: [] for key in CURVES} for name in self.stgc.names]
         self.content = {"run": run, "examples": shown.examples, "tokens": shown.tokens, "layers": layers, "seconds": 0.0}
         self.content |= {key: [] for key in ("steps", "loss", "answers", "matrices")}
         self.arrays: dict[str, list[Tensor]] = {}  # by name, one per moment
@@ -87,12 +123,12 @@ class Film:
 
     # ---- 1. Looking ----
 
-    def step_done(self, step: int) -> float:
+    def step_done(self, step: int, grad_scale: float = 1.0) -> float:
         """Looks, if a moment or a twin is due after this step; a step that is on the film already is left out. Returns the
-        seconds that it took."""
+        seconds that it took. `grad_scale`: the loss scale of fp16, without which small gradients become 0."""
         start = time.perf_counter()
         if step in self.steps and step not in self.content["steps"]:
-            self.look(step)
+            self.look(step, grad_scale)
         for number, moment in enumerate(self.content["steps"]):
             if step == moment + self.delta and number == len(self.content["layers"][0]["moved"]):
                 self.look_again()
@@ -100,7 +136,7 @@ class Film:
         self.content["seconds"] += took
         return took
 
-    def forward(self, judge: bool):
+    def forward(self, judge: bool, grad_scale: float = 1.0):
         """The model's output on the batch and, for each layer, what its watch was given and its LayerStep."""
         seen, modes = {}, [(module, module.training) for module in self.model.modules()]
         before = [layer.watch for layer in self.stgc.layers]
@@ -117,7 +153,7 @@ class Film:
             with torch.random.fork_rng([device] * (device.type == "cuda")), torch.set_grad_enabled(judge), self.autocast():
                 out = self.model(**self.batch)
             if judge:
-                self.stgc.loss(out.loss)
+                self.stgc.loss(out.loss, grad_scale)
         finally:
             for module, training in modes:
                 module.training = training
@@ -125,41 +161,41 @@ class Film:
                 layer.watch = own
         return out, [seen[i] for i in range(len(before))]
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, grad_scale: float) -> None:
         """Adds a moment."""
-        out, seen = self.forward(judge=True)
+        out, seen = self.forward(True, grad_scale)
         number = len(self.content["steps"])
         self.content["steps"].append(step)
-        self.content["loss"].append(out.loss.item())
+        self.content["loss"].append(finite(out.loss.item()))
         self.content["answers"].append(self.answer(out))
         stats = self.stgc.stats()
         for i, (routing, keep_T, step_of_layer) in enumerate(seen):
-            self.add_layer(i, routing, keep_T, stats[i])
+            self.add_layer(i, routing, keep_T, stats[i], grad_scale)
             if step in (self.steps[0], self.steps[len(self.steps) // 2], self.steps[-1]):
                 self.add_matrices(i, number, step_of_layer)
 
     @torch.no_grad()
-    def add_layer(self, i: int, routing, keep_T: Tensor, stats: dict) -> None:
+    def add_layer(self, i: int, routing, keep_T: Tensor, stats: dict, grad_scale: float) -> None:
         verdict, own = self.stgc.verdicts[i], self.content["layers"][i]
         logits_TE, ids_TK = routing.logits_TE.detach(), routing.expert_ids_TK
         state_TK = (verdict.judged_TK * JUDGED).where(~verdict.conflict_TK, CONFLICT)
         best_TK = verdict.target_TK if self.stgc.config.conflict_loss == "reroute" else torch.full_like(ids_TK, UNKNOWN)
-        length_TK = torch.linalg.vector_norm(verdict.norm_TKL, dim=-1)
+        length_TK = torch.linalg.vector_norm(verdict.norm_TKL, dim=-1) / grad_scale
         arrays = {"logits": logits_TE, "experts": ids_TK.byte(), "state": state_TK.byte(), "best": best_TK.byte()}
         arrays |= {"cosines": verdict.cos_TKL, "norms": length_TK.clamp_min(1e-37).log10()}
         for key, rows in arrays.items():
-            self.keep(f"{i}.{key}", rows[self.shown.index_N.to(rows.device)])
+            self.keep(f"{i}.{key}", rows[self.index_N.to(rows.device)])
         self.keep(f"{i}.first", ids_TK[:, 0].byte())
         pairs_E, conflicts_E = (
             ids_TK[mask_TK].bincount(minlength=logits_TE.shape[1])
             for mask_TK in (keep_T.unsqueeze(1).expand_as(ids_TK), verdict.conflict_TK)
         )
         similarity = verdict.similarity_TK[verdict.judged_TK].float().clamp(-1, 1)
-        margin = stats.get("router_margin", math.inf)
+        margin = math.inf if self.content["run"]["drawn"] else stats.get("router_margin", math.inf)  # dice have none
         own["load"].append((pairs_E / pairs_E.sum()).tolist())
         own["conflicts"].append((conflicts_E / pairs_E.clamp_min(1)).tolist())
         own["histogram"].append(similarity.cpu().histc(BINS, -1, 1).tolist())
-        own["margin"].append(margin if math.isfinite(margin) else None)
+        own["margin"].append(finite(margin))
         own["conflict_ratio"].append(stats.get("conflict_ratio", 0.0))
         own["consistency"].append(stats.get("consistency", 0.0))
 
@@ -169,7 +205,7 @@ class Film:
         with the expert's mean."""
         if not step.grads:
             return
-        where = self.shown.index_N
+        where = self.index_N
         rows = [step.pairs.by_token(grad_SO)[where] for grads in step.grads.values() for grad_SO in grads]
         unit_LNKO = [F.normalize(grad_NKO.float(), dim=-1, eps=1e-37) for grad_NKO in rows]
         verdict, ids_NK = self.stgc.verdicts[i], step.pairs.expert_ids_TK[where]
@@ -201,16 +237,22 @@ class Film:
     def save(self) -> None:
         """Writes both files. The arrays come first: a film without its JSON is none."""
         if self.writes and self.content["steps"]:
-            stacked = {key: torch.stack(rows) for key, rows in self.arrays.items()}
+            content, arrays = self.found()
             with written(self.path.with_suffix(".safetensors")) as new:
-                save_file(stacked | self.matrices, new)
-            write_json(self.path.with_suffix(".json"), self.content)
+                save_file(arrays, new)
+            write_json(self.path.with_suffix(".json"), content)
+
+    def found(self) -> tuple[dict, dict[str, Tensor]]:
+        """What `read_film` reads again."""
+        return self.content, {key: torch.stack(rows) for key, rows in self.arrays.items()} | self.matrices
 
     def load(self, step: int) -> None:
         """What an interrupted run has filmed up to `step`. Without films nothing is read."""
         if not self.path.with_suffix(".json").is_file():
             return
         content, arrays = read_film(self.path)
+        if content["tokens"] != self.content["tokens"]:  # another version of this program showed others: begin again
+            return
         kept = sum(moment <= step for moment in content["steps"])
         twins = sum(moment + self.delta <= step for moment in content["steps"])
         for key in ("steps", "loss", "answers"):
@@ -229,12 +271,27 @@ def read_film(path: Path, flag: str = "--output-dir") -> tuple[dict, dict[str, T
     """The JSON and the arrays of a film. UserError if one of them is damaged."""
     try:
         content, arrays = read_json(path.with_suffix(".json"), **KINDS), load_file(path.with_suffix(".safetensors"))
-        for i in range(len(content["layers"])):
-            if len(arrays[f"{i}.experts"]) != len(content["steps"]):
-                raise ValueError(f"layer {i} has {len(arrays[f'{i}.experts'])} moments of {len(content['steps'])}")
+        count, pairs = len(content["steps"]), [len(one["pairs"]) for one in content["matrices"]]
+        shapes = {f"matrix{number}": (size, size) for number, size in enumerate(pairs)}
+        wrong = [key for key in ("loss", "answers") if len(content[key]) != count]
+        for i, layer in enumerate(content["layers"]):
+            shapes |= {f"{i}.{key}": (count, len(content["tokens"])) for key in ARRAYS} | {f"{i}.first": (count,)}
+            wrong += [key for key in CURVES[:-1] if len(layer[key]) != count]
+        wrong += [key for key, shape in shapes.items() if key not in arrays or arrays[key].shape[: len(shape)] != shape]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is absent or of another size")
         return content, arrays
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{flag} {path.parent}: the film {path.name} cannot be read ({error}); train again") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{flag} {path.parent}: the film {path.name} cannot be read ({line}); remove it") from None
+
+
+def look_at(model: torch.nn.Module, batch: dict, shown: Shown, answer: Callable) -> tuple[dict, dict[str, Tensor]]:
+    """One moment of a saved model, as `read_film` gives it."""
+    torch.manual_seed(0)  # for experts that are drawn by dice
+    film = Film(Path("film"), model, STGCConfig("none"), batch, shown, 0, answer)
+    film.step_done(0)
+    return film.found()
 
 
 def split_pieces(tokens: Sequence[str], special: Sequence[str]) -> list[tuple[str, bool]]:
@@ -246,6 +303,6 @@ def split_pieces(tokens: Sequence[str], special: Sequence[str]) -> list[tuple[st
         mark = token[:1] if marks and token.startswith(marks) else ""
         joined = token.startswith("##") or bool(marks and not mark and not before and token not in special)
         text = token.removeprefix("##")[len(mark) :].replace("\u010a", "\u21b5")  # a line's end, as byte-level BPE writes it
-        found.append((text or token, joined))
+        found.append((text or ("\u2423" if mark else token), joined))  # a space alone
         before = token in special
     return found

@@ -12,8 +12,10 @@ L linears of an expert:
   examples     [{kind: "text" or "picture", gold, fields: [[name, first, end]], image: null or "data:image/png;base64,...",
                grid: null or [rows, columns], question: null or str}]. A field is a sentence. It has the tokens first to
                end - 1, counted from 0 in the example. What lies in no field is shown as a special token.
-  variants     [{name, loss: "none", "ce", "mse" or "reroute", placebo: bool, beta, steps: [M], delta: null or the distance
-               of a moment and its twin in steps, loss_curve: [M], answers: [M][example] of str, layers: one per layer}]
+  variants     [{name, loss: "none", "ce", "mse" or "reroute", select (the pairs that get it): "conflict", "random" (the
+               placebo) or "all", drawn: bool, by dice, without a router that learns, beta, steps: [M], delta: null or the
+               distance of a moment and its twin in steps, loss_curve: [M] (null where it was not finite),
+               answers: [M][example] of str, layers: one per layer}]
 
 A layer of a variant. Loads, histogram and curves are those of the whole batch, also where fewer of its tokens are shown:
 
@@ -31,11 +33,11 @@ Shapes in parentheses are arrays from `pack`. A similarity is the mean of a pair
 
 import base64
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lab.moe.film import CONFLICT, read_film
 from lab.run.cli import Parser, UserError, number, path, printable, run_main, say
@@ -72,20 +74,17 @@ def write_page(data: dict, target: Path) -> Path:
 # ---- 2. A run ----
 
 
-def find_films(run: Path, flag: str, seed: int | None) -> tuple[str, dict[str, Path]]:
-    """The title of a run, and the films of one seed by variant, in the record's order; none without films. UserError."""
-    record = read_record(run, flag)
-    if record is None:
-        return run.name, {}
+def find_runs(run: Path, flag: str, seed: int | None) -> tuple[str, dict[str, str]]:
+    """The title of a run, and by variant what its files of one seed may be named after, in the record's order. UserError."""
+    record = read_record(run, flag) or {"name": run.name, "runs": []}
     entries = [one for one in record["runs"] if one["variant"] != "dense"]
     seeds = list(dict.fromkeys(one["seed"] for one in entries))
     if seed is not None and seed not in seeds:
-        raise UserError(f"--seed {seed}: {run} has {', '.join(map(str, seeds)) or 'none'}; name one of these")
+        fix = f"has {', '.join(map(str, seeds))}; name one of these" if seeds else "has no record of its seeds; leave it out"
+        raise UserError(f"--seed {seed}: {run} {fix}")
     chosen = [one for one in entries if one["seed"] == (seeds[0] if seed is None else seed)]
-    names = {f"{one['variant']}{rate}": f"{one['variant']}{rate}-s{one['seed']}" for one in chosen for rate in rates(one)}
-    films = {variant: run / f"film-{name}" for variant, name in names.items()}
     title = f"{record['name']}, seed {chosen[0]['seed']}" if chosen else record["name"]
-    return title, {variant: path for variant, path in films.items() if path.with_suffix(".json").is_file()}
+    return title, {f"{o['variant']}{rate}": f"{o['variant']}{rate}-s{o['seed']}" for o in chosen for rate in rates(o)}
 
 
 def rates(entry: dict) -> tuple[str, str]:
@@ -94,33 +93,32 @@ def rates(entry: dict) -> tuple[str, str]:
 
 
 def collect(run: str | Path, seed: int | None = None, look: Callable | None = None, flag: str = "--inspect") -> dict:
-    """The data of a run's page: from its films or, without any, from its saved models, by `look(folder)`. UserError."""
+    """The data of a run's page: from its films or, without any, from its saved models, by `look(folder)`, which returns a
+    film of one moment. `run`: its folder, or that of one model. UserError."""
     run = Path(run).expanduser()
-    title, films = find_films(run, flag, seed)
+    title, names = find_runs(run, flag, seed)
+    films = {variant: run / f"film-{name}" for variant, name in names.items()}
+    films = {variant: read_film(path, flag) for variant, path in films.items() if path.with_suffix(".json").is_file()}
     if films:
-        found = {variant: read_film(path, flag) for variant, path in films.items()}
-        return page_data(title, "film", ["The examples are training examples: the fixed batch of the film."], found)
-    pattern = "model-*" if seed is None else f"model-*-s{seed}"
-    models = [run] if (run / "config.json").is_file() else sorted(path for path in run.glob(pattern) if path.is_dir())
-    if look is None or not models:
+        return page_data(title, "film", "The examples are training examples: the fixed batch of the film.", films, flag)
+    models = {variant: run / f"model-{name}" for variant, name in names.items()}
+    if (run / "config.json").is_file():
+        models = {run.name.removeprefix("model-").rpartition("-s")[0] or run.name: run}
+    models = {variant: look(path) for variant, path in models.items() if path.is_dir()} if look else {}
+    if not models:
         raise UserError(f"{flag} {run} holds no film" + " and no saved model" * bool(look) + "; train with --film")
-    last = models[0].name.rpartition("-s")[2]
-    models = [path for path in models if path.name.rpartition("-s")[2] == last]  # of one seed
-    shown = {path.name.removeprefix("model-").rpartition("-s")[0] or path.name: look(path) for path in models}
-    notes = ["The run has no film. The examples are the first ones of dev, which a saved model keeps; they form one batch."]
-    found = {name: (film.content, {key: torch.stack(rows) for key, rows in film.arrays.items()} | film.matrices)
-             for name, film in shown.items()}  # fmt: skip
-    return page_data(title, "model", notes, found)
+    note = "The run has no film. The examples are those that a saved model keeps, of dev or test; they form one batch."
+    return page_data(title, "model", note, models, flag)
 
 
-def page_data(title: str, source: str, notes: list[str], films: dict[str, tuple[dict, dict]]) -> dict:
+def page_data(title: str, source: str, note: str, films: dict[str, tuple[dict, dict]], flag: str) -> dict:
     """The schema above, of films by variant that show the same examples. UserError where they do not."""
     first, _ = next(iter(films.values()))
     for name, (content, _) in films.items():
         if content["tokens"] != first["tokens"] or len(content["layers"]) != len(first["layers"]):
-            raise UserError(f"--inspect: {name} shows other examples than the others; inspect its model folder alone")
+            raise UserError(f"{flag}: {name} shows other examples than the others; remove its film, or train again")
     run = first["run"]
-    data = {"title": f"How tokens choose their experts: {title}", "source": source, "notes": notes, "agreement": None}
+    data = {"title": f"How tokens choose their experts: {title}", "source": source, "notes": [note], "agreement": None}
     data |= {key: run[key] for key in ("experts", "topK", "normalize", "tau", "linears")}
     data |= {
         "layers": [layer["name"] for layer in first["layers"]],
@@ -129,26 +127,35 @@ def page_data(title: str, source: str, notes: list[str], films: dict[str, tuple[
     }
     data["variants"] = []
     for name, (content, arrays) in films.items():
-        one = {key: content["run"][key] for key in ("loss", "placebo", "beta")}
-        one |= {"name": name, "steps": content["steps"], "delta": content["run"]["delta"] if source == "film" else None}
-        one |= {"loss_curve": rounded(content["loss"]), "answers": content["answers"], "layers": []}
-        for i, layer in enumerate(content["layers"]):
-            count = len(content["steps"])
-            own = {key: rounded(layer[key]) for key in layer if key != "name"}
-            own["moved"] += [None] * (count - len(own["moved"]))
-            own |= {key: pack(arrays[f"{i}.{key}"].numpy(), 1, "uint8") for key in ("experts", "state", "best")}
-            for key in ("logits", "cosines", "norms"):
-                values = arrays[f"{i}.{key}"].float().numpy()
-                own[key] = pack(values, max(float(abs(values).max()), 1e-3) / 32767, "int16")
-            own["matrices"] = [
-                {key: place[key] for key in ("moment", "expert", "pairs")}
-                | {"cosines": pack(arrays[f"matrix{number}"].numpy() / 127, 1 / 127, "int8")}
-                for number, place in enumerate(content["matrices"])
-                if place["layer"] == i
-            ]
-            one["layers"].append(own)
-        data["variants"].append(one)
+        try:
+            data["variants"].append({"name": name} | variant_data(content, arrays, source))
+        except ValueError as error:
+            raise UserError(f"{flag}: the film of {name} cannot be shown ({error}); remove it, or train again") from None
     return data
+
+
+def variant_data(content: dict, arrays: dict, source: str) -> dict:
+    """What the schema has for a variant, but for its name. ValueError for numbers that are not finite."""
+    run = {"select": "random" if content["run"].get("placebo") else "conflict", "drawn": False} | content["run"]
+    one = {key: run[key] for key in ("loss", "select", "drawn", "beta")}
+    one |= {"steps": content["steps"], "delta": run["delta"] if source == "film" else None}
+    one |= {"loss_curve": rounded(content["loss"]), "answers": content["answers"], "layers": []}
+    for i, layer in enumerate(content["layers"]):
+        count = len(content["steps"])
+        own = {key: rounded(layer[key]) for key in layer if key != "name"}
+        own["moved"] += [None] * (count - len(own["moved"]))
+        own |= {key: pack(arrays[f"{i}.{key}"].numpy(), 1, "uint8") for key in ("experts", "state", "best")}
+        for key in ("logits", "cosines", "norms"):
+            values = arrays[f"{i}.{key}"].float().numpy()
+            own[key] = pack(values, max(float(abs(values).max()), 1e-3) / 32767, "int16")
+        own["matrices"] = [
+            {key: place[key] for key in ("moment", "expert", "pairs")}
+            | {"cosines": pack(arrays[f"matrix{number}"].numpy() / 127, 1 / 127, "int8")}
+            for number, place in enumerate(content["matrices"])
+            if place["layer"] == i
+        ]
+        one["layers"].append(own)
+    return one
 
 
 def is_page(file: Path) -> bool:
@@ -164,21 +171,24 @@ def unpack(array: dict) -> np.ndarray:
 
 
 def rounded(value):
-    """Numbers with four significant digits, in lists of lists, too."""
+    """Numbers with four significant digits, in lists of lists, too. ValueError for those that are not finite."""
     if isinstance(value, list):
         return [rounded(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a number is {value}")
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def inspect(run: str | Path, target: Path, seed: int | None = None, look: Callable | None = None) -> Path:
-    """Writes the page of a run. An existing file is replaced only where a run wrote it. UserError."""
-    data = collect(run, seed, look)
+def inspect(run, target: Path, seed: int | None = None, look: Callable | None = None, flags=("--inspect", "--html")) -> Path:
+    """Writes the page of a run. An existing file is replaced only where a run wrote it. `flags`: what the user calls run and
+    target. UserError."""
+    data = collect(run, seed, look, flags[0])
     if target.exists() and not is_page(target):
-        raise UserError(f"--html {target} exists and is no page of a run: remove it, or name another file")
+        raise UserError(f"{flags[1]} {target} exists and is no page of a run: remove it, or name another file")
     try:
         return write_page(data, target)
     except OSError as error:
-        raise UserError(f"--html {target} cannot be written ({error.strerror}): name another file") from None
+        raise UserError(f"{flags[1]} {target} cannot be written ({error.strerror}): name another file") from None
 
 
 def shows_film_alone(run: str | Path) -> bool:
@@ -194,20 +204,20 @@ def write_run(folder: Path) -> str:
     return f"look at it: {write_page(collect(folder, flag='--output-dir'), folder / PAGE)}"
 
 
-def describe(run: str | Path, seed: int | None = None) -> str:
+def describe(run: str | Path, seed: int | None = None, look: Callable | None = None) -> str:
     """A text for the terminal: the last moment of each variant's film, by example, then by token, then by expert."""
-    data, parts = collect(run, seed), []
-    parts.append(
-        f"{data['title']}\n  {len(data['examples'])} examples of a batch; conflicts are relative to its mean gradients"
-    )
+    data, parts = collect(run, seed, look), []
+    intro = f"  {len(data['examples'])} examples of a batch; conflicts are relative to its mean gradients"
+    parts.append("\n".join([data["title"], *(f"  {note}" for note in data["notes"]), intro]))
     for variant in data["variants"]:
+        when = f", after step {variant['steps'][-1]}" * (data["source"] == "film")
         for layer, name in zip(variant["layers"], data["layers"]):
-            parts.append(f"{variant['name']}, after step {variant['steps'][-1]}, MoE layer {name}")
+            parts.append(f"{variant['name']}{when}, MoE layer {name}")
             experts, states = (unpack(layer[key])[-1] for key in ("experts", "state"))
             similarity_NK = unpack(layer["cosines"])[-1].mean(-1)
             for i, example in enumerate(data["examples"]):
                 answer = variant["answers"][-1][i]
-                asked = f"{example['question']} " if example["question"] else ""
+                asked = f"{printable(example['question'])}\n  " if example["question"] else ""
                 lines = [f"example {i + 1}: {asked}gold {example['gold']}, answer {answer}"]
                 for n, token in enumerate(data["tokens"]):
                     if token["example"] == i:
@@ -230,7 +240,8 @@ def main() -> None:
     parser.add_argument("--seed", type=number(int, 0), help="the seed that is shown; default: the first")
     parser.add_argument("--output", type=path("new file"), help="default: inspect.html in the run's folder")
     args = parser.parse_args()
-    say(inspect(args.run, Path(args.output or Path(args.run) / PAGE), args.seed))
+    target = Path(args.output or Path(args.run) / PAGE)
+    say(f"written: {inspect(args.run, target, args.seed, flags=('the run', '--output'))}")
 
 
 if __name__ == "__main__":

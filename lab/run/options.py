@@ -17,8 +17,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 COMPARED = ["none", "ce", "placebo"]
 METHOD = ("conflict_loss", "select", "passes", "gradients")  # the flags that a variant's name replaces
 # options that may differ when a run is resumed
-FREE = {"seeds", "variants", "compare", "lrs", "resume", "overwrite", "output_dir", "save_steps", "save_model", "report_to"}
-FREE |= {"film"}
+FREE = {*"seeds variants compare lrs resume overwrite output_dir save_steps save_model report_to film".split()}
 # flags that use a trained model, and train nothing
 USES = {"inspect", "html", "seed", "predict", "run", "output", "ask", "chat", "image"}
 # options that older records do not have, with their defaults
@@ -85,7 +84,7 @@ def add_run(parser: Parser, folder: str, films: str) -> None:
 
 def add_page(parser: Parser) -> None:
     parser.add_argument("--html", type=path("new file"), metavar="FILE", help="of --inspect: write a page instead of a text")
-    parser.add_argument("--seed", type=number(int, 0, 10**6), help="of --inspect --html; default: the first of the run")
+    parser.add_argument("--seed", type=number(int, 0, 10**6), help="of --inspect: which to show; default: the run's first")
 
 
 def refuse_page(parser: Parser, args) -> None:

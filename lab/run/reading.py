@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def read_json(path: Path, /, **kinds) -> dict:
-    """The object in a file, with values of these kinds under these keys. `int | None`: the key may be absent."""
+    """The object in a file, with values of these kinds, see `fits`, under these keys. `int | None`: it may be absent."""
     return parse_json(path.read_bytes(), path.name, **kinds)
 
 
@@ -20,9 +20,18 @@ def parse_json(text: str | bytes, name: str, /, **kinds) -> dict:
 def check_kinds(content: object, name: str, /, **kinds) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{name} is not a JSON object")
-    if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
+    if wrong := [key for key, kind in kinds.items() if not fits(content.get(key), kind)]:
         raise ValueError(f"{name} has no valid {wrong[0]}")
     return content
+
+
+def fits(value: object, kind) -> bool:
+    """Whether a value is of a kind: a type or a union; [kind], a list of such values; {key: kind}, an object."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), own) for key, own in kind.items())
+    return isinstance(value, kind)
 
 
 def name_repeated(pairs: list[tuple[str, object]]) -> dict:

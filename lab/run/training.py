@@ -120,7 +120,7 @@ class Training:
                 self.checkpoints.restore_random()
                 self.resumed = False
             if self.film and self.at.step == 0:
-                self.start += self.film.step_done(0)
+                self.start += self.film.step_done(0, self.grad_scale())
             yield batch
         self.at.seconds += time.perf_counter() - self.start
 
@@ -131,7 +131,7 @@ class Training:
         self.losses.append(main_loss.detach())
         at.step, at.batch, at.samples = at.step + 1, at.batch + 1, at.samples + samples
         if self.film:
-            self.start += self.film.step_done(at.step)
+            self.start += self.film.step_done(at.step, self.grad_scale())
         due = at.step % self.log_steps == 1 % self.log_steps
         if due or at.step == self.steps:
             values, self.losses = check_losses(self.losses, at.step, self.accelerator), []

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from lab.moe import moefication
 from lab.moe.baselines import CosineRouter
-from lab.moe.film import Film, Shown, split_pieces
+from lab.moe.film import Shown, look_at
 from lab.run.cli import UserError, printable
 from lab.run.files import write_json, written
 from lab.run.hub import Checkpoint, count_positions, misfit
@@ -220,21 +220,18 @@ def load_examples(folder: Path, device) -> tuple[PreTrainedModel, object, TaskCa
 
 def show_texts(tokenizer, batch, columns: Sequence[str], names: Sequence, most: int = 12, room: int = 400) -> Shown:
     """What a page shows of a batch: its first examples, 8 to `most` of them, as far as about `room` tokens go."""
-    examples, tokens, index, length = [], [], [], batch["input_ids"].shape[1]
+    shown, length = Shown(), batch["input_ids"].shape[1]
     for number, (ids, keep, label) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"])):
-        if number == most or (number >= 8 and len(tokens) > room):
+        if number == most or (number >= 8 and len(shown.tokens) > room):
             break
-        places = keep.nonzero().flatten().tolist()  # some tokenizers pad on the left
-        special = [id in tokenizer.all_special_ids for id in ids[places].tolist()]
-        pieces = split_pieces(tokenizer.convert_ids_to_tokens(ids[places].tolist()), tokenizer.all_special_tokens)
-        tokens += [{"text": text, "joined": joined, "example": number, "patch": None} for text, joined in pieces]
-        index += [number * length + place for place in places]
-        groups = [[*group] for is_special, group in groupby(range(len(places)), key=special.__getitem__) if not is_special]
+        places = keep.nonzero().flatten()  # some tokenizers pad on the left
+        ids = ids[places].tolist()
+        special = [id in tokenizer.all_special_ids for id in ids]
+        groups = [[*group] for is_special, group in groupby(range(len(ids)), key=special.__getitem__) if not is_special]
         fields = [[name, group[0], group[-1] + 1] for name, group in zip(columns, groups)]
         gold = f"{label:.2f}" if label.is_floating_point() else str(names[label])
-        empty = {"image": None, "grid": None, "question": None}
-        examples.append({"kind": "text", "fields": fields, "gold": gold} | empty)
-    return Shown(examples, tokens, torch.tensor(index))
+        shown.add(tokenizer, ids, (number * length + places).tolist(), gold, fields=fields)
+    return shown
 
 
 def read_answers(out, names: Sequence, count: int) -> list[str]:
@@ -245,15 +242,12 @@ def read_answers(out, names: Sequence, count: int) -> list[str]:
     return [str(names[best]) for best in logits_NC.argmax(1).tolist()]
 
 
-def film_of_model(folder: Path, device="cpu") -> Film:
-    """One moment of a saved model, on its card's examples. UserError for a model without MoE layers or examples."""
+def film_of_model(folder: Path, device="cpu") -> tuple[dict, dict[str, Tensor]]:
+    """A film of one moment: a saved model on its card's examples. UserError for one without MoE layers or examples."""
     model, tokenizer, card, batch = load_examples(folder, device)
     names = card.labels or range(card.num_labels)
     shown = show_texts(tokenizer, batch, card.columns, names)
-    answer = partial(read_answers, names=names, count=len(shown.examples))
-    film = Film(folder / "film", model, STGCConfig("none"), batch, shown, 0, answer, writes=False)
-    film.step_done(0)
-    return film
+    return look_at(model, batch, shown, partial(read_answers, names=names, count=len(shown.examples)))
 
 
 def explain_marks(text: str) -> list[str]:

@@ -7,10 +7,12 @@ import base64
 import io
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -30,11 +32,12 @@ from transformers import (
 )
 
 from lab.moe import baselines, moefication
-from lab.moe.film import Shown, split_pieces
+from lab.moe.film import Shown, evenly, look_at
 from lab.run.cli import UserError, printable
 from lab.run.files import write_json
 from lab.run.hub import Checkpoint
 from lab.run.options import spec_options
+from lab.run.reading import fits
 from lab.vision.instructions import (
     EOS,
     IGNORED,
@@ -52,6 +55,7 @@ from lab.vision.instructions import (
 )
 from lab.vision.llava import Problems, load_llava
 from lab.vision.scenes import make_scenes
+from stgc import MoELayer
 
 SIZE = 64  # of a picture without a pretrained CLIP, in pixels
 CAPTION = 77  # positions of a tiny CLIP's text, its end included
@@ -383,26 +387,52 @@ def ask(model: PreTrainedModel, tokenizer, card: "Card", images_N3SS: Tensor, qu
     return tokenizer.decode(ids_BL[0], skip_special_tokens=True).strip()
 
 
-def show_packs(data: Data, packs: Sequence[Pack], length: int, count: int = 8) -> tuple[Shown, list[tuple[int, int]]]:
-    """What a page shows of a batch of packs: of the first `count`, the picture and the first question about it, with its
-    answer. And where these tokens begin and end in each row of the batch."""
-    examples, tokens, index, ends = [], [], [], []
-    side = math.isqrt(data.image_tokens)
-    for number, pack in enumerate(packs[:count]):
-        one = data.train.instructions[pack.rows[0]]
-        ids = pack.prefix.input_ids + pack.rests[0].input_ids
-        pieces = split_pieces(data.tokenizer.convert_ids_to_tokens(ids), data.tokenizer.all_special_tokens)
-        patches = (divmod(place, side) for place in range(data.image_tokens))
-        for id, (text, joined) in zip(ids, pieces):
-            patch = list(next(patches)) if id == data.image_id else None
-            tokens.append({"text": text, "joined": joined, "example": number, "patch": patch})
-        index += range(number * length, number * length + len(ids))
-        ends.append((len(pack.prefix.input_ids), len(ids)))
-        question, answer = one.turns[0]
-        picture = None if one.image is None else png_of(data.train.images_N3SS[one.image])
-        shown = {"kind": "picture", "fields": [], "gold": answer, "image": picture, "grid": [side, side]}
-        examples.append(shown | {"question": question.replace(IMAGE, "").strip()})
-    return Shown(examples, tokens, torch.tensor(index)), ends
+SHOWN = 8  # examples of a page, and of a card
+
+
+def mixed_kinds(groups: Iterable[Sequence[Instruction]]) -> list[int]:
+    """The place of one instruction in each group, such that all kinds are chosen about equally often."""
+    seen, chosen = Counter(), []
+    for group in groups:
+        chosen.append(min(range(len(group)), key=lambda i: seen[group[i].kind]))
+        seen[group[chosen[-1]].kind] += 1
+    return chosen
+
+
+def film_batch(model: PreTrainedModel, collate: Collate, rows: Sequence[int], tokenizer, side: int):
+    """What a film needs of some packs: the batch, what a page shows of it, and the function that reads the answers. `side`:
+    of a picture, in patches."""
+    packs = [collate.packs[row] for row in rows]
+    batch = {key: value.to(model.device) for key, value in collate(rows).items()}
+    keep, asked, _ = (batch.pop(name) for name in ("keep", "asked", "rows"))
+    if samples := baselines.samples_of(model):
+        samples.set(keep, **question_values(model, batch["input_ids"], asked))
+    shown, ends = show_packs(collate.data, packs, tokenizer, side, batch["input_ids"].shape[1])
+    return batch, shown, partial(read_answers, labels=batch["labels"], ends=ends, tokenizer=tokenizer)
+
+
+def show_packs(data: InstructionSet, packs: Sequence[Pack], tokenizer, side: int, length: int):
+    """What a page shows of a batch of packs with rows of `length` tokens: of the first ones the picture and one conversation
+    about it. And where each conversation begins and ends in its row."""
+    shown, ends, image_id = Shown(), [], tokenizer.convert_tokens_to_ids(IMAGE)
+    groups = [[data.instructions[row] for row in pack.rows] for pack in packs[:SHOWN]]
+    for number, (pack, group, chosen) in enumerate(zip(packs, groups, mixed_kinds(groups))):
+        one, prefix, rest = group[chosen], pack.prefix.input_ids, pack.rests[chosen]
+        start = len(prefix) + sum(len(other.input_ids) for other in pack.rests[:chosen])
+        ends.append((start, start + len(rest.input_ids)))
+        fields, end = [], len(prefix)
+        for is_answer, labels in groupby(rest.labels, key=lambda label: label != IGNORED):
+            begin, end = end, end + len([*labels])
+            fields.append(["answer", begin, end - 1] if is_answer else ["question", begin, end])  # without the <eos>
+        place = iter(range(side * side))
+        patches = [[*divmod(next(place), side)] if id == image_id else None for id in prefix]
+        questions, answers = zip(*one.turns)
+        more = {"fields": fields, "question": " ".join(questions).replace(IMAGE, "").strip()}
+        if one.image is not None:
+            more |= {"kind": "picture", "image": png_of(data.images_N3SS[one.image]), "grid": [side, side]}
+        index = [number * length + n for n in (*range(len(prefix)), *range(*ends[-1]))]
+        shown.add(tokenizer, prefix + rest.input_ids, index, " ".join(answers), patches, **more)
+    return shown, ends
 
 
 def png_of(image_3SS: Tensor) -> str:
@@ -410,6 +440,15 @@ def png_of(image_3SS: Tensor) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image_3SS.permute(1, 2, 0).numpy()).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def picture_of(url: str, size: int) -> Tensor:
+    """The picture of `png_of`, uint8 (3, S, S). ValueError, or an error of Pillow, for anything else."""
+    file = io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
+    with Image.open(file, formats=["PNG"]) as image:  # which has not read the pixels
+        if (image.mode, image.size) != ("RGB", (size, size)):
+            raise ValueError(f"a picture is {image.mode}, {image.size[0]} x {image.size[1]}, not RGB, {size} x {size}")
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 def read_answers(out, labels: Tensor, ends: Sequence[tuple[int, int]], tokenizer) -> list[str]:
@@ -431,27 +470,47 @@ def save(model: PreTrainedModel, folder: Path, data: Data) -> None:
     """Saves weights and tokenizer in transformers' format, and a card with the format of pictures."""
     model.save_pretrained(folder, save_original_format=False)  # under the model's own parameter names
     data.tokenizer.save_pretrained(folder)
-    write_json(folder / CARD, asdict(Card(*data.pixels, data.image_tokens)))
+    write_json(folder / CARD, asdict(Card(*data.pixels, data.image_tokens, choose_examples(data.test))))
+
+
+def choose_examples(data: InstructionSet) -> list[dict]:
+    """One instruction for each of a few pictures, as a card keeps them."""
+    groups = [[own for own in data.instructions if own.image == row] for row in evenly(len(data.images_N3SS), SHOWN)]
+    chosen = [group[i] for group, i in zip(groups, mixed_kinds(groups))]
+    return [{"turns": [*map(list, o.turns)], "kind": o.kind, "image": png_of(data.images_N3SS[o.image])} for o in chosen]
 
 
 @dataclass(frozen=True)
 class Card:
-    """The format of pictures that a saved model expects. Bad values raise ValueError."""
+    """The format of pictures that a saved model expects, and test examples to show it on. Bad values raise ValueError."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_tokens: int
+    examples: list[dict] = field(default_factory=list)  # turns, kind and image, a data URL; none in older cards
 
     def __post_init__(self):
         whole = all(type(value) is int and 0 < value < 10_000 for value in (self.size, self.image_tokens))
         triples = all(len(value) == 3 and all(type(v) is float for v in value) for value in (self.mean, self.std))
         if not (whole and triples and math.isfinite(sum(self.mean + self.std)) and min(self.std) > 1e-6):
             raise ValueError(f"invalid values: {asdict(self)}")
+        if not fits(self.examples, [{"turns": [[str]], "kind": str, "image": str}]):
+            raise ValueError("invalid examples")
+        for one in self.examples:
+            questions = [question for question, _ in one["turns"]]  # ValueError for other than two
+            if sum(question.count(IMAGE) for question in questions) != 1:
+                raise ValueError(f"an example has not one {IMAGE}: {questions}")
 
     @property
     def pixels(self) -> Pixels:
         return Pixels(self.size, tuple(self.mean), tuple(self.std))
+
+    def instructions(self) -> InstructionSet:
+        """The examples. ValueError, or an error of Pillow, for a picture of another format."""
+        images_N3SS = torch.stack([picture_of(one["image"], self.size) for one in self.examples])
+        turns = [tuple(map(tuple, one["turns"])) for one in self.examples]
+        return InstructionSet(images_N3SS, [Instruction(own, i, self.examples[i]["kind"]) for i, own in enumerate(turns)])
 
 
 def load(saved: Checkpoint) -> tuple[PreTrainedModel, object, Card]:
@@ -459,4 +518,23 @@ def load(saved: Checkpoint) -> tuple[PreTrainedModel, object, Card]:
     saved.require("config.json", "tokenizer.json")
     card = saved.read(CARD, Card)
     model = moefication.load_either(saved, LlavaForConditionalGeneration)
+    vision = model.config.vision_config
+    if (card.size, card.image_tokens) != (size := (vision.image_size, count_patches(vision))):
+        saved.refuse(f"{CARD} has pictures of {card.size} pixels and {card.image_tokens} tokens, the model {size}")
     return model, saved.tokenizer(model.config), card
+
+
+def film_of_model(folder: Path, device="cpu") -> tuple[dict, dict[str, Tensor]]:
+    """A film of one moment: a saved model on its card's examples. UserError for one without MoE layers or examples."""
+    saved = Checkpoint("--inspect", folder, again="train again")
+    model, tokenizer, card = load(saved)
+    if not any(isinstance(module, MoELayer) for module in model.modules()):
+        raise UserError(f"--inspect {folder} is a dense model without MoE layers: name another")
+    if not card.examples:
+        saved.refuse(f"{CARD} has no examples, as an older version wrote it")
+    data = saved.guard(f"{CARD} of", card.instructions)
+    encoded = encode([one.turns for one in data.instructions], tokenizer, card.image_tokens)
+    packs = make_packs(data, encoded, tokenizer.convert_tokens_to_ids(IMAGE), 0, share=False)
+    collate, side = Collate(data, packs, card.pixels, tokenizer.pad_token_id), math.isqrt(card.image_tokens)
+    model = model.to(device)
+    return look_at(model, *film_batch(model, collate, range(len(packs)), tokenizer, side))

@@ -305,8 +305,8 @@ def each(name, *row) -> dict:
     return {f"{name}-{number.name}": (*row, number) for number in ALL}
 
 
-GLUE_PATHS = ["model", "data-dir", "predict", "run", "output", "inspect", "output-dir"]
-LVLM_PATHS = ["clip", "lm", "data", "image-dir", "eval-data", "image", "run", "output-dir"]
+GLUE_PATHS = ["model", "data-dir", "predict", "run", "output", "inspect", "output-dir", "html"]
+LVLM_PATHS = ["clip", "lm", "data", "image-dir", "eval-data", "image", "run", "inspect", "output-dir", "html"]
 FLAGS = [(glue_moefy, name) for name in GLUE_PATHS] + [(toy_lvlm, name) for name in LVLM_PATHS]
 NAMES = [  # a name that no flag takes, and the reason
     ("", "'': the name is empty"),
