@@ -226,13 +226,15 @@ def test_every_task_is_a_row(words, tmp_path, name):
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     found, task = record["runs"][0]["last"], TASKS[name]
     suffixed = {f"{metric}_mm" for metric in task.metrics if len(task.dev) == 2}
-    assert found.keys() == {*task.metrics, *suffixed, "score", "epoch"} and record["name"] == f"{name}-16"
+    assert found.keys() == {*task.metrics, *task.also, *suffixed, "score", "dev_loss", "epoch"}
+    assert record["name"] == f"{name}-16"
     assert found["score"] == pytest.approx(sum(found[metric] for metric in task.metrics) / len(task.metrics))
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     names = {"matthews": "matthews_correlation", "spearman": "spearmanr"}
     assert {f"eval_{names.get(metric, metric)}" for metric in (*task.metrics, *suffixed)} < results.keys()
     assert all(results[f"eval_{names.get(metric, metric)}"] == found[metric] for metric in task.metrics)
     assert results["eval_samples"] == 6 and results["eval_combined_score"] == found["score"]
+    assert results["eval_loss"] == found["dev_loss"] > 0
 
 
 def test_mnli_scores_its_two_halves_apart(words, tmp_path):

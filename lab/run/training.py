@@ -154,6 +154,7 @@ class Training:
         """Writes the epoch's scores to the curve and, with `shown`, to the terminal. Then starts the next epoch."""
         at = self.at
         if scores is not None:
+            check_losses(self.losses, at.step, self.accelerator)  # a training loss is the earlier sign
             if not torch.tensor([*scores.values()]).isfinite().all():
                 raise RunFailed(f"the scores after epoch {at.epoch} are {scores}; lower the learning rate or --beta")
             self.log.write({"step": at.step, "epoch": at.epoch} | {f"eval_{key}": value for key, value in scores.items()})
