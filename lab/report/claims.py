@@ -91,7 +91,7 @@ class Setting:
         if not sides[0].keys() & sides[1].keys():
             return None
         found = paired(*sides)
-        self.intervals |= {(one, other, select)} if found.low is not None else set()
+        self.intervals |= {(*sorted((one, other)), select)} if found.low is not None else set()
         return found
 
     def verdict(self, gain: float, one: str = "ce", other: str = "none", select: str = "best") -> str:
@@ -423,9 +423,11 @@ def main() -> None:
     if args.check:
         return say(*check(Path(args.check)))
     if args.quick:
-        from lab.report.quick import measure
+        from lab.report.quick import measure_all
 
-        return say(*measure())
+        for line in measure_all():
+            say(line)
+        return
     target = ROOT / "docs" / "claims.md"
     before = target.read_text() if target.is_file() else ""
     target.write_text(render(read_all()))
