@@ -200,6 +200,34 @@ def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+def test_dense_stages_of_another_run(whole, tmp_path):
+    """--stages-from: the same curves as where the stages were trained, and nothing is trained or written there again.
+    --moe-from stage1: the experts come before stage II. What was made otherwise is refused before anything is written."""
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    run([*WORDS, "--variants", "none,random", "--stages-from", whole, "--output-dir", tmp_path / "same"])
+    assert curve(tmp_path / "same", "none-s0") == curve(whole, "none-s0")
+    assert [one["stage"] for one in read(tmp_path / "same")["stages"]] == ["stage2"]
+    assert read(tmp_path / "same")["stages"][0] == read(whole)["stages"][-1]
+    early = [*WORDS, "--variants", "none", "--stages-from", whole, "--moe-from", "stage1", "--train", "all"]
+    run([*early, "--output-dir", tmp_path / "early"])
+    (entry,) = read(tmp_path / "early")["runs"]
+    assert 0 <= entry["start"] <= 1 and read(tmp_path / "early")["stages"][0]["stage"] == "stage1"
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    for wrong, message in (
+        (["--stage1-lr", "1e-4"], "was made with --stage1-lr 0.001"),
+        (["--seeds", "1"], "has no stage2-s1: train that seed there first"),
+        (["--stages-from", tmp_path], "no run of toy_lvlm.py is there"),
+    ):
+        fails([*WORDS, "--stages-from", whole, "--output-dir", tmp_path / "no", *wrong], message)
+    with (tmp_path / "same" / "results.json").open("r+") as file:
+        text = file.read().replace(read(whole)["made_from"]["the data to train"], "0")
+        file.seek(0), file.truncate(), file.write(text)
+    fails([*WORDS, "--stages-from", tmp_path / "same", "--output-dir", tmp_path / "no"], "the data to train changed since")
+    fails([*WORDS, "--moe-from", "stage1"], "")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, server):
     command = [*WORDS, "--variants", "ce,ce-one,feature,task", "--log-steps", "1"]
     plain = "from conftest import without_pictures; from pytest import MonkeyPatch; without_pictures(MonkeyPatch())"

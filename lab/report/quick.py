@@ -86,8 +86,8 @@ def compare_margins() -> Iterator[str]:
     for name, own in found.items():
         margin, loss = torch.tensor(own).mean(0).tolist()
         rows.append([name, f"{margin:.4f}", f"{margin / base:.3f}", recorded.get(name, ""), f"{loss:.3f}"])
-    yield f"2. The router's margin after {STEPS + 25} steps of stgc.Demo, beta 1, mean of {SEEDS} seeds. Recorded: the median"
-    yield "   of the settings in results/regimes.json."
+    yield f"2. The router's margin after {STEPS + 25} steps of stgc.Demo, beta 1, mean of {SEEDS} seeds. Recorded: the"
+    yield "   median of the settings in results/regimes.json."
     yield from layout(rows).split("\n")
 
 
