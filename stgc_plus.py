@@ -133,14 +133,14 @@ def compare_to_others(grad_SO: Tensor, one: Compared, pairs: stgc.Pairs, over: "
 
 
 # ---- 5. Placebo and reroute ----
-CONFLICT_LOSSES = stgc.CONFLICT_LOSSES | {"reroute": lambda logits_TE: -logits_TE.log_softmax(-1)}  # CE(z_n, target)
-
-
 def draw_placebo(conflict_TK: Tensor, judged_TK: Tensor, seed: int) -> Tensor:
     """As many judged pairs as conflict, drawn at random: the control for the selection."""
     key_TK = torch.rand(judged_TK.shape, generator=torch.Generator().manual_seed(seed)).to(judged_TK.device)
     rank_S = key_TK.masked_fill(~judged_TK, -1.0).flatten().argsort(descending=True).argsort()
     return (rank_S < conflict_TK.sum()).view_as(conflict_TK)
+
+
+CONFLICT_LOSSES = stgc.CONFLICT_LOSSES | {"reroute": lambda logits_TE: -logits_TE.log_softmax(-1)}  # CE(z_n, target)
 
 
 # ---- 6. One pass ----
