@@ -99,7 +99,8 @@ def collect(run: str | Path, seed: int | None = None, look: Callable | None = No
     title, films = find_films(run, flag, seed)
     if films:
         found = {variant: read_film(path, flag) for variant, path in films.items()}
-        return page_data(title, "film", ["The examples are training examples: the fixed batch of the film."], found)
+        data = page_data(title, "film", ["The examples are training examples: the fixed batch of the film."], found)
+        return data | {"agreement": agreement_of(run, [path.name.replace("film", "model", 1) for path in films.values()])}
     pattern = "model-*" if seed is None else f"model-*-s{seed}"
     models = [run] if (run / "config.json").is_file() else sorted(path for path in run.glob(pattern) if path.is_dir())
     if look is None or not models:
@@ -110,7 +111,15 @@ def collect(run: str | Path, seed: int | None = None, look: Callable | None = No
     notes = ["The run has no film. The examples are the first ones of dev, which a saved model keeps; they form one batch."]
     found = {name: (film.content, {key: torch.stack(rows) for key, rows in film.arrays.items()} | film.matrices)
              for name, film in shown.items()}  # fmt: skip
-    return page_data(title, "model", notes, found)
+    data = page_data(title, "model", notes, found)
+    return data | {"agreement": agreement_of(run, [path.name for path in models])}
+
+
+def agreement_of(run: Path, models: list[str]) -> dict | None:
+    """How often other batches give the same flags: of the first of these models that lab.report.probe has probed."""
+    probed = {one["model"]: one for one in (read_record(run) or {}).get("probes", []) if one["error"] is not None}
+    first = next((probed[name] for name in models if name in probed), None)
+    return first and {"kappa": first["kappa"], "error": first["error"]}
 
 
 def page_data(title: str, source: str, notes: list[str], films: dict[str, tuple[dict, dict]]) -> dict:
