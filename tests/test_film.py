@@ -54,9 +54,9 @@ def test_moments_are_closer_together_at_the_beginning():
 
 def test_the_film_changes_nothing_in_the_training(runs_of):
     _, filmed, plainly = runs_of
-    (entries, *rest), plain = outcome(filmed), outcome(plainly)
+    entries, *rest = outcome(filmed)
     assert [[one["step"] for one in entry.pop("probe")] for entry in entries] == [[0, 3, 6]] * 3
-    assert_same((entries, *rest), plain)
+    assert_same((entries, *rest), outcome(plainly))
     assert not list(plainly.glob("film-*")) and not (plainly / "inspect.html").exists()
     assert {path.name for path in filmed.glob("film-*.json")} == {
         f"film-{name}-s0.json" for name in ("none", "ce", "placebo")
@@ -176,6 +176,20 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
             layer.router.weight.neg_()
     made.step_done(made.delta)  # the twin: the least likely experts are the most likely ones now
     assert [own["moved"] for own in made.content["layers"]] != [[0.0], [0.0]]
+
+
+def test_a_film_that_is_ahead_of_its_checkpoint_is_cut(tmp_path):
+    batch = {"x": torch.randn(2, 4, 6), "mask": torch.ones(2, 4).bool(), "labels": torch.randint(3, (2, 4))}
+    make = lambda: film.Film(tmp_path / "f", net, STGCConfig(), batch, shown, 4, lambda out: [])  # noqa: E731
+    net, shown = Net(), film.Shown([], [], torch.arange(0))
+    net.moe[0].experts.requires_grad_(False)  # all the same
+    ahead, again = make(), make()
+    for step in range(5):
+        ahead.step_done(step)
+    ahead.save()
+    again.load(3)
+    assert [one["moment"] for one in ahead.content["probe"]] == [0, 2, 4] and not net.moe[0].experts.w_in_EDF.requires_grad
+    assert again.content["probe"] == ahead.content["probe"][:2] and again.content["steps"] == [0, 1, 2, 3]
 
 
 def test_a_matrix_has_the_cosines_of_its_pairs(tmp_path):
