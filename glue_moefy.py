@@ -325,10 +325,8 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
 def made_from(job: Job) -> dict[str, str]:
     """The digests of what the runs are made from: data, and model."""
     found = {} if job.args.toy else runs.digests_of_model("--model", job.args.model)
-    for split, dataset in job.source.splits.items():
-        names = getattr(dataset.features["label"], "names", None)
-        found[f"the data of {split}"] = runs.digest_of(names, *(dataset[name][:] for name in (*job.task.columns, "label")))
-    return found
+    splits = job.source.splits.items()
+    return found | {f"the data of {split}": glue.digest_of_split(dataset, job.task) for split, dataset in splits}
 
 
 def run_task(job: Job) -> dict:

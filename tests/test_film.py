@@ -60,7 +60,9 @@ def test_moments_are_closer_together_at_the_beginning():
 
 def test_the_film_changes_nothing_in_the_training(runs_of):
     _, filmed, plainly = runs_of
-    assert_same(outcome(filmed), outcome(plainly))
+    entries, *rest = outcome(filmed)
+    assert [[one["step"] for one in entry.pop("probe")] for entry in entries] == [[0, 3, 6]] * 3
+    assert_same((entries, *rest), outcome(plainly))
     assert not list(plainly.glob("film-*")) and not (plainly / "inspect.html").exists()
     assert {path.name for path in filmed.glob("film-*.json")} == {f"film-{name}-s0.json" for name in VARIANTS}
 
@@ -82,6 +84,25 @@ def test_variants_show_the_same_examples_and_start_alike(runs_of):
     for key in ("load", "conflicts"):
         assert all(len(row) == 4 for row in own[key])
     assert sum(own["load"][0]) == pytest.approx(1) and len(own["histogram"][0]) == film.BINS
+
+
+def test_the_record_has_the_probe_of_the_film(runs_of, words, tmp_path):  # noqa: F811
+    _, folder, _ = runs_of
+    content, _ = read(folder, "ce-s0")
+    (entry,) = (one for one in json.loads((folder / "results.json").read_text())["runs"] if one["variant"] == "ce")
+    (first,), (middle,), (last,) = (one["layers"] for one in entry["probe"])
+    (layer,) = content["layers"]
+    for own, step in ((first, 0), (middle, 3), (last, 6)):
+        number = content["steps"].index(step)
+        for key in ("margin", "load", "histogram", "conflict_ratio", "consistency"):
+            assert own[key] == layer[key][number]
+        assert -1 <= own["feature_gradient"] <= 1 and own["bias_weight"] > 0 and own["consistency_by_chance"] < 0.5
+        assert 0 < own["conflict_ratio"] <= own["conflict_ratio_others"]  # a pair is part of its mean
+    assert content["run"]["delta"] == 5 and content["steps"] == film.moments(6)  # moments 0 and 1 alone have twins
+    assert first["moved"] == sum(layer["moved"]) / 2 and last["moved"] is None
+    run([*words, "--conflict-loss", "none", "--epochs", "9", "--patience", "0", "--lr", "0", "--film"])  # no gain after one
+    (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [one["step"] for one in entry["probe"]] == [0, 6] and read(tmp_path / "out", "none-s0")[0]["steps"][-1] == 6
 
 
 @pytest.mark.parametrize("step", [2, 5, 8])
@@ -134,6 +155,10 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
     loss = net(**batch).loss
     watch.loss(loss)
     assert made.content["loss"] == [pytest.approx(loss.item(), rel=1e-6)]
+    others = STGC(net, STGCConfig("none", gradients="weight" if gradients == "bias" else "bias"))
+    others.loss(net(**batch).loss)
+    both = zip(*([one.similarity_TK[one.judged_TK] for one in stgc.verdicts] for stgc in (watch, others)))
+    bias_weight = [torch.corrcoef(torch.stack(rows))[0, 1].item() for rows in both]
     for i, (verdict, stats) in enumerate(zip(watch.verdicts, watch.stats())):
         found = {key: made.arrays[f"{i}.{key}"][0] for key in ("state", "best", "cosines", "norms", "experts")}
         assert torch.equal(found["state"] == film.CONFLICT, verdict.conflict_TK[index])
@@ -143,6 +168,9 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
         length_NK = verdict.norm_TKL[index].square().sum(-1).sqrt()
         torch.testing.assert_close(10 ** found["norms"].float(), length_NK, rtol=0.01, atol=0.0)
         own = made.content["layers"][i]
+        (probed,) = (one["layers"][i] for one in made.content["probe"])
+        assert all(probed[key] == stats[key] for key in ("conflict_ratio_others", "consistency_by_chance"))
+        assert probed["bias_weight"] == pytest.approx(bias_weight[i], abs=1e-5)
         assert own["conflict_ratio"] == [pytest.approx(stats["conflict_ratio"])]
         assert own["margin"] == [pytest.approx(stats["router_margin"], abs=1e-6)]
         assert own["load"][0] == pytest.approx(stats["load"])
@@ -188,6 +216,20 @@ def test_the_film_gets_the_loss_scale_of_the_training(words, monkeypatch):  # no
     monkeypatch.setattr(film.Film, "look", lambda self, step, grad_scale: seen.append((step, grad_scale)))
     run([*words, "--film", "--epochs", "1"])
     assert seen == [(step, 8.0) for step in range(4)]
+
+
+def test_a_film_that_is_ahead_of_its_checkpoint_is_cut(tmp_path):
+    batch = {"x": torch.randn(2, 4, 6), "mask": torch.ones(2, 4).bool(), "labels": torch.randint(3, (2, 4))}
+    make = lambda: film.Film(tmp_path / "f", net, STGCConfig(), batch, shown, 4, lambda out: [])  # noqa: E731
+    net, shown = Net(), film.Shown()
+    net.moe[0].experts.requires_grad_(False)  # all the same
+    ahead, again = make(), make()
+    for step in range(5):
+        ahead.step_done(step)
+    ahead.save()
+    again.load(3)
+    assert [one["moment"] for one in ahead.content["probe"]] == [0, 2, 4] and not net.moe[0].experts.w_in_EDF.requires_grad
+    assert again.content["probe"] == ahead.content["probe"][:2] and again.content["steps"] == [0, 1, 2, 3]
 
 
 def test_a_matrix_has_the_cosines_of_its_pairs(tmp_path):

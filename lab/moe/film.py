@@ -6,7 +6,8 @@
 
 A moment is one forward and one backward of the batch in eval mode, down to the linears' outputs and to no parameter. It
 draws no random number and leaves no gradient, so the training stays the same to the last digit. `delta` steps later, the
-twin of a moment keeps the experts alone: how many tokens have moved. The film is two files, NAME.safetensors and NAME.json.
+twin of a moment keeps the experts alone: how many tokens have moved. At the first, the middle and the last moment the numbers
+of lab.moe.probe come with one more forward and backward. The film is two files, NAME.safetensors and NAME.json.
 
 Shapes: M moments, T real tokens of the batch, N tokens that are shown, E experts, K per token, L linears.
 """
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lab.moe import probe
 from lab.moe.baselines import RandomRouter
 from lab.run.cli import UserError
 from lab.run.files import write_json, written
@@ -49,6 +51,7 @@ KINDS = {  # of the JSON file. What it means: lab.report.page
     "answers": [[str]],
     "layers": [{"name": str} | {key: [list] if key in CURVES[:3] else [NUMBER] for key in CURVES}],
     "matrices": [{"layer": int, "moment": int, "expert": int, "pairs": [[int]]}],
+    "probe": [{"moment": int, "layers": [dict]}],
     "seconds": float,
 }
 
@@ -109,7 +112,11 @@ class Film:
         before = [layer.watch for layer in layers]
         kind = "reroute" if all(layer.top_k < layer.experts.num_experts for layer in layers) else "none"
         self.stgc = STGC(model, STGCConfig(kind, tau=config.tau, gradients=config.gradients))
-        for layer, watch in zip(layers, before):  # this object replaced it; the training's own is back
+        self.whole = STGC(model, STGCConfig("none", tau=config.tau, gradients="weight"))  # of the probe
+        for stgc in (self.stgc, self.whole):  # each process looks at the whole batch: there is nothing to average
+            stgc.detach()
+            stgc.num_processes, stgc.average = 1, lambda tensor: tensor
+        for layer, watch in zip(layers, before):  # these objects replaced it; the training's own is back
             layer.watch = watch
         first = self.stgc.layers[0]
         run = {"experts": first.experts.num_experts, "topK": first.top_k, "normalize": first.normalize, "tau": config.tau}
@@ -117,7 +124,7 @@ class Film:
         run |= {"linears": ["gate"] * first.experts.gated + ["in", "out"], "drawn": isinstance(first.router, RandomRouter)}
         layers = [{"name": name} | {key: [] for key in CURVES} for name in self.stgc.names]
         self.content = {"run": run, "examples": shown.examples, "tokens": shown.tokens, "layers": layers, "seconds": 0.0}
-        self.content |= {key: [] for key in ("steps", "loss", "answers", "matrices")}
+        self.content |= {key: [] for key in ("steps", "loss", "answers", "matrices", "probe")}
         self.arrays: dict[str, list[Tensor]] = {}  # by name, one per moment
         self.matrices: dict[str, Tensor] = {}
 
@@ -136,25 +143,33 @@ class Film:
         self.content["seconds"] += took
         return took
 
-    def forward(self, judge: bool, grad_scale: float = 1.0):
-        """The model's output on the batch and, for each layer, what its watch was given and its LayerStep."""
+    def forward(self, judge: bool, grad_scale: float = 1.0, stgc: STGC | None = None):
+        """The model's output on the batch and, for each layer, what its watch was given and its LayerStep. `stgc`: who
+        judges; the film's own by default."""
+        stgc = stgc or self.stgc
         seen, modes = {}, [(module, module.training) for module in self.model.modules()]
         before = [layer.watch for layer in self.stgc.layers]
 
         def watch(i, x_TD, routing, pairs, keep_T):
-            seen[i] = (routing, keep_T, self.stgc.on_forward(i, x_TD, routing, pairs, keep_T) if judge else None)
+            seen[i] = (routing, keep_T, stgc.on_forward(i, x_TD, routing, pairs, keep_T) if judge else None)
             return seen[i][2]
 
         for i, layer in enumerate(self.stgc.layers):
             layer.watch = partial(watch, i)
         self.model.eval()
+        weights = [weight for layer in self.stgc.layers for weight in layer.experts.parameters()]
+        frozen = [weight for weight in weights if not weight.requires_grad]
+        for weight in frozen:
+            weight.requires_grad_(judge)
         device = next(self.model.parameters()).device
         try:
             with torch.random.fork_rng([device] * (device.type == "cuda")), torch.set_grad_enabled(judge), self.autocast():
                 out = self.model(**self.batch)
             if judge:
-                self.stgc.loss(out.loss, grad_scale)
+                stgc.loss(out.loss, grad_scale)
         finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
             for module, training in modes:
                 module.training = training
             for layer, own in zip(self.stgc.layers, before):
@@ -168,11 +183,20 @@ class Film:
         self.content["steps"].append(step)
         self.content["loss"].append(finite(out.loss.item()))
         self.content["answers"].append(self.answer(out))
-        stats = self.stgc.stats()
+        stats, closer = self.stgc.stats(), step in (self.steps[0], self.steps[len(self.steps) // 2], self.steps[-1])
         for i, (routing, keep_T, step_of_layer) in enumerate(seen):
             self.add_layer(i, routing, keep_T, stats[i], grad_scale)
-            if step in (self.steps[0], self.steps[len(self.steps) // 2], self.steps[-1]):
+            if closer:
                 self.add_matrices(i, number, step_of_layer)
+        if closer:
+            self.add_probe(number, grad_scale)
+
+    def add_probe(self, number: int, grad_scale: float) -> None:
+        """The numbers of a moment for the record: one more forward and backward, for the whole weights."""
+        _, seen = self.forward(True, grad_scale, self.whole)
+        layers = [probe.layer_of(step, verdict) for (*_, step), verdict in zip(seen, self.whole.verdicts)]
+        rows = [probe.relations(layer) | probe.from_stats(own) for layer, own in zip(layers, self.whole.stats())]
+        self.content["probe"].append({"moment": number, "layers": rows})
 
     @torch.no_grad()
     def add_layer(self, i: int, routing, keep_T: Tensor, stats: dict, grad_scale: float) -> None:
@@ -234,6 +258,16 @@ class Film:
 
     # ---- 2. Files ----
 
+    def finish(self, step: int, grad_scale: float = 1.0) -> list[dict]:
+        """The probe of a training that has ended after `step`, maybe before the planned last one, for the record."""
+        if step not in self.content["steps"]:
+            self.steps = [*self.content["steps"], step]
+            self.step_done(step, grad_scale)
+        elif step not in (self.content["steps"][one["moment"]] for one in self.content["probe"]):
+            self.add_probe(len(self.content["steps"]) - 1, grad_scale)
+        self.save()
+        return probe.for_record(self.content)
+
     def save(self) -> None:
         """Writes both files. The arrays come first: a film without its JSON is none."""
         if self.writes and self.content["steps"]:
@@ -260,6 +294,7 @@ class Film:
         for own, old in zip(self.content["layers"], content["layers"], strict=True):
             own |= {key: values[: twins if key == "moved" else kept] for key, values in old.items() if key != "name"}
         self.content["seconds"] = content["seconds"]
+        self.content["probe"] = [one for one in content["probe"] if one["moment"] < kept]
         for number, one in enumerate(content["matrices"]):
             if one["moment"] < kept:
                 self.matrices[f"matrix{len(self.content['matrices'])}"] = arrays[f"matrix{number}"]

@@ -100,7 +100,8 @@ def collect(run: str | Path, seed: int | None = None, look: Callable | None = No
     films = {variant: run / f"film-{name}" for variant, name in names.items()}
     films = {variant: read_film(path, flag) for variant, path in films.items() if path.with_suffix(".json").is_file()}
     if films:
-        return page_data(title, "film", "The examples are training examples: the fixed batch of the film.", films, flag)
+        data = page_data(title, "film", "The examples are training examples: the fixed batch of the film.", films, flag)
+        return data | {"agreement": agreement_of(run, names)}
     models = {variant: run / f"model-{name}" for variant, name in names.items()}
     if (run / "config.json").is_file():
         models = {run.name.removeprefix("model-").rpartition("-s")[0] or run.name: run}
@@ -108,7 +109,14 @@ def collect(run: str | Path, seed: int | None = None, look: Callable | None = No
     if not models:
         raise UserError(f"{flag} {run} holds no film" + " and no saved model" * bool(look) + "; train with --film")
     note = "The run has no film. The examples are those that a saved model keeps, of dev or test; they form one batch."
-    return page_data(title, "model", note, models, flag)
+    return page_data(title, "model", note, models, flag) | {"agreement": agreement_of(run, names)}
+
+
+def agreement_of(run: Path, names: dict[str, str]) -> dict | None:
+    """How often other batches give the same flags: of the first of these runs whose model lab.report.probe has probed."""
+    probed = {one["model"]: one for one in (read_record(run) or {}).get("probes", []) if one["error"] is not None}
+    first = next((probed[f"model-{name}"] for name in names.values() if f"model-{name}" in probed), None)
+    return first and {"kappa": first["kappa"], "error": first["error"]}
 
 
 def page_data(title: str, source: str, note: str, films: dict[str, tuple[dict, dict]], flag: str) -> dict:

@@ -110,16 +110,18 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ---- 2. Record ----
 
 RECORD_KINDS = {"name": str, "config": dict, "data": dict, "runs": list, "made_from": dict | None, "versions": dict | None}
+RECORD_KINDS |= {"probes": list | None}
 RUN = {"variant": str, "seed": int, "lr": float | int, "best": dict | None, "last": dict, "collapsed": bool}
-RUN |= {"limited": list | None}
+RUN |= {"limited": list | None, "probe": list | None}
 STAGE = {"stage": str, "seed": int, "scores": dict | None, "blind": dict | None}
+PROBE = {"model": str, "loss": float, "kappa": float | None, "error": float | None}
 
 
 def read_record(folder: Path, flag: str = "--output-dir") -> dict | None:
     """The record of a run folder, or None if there is none. UserError if it is damaged or something else."""
     try:
         record = read_json(folder / RECORD, **RECORD_KINDS)
-        for key, kinds in (("runs", RUN), ("stages", STAGE), ("resumed", {"versions": dict})):
+        for key, kinds in (("runs", RUN), ("stages", STAGE), ("resumed", {"versions": dict}), ("probes", PROBE)):
             for entry in record.get(key, []):
                 check_kinds(entry, f"one of its {key}", **kinds)
         for scores in (run.get(key) or {} for run in record["runs"] for key in ("best", "last")):

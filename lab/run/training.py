@@ -178,7 +178,8 @@ class Training:
         self.checkpoints.save(self.at.step, asdict(self.at))
 
     def summary(self) -> dict:
-        """The values that every run has in results.json."""
+        """The values that every run has in results.json. Those of a film: see lab.moe.probe.for_record."""
+        probed = {"probe": self.film.finish(self.at.step, self.grad_scale())} if self.film else {}
         return {
             "conflict_ratio": self.log.tenths("conflict_ratio"),
             "consistency": self.log.tenths("consistency"),
@@ -186,4 +187,5 @@ class Training:
             "loss": self.log.tenths("loss"),
             "seconds": round(self.at.seconds, 2),
             "samples_per_second": round(self.at.samples / self.at.seconds, 2),
+            **probed,
         }

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message, say
 from lab.run.hub import Checkpoint, cache_of, fetch, from_hub
+from lab.run.runs import digest_of
 from lab.text.tables import read_parquet
 from lab.text.tasks import HUB, Task
 
@@ -125,6 +126,12 @@ def check_split(dataset: datasets.Dataset, split: str, task: Task, where: str) -
             say(f"note: {blank} of {len(texts)} texts in {split}, column {column}, are blank; they are kept")
     if task.num_labels > 1 and (absent := classes - set(labels)):
         say(f"note: {split} has no example of class {', '.join(map(str, sorted(absent)))}: its scores say little")
+
+
+def digest_of_split(dataset: datasets.Dataset, task: Task) -> str:
+    """The digest of what a run reads of a split, for its record: class names, texts, labels."""
+    names = getattr(dataset.features["label"], "names", None)
+    return digest_of(names, *(dataset[name][:] for name in (*task.columns, "label")))
 
 
 def class_names(dataset: datasets.Dataset) -> list[str] | None:
