@@ -61,7 +61,7 @@ def test_moments_are_closer_together_at_the_beginning():
 def test_the_film_changes_nothing_in_the_training(runs_of):
     _, filmed, plainly = runs_of
     entries, *rest = outcome(filmed)
-    assert [[one["step"] for one in entry.pop("probe")] for entry in entries] == [[0, 3, 6]] * 3
+    assert [[one["step"] for one in entry.pop("probe")] for entry in entries] == [[0, 3, 6]] * len(VARIANTS)
     assert_same((entries, *rest), outcome(plainly))
     assert not list(plainly.glob("film-*")) and not (plainly / "inspect.html").exists()
     assert {path.name for path in filmed.glob("film-*.json")} == {f"film-{name}-s0.json" for name in VARIANTS}
@@ -214,8 +214,9 @@ def test_the_film_gets_the_loss_scale_of_the_training(words, monkeypatch):  # no
     seen = []
     monkeypatch.setattr(Training, "grad_scale", lambda self: 8.0)
     monkeypatch.setattr(film.Film, "look", lambda self, step, grad_scale: seen.append((step, grad_scale)))
+    monkeypatch.setattr(film.Film, "finish", lambda self, step, grad_scale: seen.append((step, grad_scale)))
     run([*words, "--film", "--epochs", "1"])
-    assert seen == [(step, 8.0) for step in range(4)]
+    assert seen == [(step, 8.0) for step in (0, 1, 2, 3, 3)]
 
 
 def test_a_film_that_is_ahead_of_its_checkpoint_is_cut(tmp_path):
