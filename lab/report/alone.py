@@ -1,0 +1,121 @@
+"""Training on the conflict loss alone (sec. 4.3; figures 3, 8 and 9), from a trained model, beside its controls.
+
+  python -m lab.report.alone RUN --output results/alone-lvlm.json
+
+RUN is the output folder of toy_lvlm.py, whose stage II is made into an MoE as stage III begins, or of glue_moefy.py with
+--save-model. The loss acts on conflicting pairs (ce), on as many random ones (placebo) or on all (flat). It trains the
+routers only, or everything that the run trained. A seed fixes the batches, of training examples, so the arms are compared
+seed by seed. Dropout is off. The record has, per arm and seed, the main loss, and per MoE layer the conflict ratio, the
+consistency and its standard deviation over experts, at every `--every`-th step, before the step, by the batch of that step.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from lab.report import probe
+from lab.run.cli import Parser, UserError, number, path, run_main, say
+from lab.run.files import write_json
+from lab.run.runs import environment, make_accelerator, read_record
+from lab.vision import lvlm
+from stgc import MoELayer
+from stgc_plus import STGC, STGCConfig
+
+ARMS = {"ce": "conflict", "placebo": "random", "flat": "all"}  # -> STGCConfig.select
+PARTS = ("routers", "everything")
+KEYS = ("conflict_ratio", "consistency", "consistency_std")
+
+
+def parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
+    """What an arm trains."""
+    if part == "routers":
+        return [p for layer in model.modules() if isinstance(layer, MoELayer) for p in layer.router.parameters()]
+    return lvlm.trainable(model) if isinstance(model, LlavaForConditionalGeneration) else [*model.parameters()]
+
+
+def measure(model: nn.Module, batch: dict, tau: float) -> dict:
+    """The main loss, and the statistics of each layer, of one batch. The watch of the layers is back after it."""
+    watches = [layer.watch for layer in model.modules() if isinstance(layer, MoELayer)]
+    stgc = STGC(model, STGCConfig("none", tau=tau))
+    main_loss = model(**batch).loss
+    stgc.loss(main_loss)
+    rows = [{key: row[key] for key in KEYS if key in row} for row in stgc.stats()]
+    for layer, watch in zip(stgc.layers, watches):
+        layer.watch = watch
+    return {"main_loss": main_loss.item(), "layers": rows}
+
+
+def train_alone(model: nn.Module, batches: list[dict], config: STGCConfig, part: str, lr: float, every: int) -> list[dict]:
+    """Trains a model in place, on the conflict loss alone. Returns what was measured on the way and after the last step."""
+    model.eval()
+    model.requires_grad_(False)
+    trained = parameters_of(model, part)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    stgc, optimizer, rows = STGC(model, config), torch.optim.AdamW(trained, lr, weight_decay=0.0), []
+    for layer in stgc.layers:
+        layer.experts.requires_grad_(True)  # else no gradient reaches them
+    for step, batch in enumerate(batches):
+        if step % every == 0 or step == len(batches) - 1:
+            rows.append({"step": step} | measure(model, batch, config.tau))
+        main_loss = model(**batch).loss
+        (stgc.loss(main_loss) - main_loss).backward()
+        optimizer.step()
+        model.zero_grad()
+    stgc.detach()
+    return rows
+
+
+def run_arms(run: Path, args, device: torch.device) -> None:
+    """All arms and seeds. The record is written after each. UserError."""
+    record = read_record(run, "RUN")
+    if record is None:
+        raise UserError(f"RUN {run} holds no record: give the output folder of a run")
+    found = {saved.name: saved for saved in probe.find_models(run, record)}
+    name = args.model or next((name for name in found if "stage2" in name), [*found][-1])
+    if name not in found:
+        raise UserError(f"--model {name}: {run} has {', '.join(found)}; name one of these")
+    material = (probe.load_texts if "task" in record["config"] else probe.load_pictures)(record, run / name)
+    content = environment(device) | {"run": record["name"], "made_by": record["command"], "model": name}
+    content |= {"steps": args.steps, "lr": args.lr, "rows": []}
+    for seed in args.seeds:
+        rng = random.Random(seed)
+        rows = [[rng.choice(group) for group in rng.sample(material.groups, material.size)] for _ in range(args.steps)]
+        batches = [{key: value.to(device) for key, value in material.collate(some).items()} for some in rows]
+        for part in PARTS:
+            for arm, select in ARMS.items():
+                config = STGCConfig(alpha=0.0, tau=record["config"]["tau"], select=select, seed=seed)
+                model = found[name].load().to(device)
+                curve = train_alone(model, batches, config, part, args.lr, args.every)
+                content["rows"].append({"part": part, "arm": arm, "seed": seed, "curve": curve})
+                first, last = (f"{row['main_loss']:.2f}, {mean_of(row, KEYS[0]):.3f}" for row in (curve[0], curve[-1]))
+                say(f"{part}, {arm}, seed {seed}: main loss, conflict ratio: {first} -> {last}")
+                write_json(Path(args.output), content)
+
+
+def mean_of(row: dict, key: str) -> float:
+    """The mean over the layers."""
+    values = [layer[key] for layer in row["layers"] if key in layer]
+    return sum(values) / max(1, len(values))
+
+
+def main() -> None:
+    parser = Parser(prog="lab.report.alone", description=__doc__)
+    parser.add_argument("run", type=path("folder"), metavar="RUN", help="output folder with saved models")
+    text = "folder of a model in RUN; default: stage II of the first seed, or the last model"
+    parser.add_argument("--model", metavar="NAME", help=text)
+    parser.add_argument("--steps", type=number(int, 2), default=40, help="steps of each arm")
+    parser.add_argument("--every", type=number(int, 1), default=5, help="measure at every n-th step")
+    parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="AdamW's learning rate")
+    parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0, 1, 2, 3, 4], help="of the batches")
+    parser.add_argument("--output", type=path("new file"), required=True, metavar="FILE.json", help="the record")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
+    args = parser.parse_args()
+    run_arms(Path(args.run), args, make_accelerator(args.device, "fp32").device)
+
+
+if __name__ == "__main__":
+    run_main("lab.report.alone", main, resumes=False)
