@@ -6,7 +6,8 @@ RUN is the output folder of toy_lvlm.py, whose stage II is made into an MoE as s
 --save-model. The loss acts on conflicting pairs (ce), on as many random ones (placebo) or on all (flat). It trains the
 routers only, or everything that the run trained. A seed fixes the batches, of training examples, so the arms are compared
 seed by seed. Dropout is off. The record has, per arm and seed, the main loss, and per MoE layer the conflict ratio, the
-consistency and its standard deviation over experts, at every `--every`-th step, before the step, by the batch of that step.
+consistency and its standard deviation over experts: of one batch that is not trained on, before every `--every`-th step and
+after the last.
 """
 
 import random
@@ -49,7 +50,8 @@ def measure(model: nn.Module, batch: dict, tau: float) -> dict:
 
 
 def train_alone(model: nn.Module, batches: list[dict], config: STGCConfig, part: str, lr: float, every: int) -> list[dict]:
-    """Trains a model in place, on the conflict loss alone. Returns what was measured on the way and after the last step."""
+    """Trains a model in place, on the conflict loss alone, with all batches but the first, by which it is measured. Returns
+    what was measured on the way and after the last step."""
     model.eval()
     model.requires_grad_(False)
     trained = parameters_of(model, part)
@@ -58,13 +60,15 @@ def train_alone(model: nn.Module, batches: list[dict], config: STGCConfig, part:
     stgc, optimizer, rows = STGC(model, config), torch.optim.AdamW(trained, lr, weight_decay=0.0), []
     for layer in stgc.layers:
         layer.experts.requires_grad_(True)  # else no gradient reaches them
+    probed, *batches = batches
     for step, batch in enumerate(batches):
-        if step % every == 0 or step == len(batches) - 1:
-            rows.append({"step": step} | measure(model, batch, config.tau))
+        if step % every == 0:
+            rows.append({"step": step} | measure(model, probed, config.tau))
         main_loss = model(**batch).loss
         (stgc.loss(main_loss) - main_loss).backward()
         optimizer.step()
         model.zero_grad()
+    rows.append({"step": len(batches)} | measure(model, probed, config.tau))
     stgc.detach()
     return rows
 
@@ -83,7 +87,7 @@ def run_arms(run: Path, args, device: torch.device) -> None:
     content |= {"steps": args.steps, "lr": args.lr, "rows": []}
     for seed in args.seeds:
         rng = random.Random(seed)
-        rows = [[rng.choice(group) for group in rng.sample(material.groups, material.size)] for _ in range(args.steps)]
+        rows = [[rng.choice(group) for group in rng.sample(material.groups, material.size)] for _ in range(1 + args.steps)]
         batches = [{key: value.to(device) for key, value in material.collate(some).items()} for some in rows]
         for part in PARTS:
             for arm, select in ARMS.items():

@@ -10,11 +10,12 @@ controls (the placebo and flat, where they were run), c = placebo - baseline, an
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import PUBLISHED, Paired, paired
-from lab.report.readme import fold, spread
+from lab.report.readme import fold, read_bench, spread
 from lab.report.records import RESULTS, merge, read_all
 from lab.run.cli import Parser, UserError, path, run_main, say
 from lab.run.runs import ROOT, read_record
@@ -46,11 +47,12 @@ def judge(a: Paired | None, b: list[Paired], c: Paired | None, gain: float, rout
     return "a gain, the selection undecided" if a.low > 0 else "inconclusive"
 
 
-def say_gap(gap: Paired | None) -> str:
-    """Mean and interval, in points."""
+def say_gap(gap: Paired | None, digits: int = 1) -> str:
+    """Mean and interval, such as points."""
     if gap is None:
         return "-"
-    return f"{gap.mean:+.1f}" + (f" [{gap.low:+.1f}, {gap.high:+.1f}]" if gap.low is not None else " (one seed)")
+    show = lambda value: f"{value:+.{digits}f}"  # noqa: E731
+    return show(gap.mean) + (f" [{show(gap.low)}, {show(gap.high)}]" if gap.low is not None else " (one seed)")
 
 
 # ---- 2. Settings ----
@@ -286,8 +288,6 @@ def saved_rows(settings: list[Setting]) -> Iterator[Row]:
 
 def bench_rows() -> Iterator[Row]:
     """Table 11, from the records of lab.bench."""
-    from lab.report.readme import read_bench
-
     for name in ("bench-bert-large.json", "bench-mixtral.json", "bench-olmoe.json"):
         record = read_bench(RESULTS / name)
         rows = {key: row for key, row in record["variants"].items() if row and "two passes" in key and "weight" not in key}
@@ -300,14 +300,42 @@ def bench_rows() -> Iterator[Row]:
 
 OUT_OF_REACH = [
     Row("table 2", "gains with StableLM, Phi-2, Vicuna, SigLIP", "+0.6 to +0.8", "-", "not testable here: too large"),
-    Row("figures 3, 8", "training on the conflict loss alone: consistency and its std rise, the conflict ratio falls", "-"),
-    Row("figure 9", "what conflicts remain are in shallow layers", "-"),
 ]
+ALONE = {  # of the conflict loss alone: what is measured -> the direction in the paper
+    "conflict_ratio": ("the conflict ratio falls", -1),
+    "consistency": ("consistency rises", 1),
+    "consistency_std": ("its std over experts rises", 1),
+}
+
+
+def alone_rows() -> Iterator[Row]:
+    """Figures 3 and 8: the change from the first to the last step, of ce and minus the placebo's, over seeds."""
+    files = sorted(RESULTS.glob("alone-*.json"))
+    if not files:
+        yield Row("figures 3, 8", "training on the conflict loss alone", "-")
+    for record in map(read_bench, files):
+        for part, (key, (claim, sign)) in product(("routers", "everything"), ALONE.items()):
+            changes: dict[str, dict[int, float]] = {}
+            for row in record["rows"]:
+                if row["part"] == part:
+                    first, last = (mean(layer[key] for layer in row["curve"][end]["layers"]) for end in (0, -1))
+                    changes.setdefault(row["arm"], {})[row["seed"]] = last - first
+            losses = [row["curve"][-1]["main_loss"] for row in record["rows"] if (row["part"], row["arm"]) == (part, "ce")]
+            if len(changes.get("ce", {})) < 2:
+                continue
+            zero = dict.fromkeys(changes["ce"], 0.0)
+            own, control = paired(zero, changes["ce"]), paired(changes["placebo"], changes["ce"])
+            here = f"{say_gap(own, 3)}; minus placebo {say_gap(control, 3)}; main loss at the end {spread(losses, 2)}"
+            low, high = sorted((sign * own.low, sign * own.high)) if own.low is not None else (-1, 1)
+            held = sorted((sign * control.low, sign * control.high)) if control.low is not None else (-1, 1)
+            verdict = "not reproduced" if low <= 0 else "reproduced" if held[0] > 0 else "the control does as well"
+            what = f"the conflict loss alone trains {part}, {record['run']}, {record['model']}: {claim}"
+            yield Row("figures 3, 8", what, "yes", here, verdict, record["command"])
 
 
 def all_rows(settings: list[Setting]) -> list[Row]:
     makers = (glue_rows, lvlm_rows, sweep_rows, probe_rows, saved_rows)
-    return [row for make in makers for row in make(settings)] + [*bench_rows(), *OUT_OF_REACH]
+    return [row for make in makers for row in make(settings)] + [*alone_rows(), *bench_rows(), *OUT_OF_REACH]
 
 
 # ---- 4. The page ----
