@@ -120,7 +120,7 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
-from lab.moe import moefication
+from lab.moe import dynmoe, moefication
 from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
 from lab.report.readme import score_rows
@@ -128,7 +128,7 @@ from lab.run import hub, runs
 from lab.run.training import Training
 from lab.text import glue, toy, use
 from lab.text.metrics import GlueMetric
-from stgc_plus import STGC, STGCConfig
+from stgc_plus import STGCConfig
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     model, optimizer, train, schedule = accelerator.prepare(model, optimizer, train, schedule)
     dev = {split: accelerator.prepare(loader) for split, loader in dev.items()}
-    stgc = None if config is None else STGC(model, config)
+    stgc = None if config is None else dynmoe.make_stgc(model, config)
     if accelerator.process_index:  # otherwise all processes would use the same dropout masks
         torch.manual_seed(seed + 1_000_003 * accelerator.process_index)
 
@@ -222,6 +222,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
+                dynmoe.adapt(model, run.at.batch + 1, len(train), accelerator.reduce)
                 run.step_done(main_loss, len(batch["labels"]) * accelerator.num_processes)
             scores, kept["answer"] = evaluate(model, dev, accelerator, job.task)
             kept["last"] = scores | {"epoch": run.at.epoch}
@@ -240,6 +241,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
         "best": kept["best"],
         "last": kept["last"],
         **run.summary(),
+        **dynmoe.summary(model),
         "peak_memory_bytes": runs.peak_memory_bytes(accelerator.device),
         "collapsed": kept["answer"] is not None,
     }
@@ -414,6 +416,8 @@ def main(args) -> None:
             return say(*use.inspect(args.inspect, device).split("\n"))
         return say(*use.predict(args.run, args.predict, args.output, device=device).split("\n"))
     accelerator = runs.start(args)
+    if args.router == "dynmoe":
+        runs.refuse_shards(accelerator, "--router dynmoe changes columns of whole weights")
     names = PAPER if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
     folder = Path(args.output_dir or f"runs/{default}-{'compare' if args.compare else args.variants[-1]}")

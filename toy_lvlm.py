@@ -156,12 +156,11 @@ from functools import partial
 from itertools import zip_longest
 
 import torch
-from accelerate import DistributedType
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
-from lab.moe import baselines, moefication
+from lab.moe import baselines, dynmoe, moefication
 from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
 from lab.run import runs
@@ -170,7 +169,7 @@ from lab.run.training import MuonAdamW, Training
 from lab.vision import instructions, llava, lvlm, routes
 from lab.vision.instructions import KINDS, Collate, InstructionSet, Unpacked, encode, is_right, make_packs, shuffled
 from stgc import MoELayer
-from stgc_plus import STGC, STGCConfig
+from stgc_plus import STGCConfig
 
 STAGE_FILE = "stage.json"  # in the folder of a saved stage: its entry of the record
 BETAS = (0.9, 0.98)  # of AdamW
@@ -247,7 +246,7 @@ def train(
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     prepared = model.to(accelerator.device) if alike else accelerator.prepare(model)
     loader = loader if alike else accelerator.prepare(loader)
-    stgc = None if config is None else STGC(prepared, config)
+    stgc = None if config is None else dynmoe.make_stgc(prepared, config)
     samples = baselines.samples_of(model)
     labelled = any(isinstance(module, baselines.TaskRouter) for module in model.modules())
     film = film() if film else None
@@ -271,6 +270,7 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            dynmoe.adapt(model, run.at.batch + 1, steps, accelerator.reduce)
             run.step_done(main_loss, args.batch_size * (1 if stage.startswith("stage") else PAIRS))
         if run.at.epoch == 1:
             run.epoch_done()
@@ -452,6 +452,7 @@ def moe_stage(job: Job, variant: str) -> dict:
         "limited": limited,
         "routes": None if variant == "dense" else routes.summary(trace_routes(job, model)),
         **entry,
+        **dynmoe.summary(model),
         "peak_memory_bytes": runs.peak_memory_bytes(job.accelerator.device),
         "collapsed": len(set(texts)) == 1 < len(texts),
     }
@@ -614,9 +615,7 @@ def main(args) -> None:
             return say(f"written: {page.inspect(args.inspect, Path(args.html), args.seed, look)}")
         return say(*page.describe(args.inspect, args.seed, look).split("\n"))
     accelerator = runs.start(args)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        fault = f"accelerate is set to {accelerator.distributed_type.value}, but each process holds the whole model"
-        raise UserError(f"{fault}: use its multi-GPU (DDP) setting")
+    runs.refuse_shards(accelerator, "each process holds the whole model")
     folder = Path(args.output_dir or f"runs/lvlm-{'compare' if args.compare else args.variants[-1]}")
     args.output_dir = str(folder)
     keys, stages = ([f"{one}-s{seed}" for one in own for seed in args.seeds] for own in (args.variants, STAGES))

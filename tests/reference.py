@@ -230,7 +230,7 @@ def judge_layer(layer: RefLayer, trace: Trace, main_loss: Tensor, tau: float, gr
     gbar_out = {e: mean_gradient(bias_grads, e, "out") for e in experts}
     for t, k in expert_of:
         gain[t, k] = [cos(bias_grads[t, k]["out"], gbar_out[e]) if pairs_on[e] else 0.0 for e in experts]
-        free = [e for e in experts if e not in [expert_of[t, other] for other in range(layer.top_k)]]
+        free = [e for e in experts if e not in [expert_of.get((t, other)) for other in range(layer.top_k)]]
         target[t, k] = max(free, key=gain[t, k].__getitem__) if free else NOWHERE  # a tie: the lowest expert
 
     consistency = []  # sec. 4.3, one value per expert that has a judged pair; always of bias gradients

@@ -389,6 +389,7 @@ def test_only_what_must_change_changes():
     assert moe.config.moe == {"layers": "2", "num_experts": 4, "top_k": 2, "experts": "copy", "split": "kmeans"} | {
         "router": "linear",
         "num_clusters": 128,
+        "max_experts": 16,
         "normalize": True,
         "seed": 9,
     }

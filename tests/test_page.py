@@ -376,6 +376,26 @@ def test_experts_drawn_by_dice(visit):
 
 
 @pytest.mark.slow
+def test_pairs_that_are_off_and_inactive_experts(visit):
+    """Expert 3 is inactive, and every second token is on one expert alone. The push of ce is among the active experts."""
+    data = sample_page()
+    variant, layer = data["variants"][1], data["variants"][1]["layers"][0]
+    ids, state, z = (unpack(layer[name]).copy() for name in ("experts", "state", "logits"))
+    ids[ids == 3], z[..., 3], ids[:, ::2, 1], state[:, ::2, 1] = 0, -np.inf, 255, 0
+    layer |= {"experts": pack(ids, 1, "uint8"), "state": pack(state, 1, "uint8"), "logits": pack(z, 1e-3, "int16")}
+    variant["equal"] = True
+    n = next(n for n in range(0, len(data["tokens"]), 2) if state[4, n, 0] == 2)
+    page = visit(f"#t=4&n={n}&v=1&k=1", data)
+    assert token(page, n, 1).locator("b").inner_text() == "\u2013" != token(page, n + 1, 1).locator("b").inner_text()
+    assert page.locator("#counts").inner_text() == "up to 2 of 4"
+    rows = cells(page)
+    assert ["", "first"] in rows and ["weight", "1.00"] in rows
+    q = np.exp(-z[4, n, :3]) / np.exp(-z[4, n, :3]).sum() - (np.arange(3) == ids[4, n, 0])
+    expected = {j: f"{chr(0x25BC if force < 0 else 0x25B2)} {abs(force):.3f}" for j, force in enumerate(q)}
+    assert {int(row[0]): row[-1] for row in rows[-3:]} == expected and rows[-4][0] == "expert"
+
+
+@pytest.mark.slow
 def test_layer_and_choice(visit):
     page = visit()
     assert page.get_by_label("MoE layer").locator("option").all_inner_texts() == ["layer 0", "layer 1"]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from lab.moe.dynmoe import TopAnyRouter, layers_of
 from stgc import MoELayer, Router, Routing, widen
 
 # ---- 1. Token routers ----
@@ -235,17 +236,19 @@ def label_loss(model: nn.Module) -> Tensor:
 
 # ---- 4. Building ----
 
-TOKEN_ROUTERS = {"linear": Router, "cosine": CosineRouter, "random": RandomRouter}
+TOKEN_ROUTERS = {"linear": Router, "cosine": CosineRouter, "random": RandomRouter, "dynmoe": TopAnyRouter}
 ROUTERS = TOKEN_ROUTERS | {"embedding": EmbeddingRouter, "feature": FeatureRouter, "task": TaskRouter}
 
 
-def make_router(kind: str, d_model: int, num_experts: int, num_clusters: int = 128, top_k: int = 2, **factory) -> nn.Module:
-    """A router of a kind in ROUTERS; only `embedding` reads num_clusters, only `random` top_k. Call `share_samples` once the
-    model is built."""
+def make_router(
+    kind: str, d_model: int, num_experts: int, num_clusters: int = 128, top_k: int = 2, max_experts: int = 16, **factory
+) -> nn.Module:
+    """A router of a kind in ROUTERS; only `embedding` reads num_clusters, only `random` top_k, only `dynmoe`, which needs a
+    TopAnyLayer, max_experts. Call `share_samples` once the model is built."""
     if kind not in ROUTERS:
         raise ValueError(f"router={kind!r} is none of {', '.join(ROUTERS)}")
-    more = {"embedding": {"num_clusters": num_clusters}, "random": {"top_k": top_k}}.get(kind, {})
-    return ROUTERS[kind](d_model, num_experts, **more, **factory)
+    more = {"embedding": {"num_clusters": num_clusters}, "random": {"top_k": top_k}, "dynmoe": {"max_experts": max_experts}}
+    return ROUTERS[kind](d_model, num_experts, **more.get(kind, {}), **factory)
 
 
 def routers_of(model: nn.Module, kind: type[SampleRouter]) -> list[SampleRouter]:
@@ -339,11 +342,13 @@ def limit_capacity(model: nn.Module, capacity: float, bpr: bool = False) -> Iter
     and V-MoE does not. A token with one kept expert gives it weight 1; with none, the layer's output is 0. CHOICE: the least
     room is 1, by rounding up (DeepSpeed can have more), so the single tokens of `generate` always fit.
     The model is restored on exit, also after an error. ValueError for a capacity that is not positive and finite, or a model
-    without MoE layers. RuntimeError within another limit.
+    without MoE layers, or with DynMoE's, which have no fixed K. RuntimeError within another limit.
     """
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     if not layers or not 0 < capacity < math.inf:
         raise ValueError(f"capacity={capacity} must be positive, and the model have MoE layers (it has {len(layers)})")
+    if layers_of(model):
+        raise ValueError("a capacity needs a fixed number of experts per token, which DynMoE's layers do not have")
     if any("routing" in vars(layer) for layer in layers):
         raise RuntimeError("the model's capacity is limited already")
     limit = CapacityLimit(capacity, bpr)

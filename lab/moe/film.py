@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lab.moe import probe
 from lab.moe.baselines import RandomRouter
+from lab.moe.dynmoe import TopAnyLayer
 from lab.run.cli import UserError
 from lab.run.files import write_json, written
 from lab.run.reading import read_json
@@ -36,12 +37,12 @@ from stgc import MoELayer
 from stgc_plus import STGC, STGCConfig
 
 COUNT, BINS = 24, 20  # moments; of the histogram of similarities
-JUDGED, CONFLICT, UNKNOWN = 1, 2, 255  # the state of a pair; no expert that would fit best
+JUDGED, CONFLICT, UNKNOWN = 1, 2, 255  # the state of a pair; no expert: none that would fit best, or a pair that is off
 CURVES = ("load", "conflicts", "histogram", "conflict_ratio", "consistency", "margin", "moved")  # of a layer
 ARRAYS = ("logits", "experts", "state", "best", "cosines", "norms")  # of a layer, (M, N, ...)
 NUMBER, TEXT, LIST = float | int | None, str | None, list | None
 RUN = {"experts": int, "topK": int, "normalize": bool, "tau": NUMBER, "linears": [str], "drawn": bool | None}
-RUN |= {"loss": str, "select": TEXT, "beta": NUMBER, "delta": int}
+RUN |= {"loss": str, "select": TEXT, "beta": NUMBER, "delta": int, "equal": bool | None}
 KINDS = {  # of the JSON file. What it means: lab.report.page
     "run": RUN,
     "examples": [{"kind": str, "gold": str, "fields": [list], "image": TEXT, "grid": LIST, "question": TEXT}],
@@ -122,6 +123,7 @@ class Film:
         run = {"experts": first.experts.num_experts, "topK": first.top_k, "normalize": first.normalize, "tau": config.tau}
         run |= {"loss": config.conflict_loss, "select": config.select, "beta": config.beta, "delta": self.delta}
         run |= {"linears": ["gate"] * first.experts.gated + ["in", "out"], "drawn": isinstance(first.router, RandomRouter)}
+        run["equal"] = isinstance(first, TopAnyLayer)
         layers = [{"name": name} | {key: [] for key in CURVES} for name in self.stgc.names]
         self.content = {"run": run, "examples": shown.examples, "tokens": shown.tokens, "layers": layers, "seconds": 0.0}
         self.content |= {key: [] for key in ("steps", "loss", "answers", "matrices", "probe")}
@@ -201,18 +203,19 @@ class Film:
     @torch.no_grad()
     def add_layer(self, i: int, routing, keep_T: Tensor, stats: dict, grad_scale: float) -> None:
         verdict, own = self.stgc.verdicts[i], self.content["layers"][i]
-        logits_TE, ids_TK = routing.logits_TE.detach(), routing.expert_ids_TK
+        logits_TE, ids_TK, off_TK = routing.logits_TE.detach(), routing.expert_ids_TK, routing.weights_TK == 0
         state_TK = (verdict.judged_TK * JUDGED).where(~verdict.conflict_TK, CONFLICT)
         best_TK = verdict.target_TK if self.stgc.config.conflict_loss == "reroute" else torch.full_like(ids_TK, UNKNOWN)
         length_TK = torch.linalg.vector_norm(verdict.norm_TKL, dim=-1) / grad_scale
-        arrays = {"logits": logits_TE, "experts": ids_TK.byte(), "state": state_TK.byte(), "best": best_TK.byte()}
+        arrays = {"logits": logits_TE, "experts": ids_TK.masked_fill(off_TK, UNKNOWN).byte()}
+        arrays |= {"state": state_TK.byte(), "best": best_TK.byte()}
         arrays |= {"cosines": verdict.cos_TKL, "norms": length_TK.clamp_min(1e-37).log10()}
         for key, rows in arrays.items():
             self.keep(f"{i}.{key}", rows[self.index_N.to(rows.device)])
         self.keep(f"{i}.first", ids_TK[:, 0].byte())
         pairs_E, conflicts_E = (
             ids_TK[mask_TK].bincount(minlength=logits_TE.shape[1])
-            for mask_TK in (keep_T.unsqueeze(1).expand_as(ids_TK), verdict.conflict_TK)
+            for mask_TK in (keep_T.unsqueeze(1) & ~off_TK, verdict.conflict_TK)
         )
         similarity = verdict.similarity_TK[verdict.judged_TK].float().clamp(-1, 1)
         margin = math.inf if self.content["run"]["drawn"] else stats.get("router_margin", math.inf)  # dice have none
@@ -310,7 +313,9 @@ def read_film(path: Path, flag: str = "--output-dir") -> tuple[dict, dict[str, T
         shapes = {f"matrix{number}": (size, size) for number, size in enumerate(pairs)}
         wrong = [key for key in ("loss", "answers") if len(content[key]) != count]
         for i, layer in enumerate(content["layers"]):
-            shapes |= {f"{i}.{key}": (count, len(content["tokens"])) for key in ARRAYS} | {f"{i}.first": (count,)}
+            sizes = dict.fromkeys(ARRAYS, content["run"]["topK"]) | {"logits": content["run"]["experts"]}
+            shapes |= {f"{i}.{key}": (count, len(content["tokens"]), size) for key, size in sizes.items()}
+            shapes |= {f"{i}.first": (count,)}
             wrong += [key for key in CURVES[:-1] if len(layer[key]) != count]
         wrong += [key for key, shape in shapes.items() if key not in arrays or arrays[key].shape[: len(shape)] != shape]
         if wrong:

@@ -37,6 +37,7 @@ from transformers import CONFIG_MAPPING, LlavaConfig, PreTrainedConfig, PreTrain
 from transformers.initialization import no_init_weights
 
 from lab.moe import baselines
+from lab.moe.dynmoe import TopAnyLayer
 from lab.run.cli import UserError
 from lab.run.hub import Checkpoint, check_sizes, sketch
 from lab.run.reading import read_json
@@ -162,16 +163,18 @@ class MoESpec:
 
     layers: str = "10"  # of the encoder or language model, from 0: indices as "1,3,5" | every-second: 1,3,5,... | all
     num_experts: int = 8
-    top_k: int = 2  # experts per token
+    top_k: int = 2  # experts per token; router="dynmoe" decides it for each token
     experts: str = "copy"  # copy | split
     split: str = "kmeans"  # kmeans | random | contiguous: how `experts="split"` groups the neurons
     router: str = "linear"  # linear (stgc.Router) | another of lab.moe.baselines.ROUTERS
     num_clusters: int = 128  # of instructions, for router="embedding"
+    max_experts: int = 16  # of a layer, which starts with num_experts, for router="dynmoe"
     normalize: bool = True  # the K weights sum to 1 (split: to K) | off: they are the routing scores
     seed: int = 0  # of the routers and of the split
 
     def __post_init__(self):
-        kinds = {"layers": str, "num_experts": int, "top_k": int, "num_clusters": int, "normalize": bool, "seed": int}
+        kinds = {"layers": str, "num_experts": int, "top_k": int, "num_clusters": int, "max_experts": int, "seed": int}
+        kinds |= {"normalize": bool}
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 like = type(self).__dataclass_fields__[name].default
@@ -182,6 +185,8 @@ class MoESpec:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k} must lie between 1 and num_experts={self.num_experts}")
+        if self.router == "dynmoe" and (self.experts, self.normalize) != ("copy", True):
+            raise ValueError("router='dynmoe' takes the mean of its experts: it needs experts='copy' and normalize=True")
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -292,9 +297,11 @@ def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
     The router is drawn from torch's default generator on the CPU, so a seed gives the same router on every device. For
     `split` a linear router starts at MoEfication's parameter centres: the mean of the normalised rows of each part.
     """
-    shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters, spec.top_k)
+    shape = (ffn.first.in_features, spec.num_experts, spec.num_clusters, spec.top_k, spec.max_experts)
     device = "meta" if ffn.first.weight.is_meta else "cpu"
     router = baselines.make_router(spec.router, *shape, device=device, dtype=torch.float32).to(ffn.first.weight)
+    if spec.router == "dynmoe":
+        return TopAnyLayer(copy_ffn(ffn, spec.max_experts), router)
     if spec.experts == "copy":
         experts = copy_ffn(ffn, spec.num_experts)
     else:
@@ -428,7 +435,8 @@ def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
 
 
 class Parameters(NamedTuple):
-    """The number of a model's parameters, and of those that one token uses (embedding tables count as used)."""
+    """The number of a model's parameters, and of those that one token uses, with DynMoE's layers at most (embedding tables count
+    as used)."""
 
     total: int
     active: int

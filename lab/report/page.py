@@ -1,7 +1,7 @@
 """One HTML file that shows a run token by token, and the film of its training. It needs no server and no network.
 
-`write_page` fills the template page.html with one block of JSON. M moments, n shown tokens, E experts, K experts per token,
-L linears of an expert:
+`write_page` fills the template page.html with one block of JSON. M moments, n shown tokens, E experts, K experts per token
+(the most of all variants; a pair that is off has the expert 255), L linears of an expert:
 
   title        str                             source       "film" (M moments) or "model" (a saved model, M = 1)
   notes        [str], under the title          experts, topK, tau    numbers
@@ -13,13 +13,14 @@ L linears of an expert:
                grid: null or [rows, columns], question: null or str}]. A field is a sentence. It has the tokens first to
                end - 1, counted from 0 in the example. What lies in no field is shown as a special token.
   variants     [{name, loss: "none", "ce", "mse" or "reroute", select (the pairs that get it): "conflict", "random" (the
-               placebo) or "all", drawn: bool, by dice, without a router that learns, beta, steps: [M], delta: null or the
-               distance of a moment and its twin in steps, loss_curve: [M] (null where it was not finite),
-               answers: [M][example] of str, layers: one per layer}]
+               placebo) or "all", drawn: bool, by dice, without a router that learns, equal: bool, default false (a
+               token's experts have equal weights), beta, steps: [M], delta: null or the distance of a moment and its twin
+               in steps, loss_curve: [M] (null where it was not finite), answers: [M][example] of str, layers: one per
+               layer}]
 
 A layer of a variant. Loads, histogram and curves are those of the whole batch, also where fewer of its tokens are shown:
 
-  logits       (M, n, E)                       cosines      (M, n, K, L), with the mean gradient of the pair's expert
+  logits       (M, n, E), -inf: inactive      cosines      (M, n, K, L), with the mean gradient of the pair's expert
   experts      (M, n, K) uint8                 norms        (M, n, K), log10 of the length of the gradient
   state        (M, n, K) uint8: 0 not judged, 1 judged, 2 in conflict
   best         (M, n, K) uint8, where reroute would send the pair; 255: unknown
@@ -39,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.moe.film import CONFLICT, read_film
+from lab.moe.film import CONFLICT, UNKNOWN, read_film
 from lab.run.cli import Parser, UserError, number, path, printable, run_main, say
 from lab.run.files import written
 from lab.run.runs import PAGE, read_record
@@ -127,7 +128,10 @@ def page_data(title: str, source: str, note: str, films: dict[str, tuple[dict, d
             raise UserError(f"{flag}: {name} shows other examples than the others; remove its film, or train again")
     run = first["run"]
     data = {"title": f"How tokens choose their experts: {title}", "source": source, "notes": [note], "agreement": None}
-    data |= {key: run[key] for key in ("experts", "topK", "normalize", "tau", "linears")}
+    data |= {key: run[key] for key in ("normalize", "tau", "linears")}
+    ids = [values.numpy() for _, arrays in films.values() for key, values in arrays.items() if key.endswith(".experts")]
+    data["topK"] = int(max((own != UNKNOWN).sum(-1).max(initial=1) for own in ids))  # the pairs that are on come first
+    data["experts"] = max(content["run"]["experts"] for content, _ in films.values())
     data |= {
         "layers": [layer["name"] for layer in first["layers"]],
         "tokens": first["tokens"],
@@ -136,26 +140,31 @@ def page_data(title: str, source: str, note: str, films: dict[str, tuple[dict, d
     data["variants"] = []
     for name, (content, arrays) in films.items():
         try:
-            data["variants"].append({"name": name} | variant_data(content, arrays, source))
+            data["variants"].append({"name": name} | variant_data(content, arrays, source, data["experts"], data["topK"]))
         except ValueError as error:
             raise UserError(f"{flag}: the film of {name} cannot be shown ({error}); remove it, or train again") from None
     return data
 
 
-def variant_data(content: dict, arrays: dict, source: str) -> dict:
+def variant_data(content: dict, arrays: dict, source: str, experts: int, top_k: int) -> dict:
     """What the schema has for a variant, but for its name. ValueError for numbers that are not finite."""
-    run = {"select": "random" if content["run"].get("placebo") else "conflict", "drawn": False} | content["run"]
-    one = {key: run[key] for key in ("loss", "select", "drawn", "beta")}
+    select = "random" if content["run"].get("placebo") else "conflict"
+    run = {"select": select, "drawn": False, "equal": False} | content["run"]
+    one = {key: run[key] for key in ("loss", "select", "drawn", "equal", "beta")}
     one |= {"steps": content["steps"], "delta": run["delta"] if source == "film" else None}
     one |= {"loss_curve": rounded(content["loss"]), "answers": content["answers"], "layers": []}
     for i, layer in enumerate(content["layers"]):
         count = len(content["steps"])
         own = {key: rounded(layer[key]) for key in layer if key != "name"}
         own["moved"] += [None] * (count - len(own["moved"]))
-        own |= {key: pack(arrays[f"{i}.{key}"].numpy(), 1, "uint8") for key in ("experts", "state", "best")}
-        for key in ("logits", "cosines", "norms"):
-            values = arrays[f"{i}.{key}"].float().numpy()
-            own[key] = pack(values, max(float(abs(values).max()), 1e-3) / 32767, "int16")
+        for key in ("load", "conflicts"):
+            own[key] = [row + [0.0] * (experts - len(row)) for row in own[key]]
+        for key, none in (("experts", UNKNOWN), ("state", 0), ("best", UNKNOWN)):
+            own[key] = pack(fitted(arrays[f"{i}.{key}"], top_k, none), 1, "uint8")
+        for key, size, none in (("logits", experts, -np.inf), ("cosines", top_k, 0), ("norms", top_k, 0)):
+            values = fitted(arrays[f"{i}.{key}"].float(), size, none)
+            largest = float(abs(values[values > -np.inf]).max(initial=1e-3))
+            own[key] = pack(values, largest / 32767, "int16")
         own["matrices"] = [
             {key: place[key] for key in ("moment", "expert", "pairs")}
             | {"cosines": pack(arrays[f"matrix{number}"].numpy() / 127, 1 / 127, "int8")}
@@ -164,6 +173,13 @@ def variant_data(content: dict, arrays: dict, source: str) -> dict:
         ]
         one["layers"].append(own)
     return one
+
+
+def fitted(values, size: int, none: float) -> np.ndarray:
+    """An array with this size of its third axis, which is cut, or filled up with `none`."""
+    fitted = np.full((*values.shape[:2], size, *values.shape[3:]), none, dtype=values.numpy().dtype)
+    fitted[:, :, : values.shape[2]] = values[:, :, :size].numpy()
+    return fitted
 
 
 def is_page(file: Path) -> bool:
@@ -233,6 +249,7 @@ def describe(run: str | Path, seed: int | None = None, look: Callable | None = N
                         cells = [
                             f"   {e:>2} {'! ' + format(s, '+.2f') if state == CONFLICT else ' ' if state else '-':<8}"
                             for e, s, state in zip(experts[n], similarity_NK[n], states[n])
+                            if e != UNKNOWN
                         ]
                         lines.append(f"  {printable(text):<20.20}{''.join(cells)}".rstrip())
                 parts.append("\n".join(lines))

@@ -45,13 +45,16 @@ def add_moe(parser: Parser, num_experts: int, layers: str, router: str) -> None:
     parser.add_argument("--normalize", action=BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--moe-layers", default=layers, help="layers from 0: indices such as 1,3,5, or every-second, or all")
     parser.add_argument("--experts", choices=["copy", "split"], default="copy", help="each a copy of the FFN, or a part")
-    text = "linear: the paper's; cosine: DynMoE's, bounded logits"
-    parser.add_argument("--router", choices=["linear", "cosine"], default=router, help=text)
+    text = "linear: the paper's; cosine: bounded logits, of DynMoE's baseline; dynmoe: DynMoE's own, any number of"
+    text += " experts per token; --alpha then weighs its auxiliary loss, and only random reads --top-k"
+    parser.add_argument("--router", choices=["linear", "cosine", "dynmoe"], default=router, help=text)
+    text = "of --router dynmoe, which starts with --num-experts of them; default: twice as many"
+    parser.add_argument("--max-experts", type=number(int, 1, 2048), help=text)
 
 
 def spec_options(args) -> dict:
     """The options of a lab.moe.moefication.MoESpec that these flags set."""
-    names = ("num_experts", "top_k", "normalize", "experts", "router")
+    names = ("num_experts", "top_k", "normalize", "experts", "router") + ("max_experts",) * (args.router == "dynmoe")
     return {"layers": args.moe_layers} | {name: getattr(args, name) for name in names}
 
 
@@ -135,6 +138,7 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
         if "reroute" in name and args.top_k == args.num_experts:
             flag = "--variants" if args.compare else "--conflict-loss"
             parser.error(f"{flag} {name} needs --top-k below --num-experts: otherwise no other expert is left")
+    check_dynmoe(parser, args)
     lrs = getattr(args, "lrs", None) or []
     if lrs and args.lr != parser.get_default("lr"):
         parser.error(f"--lr {args.lr:g} is not read when --lrs is given: name all rates in --lrs")
@@ -143,6 +147,26 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
             parser.error(f"{flag} {' '.join(map(str, values))}: one repeated gives the same run again; name each once")
     if args.resume and args.overwrite:
         parser.error("--resume keeps the content of --output-dir and --overwrite replaces it: choose one")
+
+
+def check_dynmoe(parser: Parser, args) -> None:
+    """An error where the flags contradict --router dynmoe. Sets `args.max_experts`."""
+    if args.router != "dynmoe":
+        if args.max_experts:
+            parser.error("--max-experts goes with --router dynmoe: leave it out, or add --router dynmoe")
+        return
+    args.max_experts = args.max_experts or 2 * args.num_experts
+    if args.max_experts < args.num_experts:
+        parser.error(f"--max-experts {args.max_experts} is below --num-experts {args.num_experts}: raise it")
+    if args.experts != "copy" or not args.normalize:
+        flag = "--no-normalize" if args.experts == "copy" else "--experts split"
+        parser.error(f"--router dynmoe takes the mean of a token's experts: leave out {flag}")
+    if args.top_k != parser.get_default("top_k") and "random" not in args.variants:
+        parser.error(f"--top-k {args.top_k}: with --router dynmoe only the variant random reads it; leave it out")
+    if any("reroute" in name for name in args.variants):
+        parser.error("--router dynmoe cannot reroute, since a token may be on all experts: use ce, mse or flat")
+    if getattr(args, "capacity", None):
+        parser.error("--capacity needs a fixed number of experts per token: leave it out, or --router dynmoe")
 
 
 def variant_name(args) -> str:

@@ -88,6 +88,13 @@ def start(args) -> accelerate.Accelerator:
     return accelerator
 
 
+def refuse_shards(accelerator: accelerate.Accelerator, why: str) -> None:
+    """UserError where accelerate divides a model's weights among the processes."""
+    kind, kinds = accelerator.distributed_type, accelerate.DistributedType
+    if kind in (kinds.FSDP, kinds.DEEPSPEED, kinds.MEGATRON_LM):
+        raise UserError(f"accelerate is set to {kind.value}, but {why}: use its multi-GPU (DDP) setting")
+
+
 def print_settings(args, device: torch.device, configs: list) -> None:
     """Prints what is compared and on which device. `configs`: an STGCConfig per entry of args.variants, None for `dense`."""
     for variant, config in zip(args.variants, configs, strict=True):
@@ -428,7 +435,7 @@ def summary_writer_class():
 def stats_line(stats: list[dict]) -> dict:
     """STGC's finite statistics for a curve: the mean of each over the MoE layers, and each layer's under `layers`."""
     names = ["balance_loss", "conflict_ratio", "judged_ratio", "consistency", "consistency_std", "conflict_loss"]
-    names.append("router_margin")
+    names += ["router_margin", "auxiliary_loss", "experts_per_token", "active_experts"]
     stats = [{key: v for key, v in layer.items() if not isinstance(v, float) or math.isfinite(v)} for layer in stats]
     found = {name: [layer[name] for layer in stats if name in layer] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items() if values} | {"layers": stats}

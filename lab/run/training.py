@@ -180,6 +180,7 @@ class Training:
     def summary(self) -> dict:
         """The values that every run has in results.json. Those of a film: see lab.moe.probe.for_record."""
         probed = {"probe": self.film.finish(self.at.step, self.grad_scale())} if self.film else {}
+        mean = self.log.tenths("experts_per_token")  # only DynMoE's router has logged it
         return {
             "conflict_ratio": self.log.tenths("conflict_ratio"),
             "consistency": self.log.tenths("consistency"),
@@ -187,5 +188,6 @@ class Training:
             "loss": self.log.tenths("loss"),
             "seconds": round(self.at.seconds, 2),
             "samples_per_second": round(self.at.samples / self.at.seconds, 2),
+            **({"experts_per_token": mean} if mean else {}),
             **probed,
         }

@@ -284,22 +284,25 @@ def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, v
         routing = layer.routing(x_BLD.flatten(0, -2))
     keep_T, size = keep_BL.flatten(), layer.experts.num_experts
     ids_TK, conflict_TK, judged_TK = routing.expert_ids_TK[keep_T], verdict.conflict_TK[keep_T], verdict.judged_TK[keep_T]
-    pairs_E, conflicts_E = ids_TK.flatten().bincount(minlength=size), ids_TK[conflict_TK].bincount(minlength=size)
+    weights_TK = routing.weights_TK[keep_T]
+    on_TK = weights_TK > 0  # not all, where the router decides how many
+    count, per_token = on_TK.sum(), f"Top-{layer.top_k}" if on_TK.all() else f"{on_TK.sum() / len(on_TK):.2f} per token"
+    pairs_E, conflicts_E = ids_TK[on_TK].bincount(minlength=size), ids_TK[conflict_TK].bincount(minlength=size)
     ratio_E = conflicts_E / pairs_E.clamp_min(1)
     worst = ", ".join(f"{e} ({ratio_E[e]:.2f})" for e in ratio_E.argsort(descending=True)[:3].tolist() if ratio_E[e] > 0)
     lines = [
-        f"MoE layer {name}: {size} experts, Top-{layer.top_k}",
-        f"  {ids_TK.numel()} pairs of token and expert, {judged_TK.sum()} with a gradient, {conflict_TK.sum()} conflict",
-        f"  conflict ratio {conflict_TK.sum() / ids_TK.numel():.3f}; highest on expert {worst or '- (none)'}",
+        f"MoE layer {name}: {size} experts, {per_token}",
+        f"  {count} pairs of token and expert, {judged_TK.sum()} with a gradient, {conflict_TK.sum()} conflict",
+        f"  conflict ratio {conflict_TK.sum() / count:.3f}; highest on expert {worst or '- (none)'}",
     ]
     for e in range(size):
         bar = "#" * round(BAR * (pairs_E[e] / pairs_E.max()).item())
-        load = pairs_E[e] / ids_TK.numel()
+        load = pairs_E[e] / count
         lines.append(f"  expert {e:>2}  load {load:.2f} {bar:<{BAR}}  {conflicts_E[e]} of {pairs_E[e]} pairs conflict")
 
     blocks, digits = ["\n".join(lines)], len(str(size - 1))
     per_line = max(1, (WIDTH - TOKEN - 2) // (digits + 16))
-    found = zip(ids_TK.tolist(), routing.weights_TK[keep_T].tolist(), judged_TK, conflict_TK, verdict.similarity_TK[keep_T])
+    found = zip(ids_TK.tolist(), weights_TK.tolist(), judged_TK, conflict_TK, verdict.similarity_TK[keep_T])
     for number, part in enumerate(tokens, start=1):
         lines = [f"MoE layer {name}, example {number}"]
         for token, pairs in zip(part, found):
@@ -308,7 +311,7 @@ def describe_layer(layer: MoELayer, name: str, x_BLD: Tensor, keep_BL: Tensor, v
             cells = []
             for e, weight, judged, conflict, cos in zip(*pairs):
                 mark = f"! {cos:+.2f}" if conflict else " " if judged else "-"
-                cells.append(f"   {e:>{digits}} {weight:.2f} {mark:<7}")
+                cells += [f"   {e:>{digits}} {weight:.2f} {mark:<7}"] if weight else []
             for start in range(0, len(cells), per_line):
                 lines.append(f"  {'' if start else token:<{TOKEN}}{''.join(cells[start : start + per_line])}".rstrip())
         blocks.append("\n".join(lines))

@@ -38,8 +38,9 @@ class Routes:
 
     def on_forward(self, i: int, watch, x_TD: Tensor, routing: Routing, pairs: Pairs, keep_T: Tensor):
         """Stores the routing of a forward of layer i, then calls `watch`, which watched the layer before."""
-        order_TK = routing.weights_TK.argsort(dim=-1, descending=True, stable=True)
-        self.forwards[i].append((routing.expert_ids_TK.gather(1, order_TK), keep_T))
+        weights_TK, order_TK = routing.weights_TK.sort(dim=-1, descending=True, stable=True)
+        ids_TK = routing.expert_ids_TK.gather(1, order_TK).masked_fill(weights_TK == 0, -1)  # -1: it is not run
+        self.forwards[i].append((ids_TK, keep_T))
         return None if watch is None else watch(x_TD, routing, pairs, keep_T)
 
     def add(self, modality_BL: Tensor, keep_BL: Tensor) -> None:

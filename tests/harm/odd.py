@@ -16,6 +16,7 @@ from pyarrow import parquet, table
 from transformers import Gemma2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+import glue_moefy
 import toy_lvlm
 from lab.bench import peer, step
 from lab.report import demo, figures, readme
@@ -71,6 +72,13 @@ def nothing_is_allocated_for_a_sketch(*, good):
     assert sketched == "meta"
     with pytest.raises(ValueError, match=MANY):
         hub.sketch(lambda: torch.nn.Linear(10**8, 10**6), "google/none")
+
+
+def flags_that_do_not_go_together(flags, message, *, capsys):
+    for script, words in ((glue_moefy, ["--task", "rte", "--toy"]), (toy_lvlm, [])):
+        if script is toy_lvlm or "capacity" not in flags:
+            with stopped(capsys, message):
+                script.parse([*words, *flags.split()])
 
 
 # ---- 2. Records, stages, curves and checkpoints ----
@@ -302,6 +310,21 @@ CASES = {
             change(moe={"layers": "1", "num_experts": 10**9, "router": "cosine"}),
             MANY,
         ),
+        "run, fewer places than experts of DynMoE's router": (
+            RUN,
+            change(moe={"layers": "1", "num_experts": 4, "router": "dynmoe", "max_experts": 2}),
+            "max_experts=2 must be at least num_experts=4",
+        ),
+        "run, parts of an FFN with DynMoE's router": (
+            RUN,
+            change(moe={"layers": "1", "num_experts": 4, "router": "dynmoe", "experts": "split"}),
+            "needs experts='copy'",
+        ),
+        "run, 10^9 places of DynMoE's router": (
+            RUN,
+            change(moe={"layers": "1", "num_experts": 4, "router": "dynmoe", "max_experts": 10**9}),
+            MANY,
+        ),
         "run, a spec that is a list": (RUN, change(moe=[1]), "mapping"),
         "run, architectures 5": (RUN, change(architectures=5), "no valid architectures"),
         "lm, a list of 10^9 layers": (LM, gemma(num_hidden_layers=10**9), f"its num_hidden_layers is {10**9}"),
@@ -476,6 +499,20 @@ CASES = {
         "the page, a damaged record": ("page", [], 2, "results.json cannot be read"),
         "the page, a damaged bench": ("page", [], 2, "bench.json .*restore it"),
     },
+    flags_that_do_not_go_together: [
+        ("--max-experts 8", "--max-experts goes with --router dynmoe: leave it out, or add --router dynmoe"),
+        ("--router dynmoe --num-experts 8 --max-experts 7", "--max-experts 7 is below --num-experts 8: raise it"),
+        ("--router dynmoe --max-experts 0", "--max-experts: '0' must be an integer"),
+        (
+            "--router dynmoe --experts split",
+            "--router dynmoe takes the mean of a token's experts: leave out --experts split",
+        ),
+        ("--router dynmoe --no-normalize", "leave out --no-normalize"),
+        ("--router dynmoe --top-k 3", "--top-k 3: with --router dynmoe only the variant random reads it"),
+        ("--router dynmoe --conflict-loss reroute", "--router dynmoe cannot reroute.*use ce, mse or flat"),
+        ("--router dynmoe --variants none,placebo-reroute", "--router dynmoe cannot reroute"),
+        ("--router dynmoe --capacity 0.5", "--capacity needs a fixed number of experts per token"),
+    ],
     captions_that_are_cut_are_counted: [(10, 0), (75, 0), (77, 2), (300, 2)],
     picture_word_in_a_question: [("what is it?", 0), (f"{IMAGE} what is it?", 1), (f"a{IMAGE}b{IMAGE}", 1)],
     one_note_counts_the_cut_captions: ONCE,
