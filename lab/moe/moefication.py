@@ -435,8 +435,8 @@ def load_either(saved: Checkpoint, dense_class: type) -> PreTrainedModel:
 
 
 class Parameters(NamedTuple):
-    """The number of a model's parameters, and of those that one token uses, with DynMoE's layers at most (embedding tables count
-    as used)."""
+    """The number of a model's parameters, and of those that one token uses: at most, with DynMoE's layers. Embedding tables
+    count as used."""
 
     total: int
     active: int
