@@ -21,7 +21,7 @@ FREE = {*"seeds variants compare lrs resume overwrite output_dir save_steps save
 # flags that use a trained model, and train nothing
 USES = {"inspect", "html", "seed", "predict", "run", "output", "ask", "chat", "image"}
 # options that older records do not have, with their defaults
-NEWER = {"normalize": True, "lrs": None, "moe_from": "stage2"}
+NEWER = {"normalize": True, "lrs": None, "moe_from": "stage2", "max_experts": None}
 
 
 def words(text: str) -> list[str]:
