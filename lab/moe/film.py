@@ -6,8 +6,8 @@
 
 A moment is one forward and one backward of the batch in eval mode, down to the linears' outputs and to no parameter. It
 draws no random number and leaves no gradient, so the training stays the same to the last digit. `delta` steps later, the
-twin of a moment keeps the experts alone: how many tokens have moved. At the first, the middle and the last moment the numbers
-of lab.moe.probe come with one more forward and backward. The film is two files, NAME.safetensors and NAME.json.
+twin of a moment keeps the experts alone: how many tokens have moved. The first, the middle and the last moment have one more
+forward and backward, for the numbers of lab.moe.probe. The film is two files, NAME.safetensors and NAME.json.
 
 Shapes: M moments, T real tokens of the batch, N tokens that are shown, E experts, K per token, L linears.
 """
