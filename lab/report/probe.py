@@ -329,7 +329,7 @@ def probe_run(run: Path, triples: int, device: torch.device) -> None:
 
 def describe(entry: dict) -> list[str]:
     """Lines for the terminal."""
-    show = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
+    show = lambda value: "-" if value is None else f"{value:.4f}"  # noqa: E731
     kappa = f"kappa {show(entry['kappa'])} ± {show(entry['error'])} ({entry['triples']} triples)"
     lines = [f"{entry['model']}: main loss {show(entry['loss'])}, {kappa}, flagged {show(entry['flagged'])}"]
     lines += [
