@@ -140,6 +140,12 @@ def test_margin_and_moved_against_loops(setting, monkeypatch):
     assert values["moved"] == pytest.approx(sum(shares) / len(shares), rel=1e-4) and values["moved"] > 0
 
 
+@pytest.mark.parametrize("variant, moved", [("random", 0.75), ("oracle", 0.0)])
+def test_without_a_learned_router_there_is_no_margin(variant, moved):
+    *_, margin, found = regimes.measure(regimes.Setting(), variant, None, 0, STEPS)
+    assert margin is None and found == pytest.approx(moved, abs=0.1)
+
+
 def test_scores_are_of_the_half_that_does_not_choose():
     model, _, held_out = regimes.begin(regimes.Setting(), 0, STEPS)
     half = regimes.HELD_OUT // 2
