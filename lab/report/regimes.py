@@ -1,0 +1,145 @@
+"""The record of lab.bench.regimes: tables of paired differences in points of accuracy, and a picture.
+
+  python -m lab.report.regimes                 results/regimes.json; the picture is written beside it, as regimes.png
+  python -m lab.report.regimes RECORD.json     another record
+
+"2+ 1-": in two settings the paired 95 % interval lies above 0, in one below. No correction for the number of intervals.
+"""
+
+from pathlib import Path
+from statistics import mean, median
+
+from lab.bench.regimes import BETAS, FIRST_FRESH, read_record
+from lab.report.compare import Paired, layout, paired
+from lab.report.figures import STYLES, plt, save
+from lab.run.cli import Parser, path, run_main, say
+
+NONE, RANDOM, FROZEN, ORACLE = ((name, None) for name in ("none", "random", "frozen", "oracle"))
+DOSED = ("ce", "placebo", "flat")
+PANELS = {  # the verdict of random - none -> title
+    "better": "random beats none",
+    "no difference": "random as good as none",
+    "worse": "none beats random",
+}
+KEYS = {"accuracy": "last step", "best_accuracy": "best checkpoint"}
+Runs = dict[tuple, dict[int, dict]]  # (setting, variant, beta) -> seed -> column -> value
+
+
+def runs_of(record: dict) -> Runs:
+    runs: Runs = {}
+    for name, variant, beta, seed, *values in record["runs"]:
+        runs.setdefault((name, variant, beta), {})[seed] = dict(zip(record["columns"][4:], values))
+    return runs
+
+
+def settings_of(record: dict, runs: Runs) -> list[str]:
+    """The settings that have runs of all variants. A search that was stopped may lack some."""
+    needed = [NONE, RANDOM, FROZEN, ORACLE, *((variant, beta) for variant in DOSED for beta in BETAS)]
+    return [name for name in record["settings"] if all((name, *own) in runs for own in needed)]
+
+
+def gap(runs: Runs, name: str, own: tuple, other: tuple = NONE, key: str = "accuracy", fresh: bool = False) -> Paired:
+    """own - other, variants with their betas, in points: over the seeds of the search, or over the fresh ones."""
+    both = (runs[(name, *side)].items() for side in (other, own))
+    return paired(*({seed: 100 * run[key] for seed, run in side if (seed >= FIRST_FRESH) == fresh} for side in both))
+
+
+def average(runs: Runs, name: str, own: tuple, key: str, fresh: bool = False) -> float:
+    return mean(run[key] for seed, run in runs[(name, *own)].items() if (seed >= FIRST_FRESH) == fresh)
+
+
+def margin_ratio(runs: Runs, name: str, own: tuple) -> float:
+    """The variant's mean margin over none's."""
+    return average(runs, name, own, "margin") / average(runs, name, NONE, "margin")
+
+
+def summary_table(runs: Runs, names: list[str]) -> str:
+    """By variant and beta: medians over the settings, and in how many of them it is better or worse than a control."""
+    rows = [["variant", "beta", "minus none", "best", "than none", "placebo", "flat", "random", "margin / none's", "moved"]]
+    for own in [NONE, RANDOM, FROZEN, ORACLE, *((variant, beta) for beta in BETAS for variant in DOSED)]:
+        variant, beta = own
+        row = [variant, "" if beta is None else f"{beta:g}"]
+        row += [f"{median(gap(runs, name, own, key=key).mean for name in names):+.1f}" for key in KEYS]
+        for other in (NONE, ("placebo", beta), ("flat", beta), RANDOM):
+            verdicts = [gap(runs, name, own, other).verdict for name in names if own != other and (name, *other) in runs]
+            row.append(f"{verdicts.count('better')}+ {verdicts.count('worse')}-" if verdicts else "")
+        learned = own not in (RANDOM, ORACLE)
+        row.append(f"{median(margin_ratio(runs, name, own) for name in names):.3f}" if learned else "")
+        row.append(f"{median(average(runs, name, own, 'moved') for name in names):.2f}")
+        rows.append(row)
+    return layout(rows)
+
+
+def settings_table(runs: Runs, names: list[str], pairs: list[tuple[tuple, tuple]], key: str, fresh: bool = False) -> str:
+    """By setting: none's accuracy in %, and the difference of each pair (own, other) with its interval."""
+    heads = [f"{own[0]} {own[1] or ''}".strip() + (f" - {other[0]}" if other != NONE else "") for own, other in pairs]
+    rows = [["setting", "none", *heads]]
+    for name in names:
+        row = [name, f"{100 * average(runs, name, NONE, key, fresh):.1f}"]
+        for own, other in pairs:
+            one = gap(runs, name, own, other, key, fresh) if (name, *own) in runs else None
+            interval = f" [{one.low:+.1f}, {one.high:+.1f}]" if one and one.low is not None else ""
+            row.append(f"{one.mean:+.1f}{interval}" if one else "")
+        rows.append(row)
+    return layout(rows)
+
+
+def draw(runs: Runs, names: list[str], target: Path) -> Path:
+    """Accuracy against none over the margin, in a panel per verdict on random routing. An open mark is a setting at a beta;
+    a line joins the medians of a variant over the settings, beta by beta."""
+    groups: dict[str, list[str]] = {verdict: [] for verdict in PANELS}
+    for name in names:
+        verdict = gap(runs, name, RANDOM).verdict
+        groups[verdict if verdict in PANELS else "no difference"].append(name)
+    groups = {verdict: group for verdict, group in groups.items() if group}
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.9), squeeze=False, sharex=True)
+    for axis, (verdict, group) in zip(axes[0], groups.items()):
+        for variant, (colour, line, marker) in zip(DOSED, STYLES[1:]):
+            middle = []
+            for beta in BETAS:
+                points = [
+                    (margin_ratio(runs, name, (variant, beta)), gap(runs, name, (variant, beta)).mean) for name in group
+                ]
+                axis.plot(*zip(*points), marker, color=colour, markersize=4, fillstyle="none", alpha=0.6)
+                middle.append([median(values) for values in zip(*points)])
+            axis.plot(*zip(*middle), line, marker=marker, color=colour, markersize=8, label=variant)
+        still = [(margin_ratio(runs, name, FROZEN), gap(runs, name, FROZEN).mean) for name in group]
+        axis.plot(*zip(*still), "+", color=STYLES[0][0], label="frozen router")
+        dice = [gap(runs, name, RANDOM).mean for name in group]
+        axis.hlines(dice, 0, 0.05, STYLES[4][0], transform=axis.get_yaxis_transform(), label="random (no margin)")
+        axis.axhline(0, color="#777777", linewidth=0.8)
+        axis.set(xscale="log", xlabel="router margin / that of none", title=f"{PANELS[verdict]}: {len(group)} settings")
+        axis.xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("accuracy - that of none,\npoints, last step")
+    axes[0, -1].legend(frameon=False, fontsize=8)
+    return save(figure, target)
+
+
+def main() -> None:
+    parser = Parser(prog="lab.report.regimes", description=__doc__)
+    parser.add_argument("record", nargs="?", type=path("file"), default="results/regimes.json", help="of lab.bench.regimes")
+    file = Path(parser.parse_args().record)
+    record = read_record(file)
+    runs = runs_of(record)
+    names = settings_of(record, runs)
+    if not names:
+        parser.error(f"{file}: no setting has runs of all variants; continue it: python -m lab.bench.regimes --resume")
+    tables = {"medians over the settings; at the last step better and worse": summary_table(runs, names)}
+    against_none = [(own, NONE) for own in (RANDOM, FROZEN, ORACLE, *(("ce", beta) for beta in BETAS))]
+    against_placebo = [((variant, beta), ("placebo", beta)) for variant in ("ce", "long") for beta in BETAS]
+    for key, when in KEYS.items():
+        tables[f"minus none, {when}"] = settings_table(runs, names, against_none, key)
+        tables[f"minus the placebo, {when}"] = settings_table(runs, names, against_placebo, key)
+    for name, variant, beta in [key for key, seeds in runs.items() if key[1] == "ce" and max(seeds) >= FIRST_FRESH]:
+        again = [((variant, beta), other) for other in (NONE, ("placebo", beta), ("flat", beta), RANDOM)]
+        for key, when in KEYS.items():
+            tables[f"{name}, a hit at beta {beta:g}, on fresh seeds, {when}"] = settings_table(
+                runs, [name], again, key, fresh=True
+            )
+    for title, table in tables.items():
+        say("", title, *table.splitlines())
+    say("", str(draw(runs, names, file.with_suffix(".png"))))
+
+
+if __name__ == "__main__":
+    run_main("lab.report.regimes", main, resumes=False)
