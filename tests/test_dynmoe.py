@@ -30,7 +30,7 @@ from lab.moe import dynmoe
 from lab.moe.baselines import limit_capacity
 from lab.moe.dynmoe import TopAnyLayer, TopAnyRouter
 from lab.moe.moefication import MoESpec, load_moefied, moefy
-from lab.report import page
+from lab.report import alone, page
 from lab.run import runs
 from lab.run.cli import UserError
 from lab.vision import routes
@@ -283,6 +283,14 @@ def test_copies_equal_the_dense_model_and_survive_a_file(tmp_path):
     assert torch.equal(outputs(loaded, batch)[0], outputs(moe, batch)[0]) and dynmoe.summary(loaded) == {
         "active_experts": [4, 4]
     }
+
+
+def test_the_conflict_loss_alone_trains_its_router():
+    moe, batch = moefy(make_model(dtype=torch.float32), SPEC), make_texts() | {"labels": torch.tensor([0, 1, 2])}
+    before = [layer.router.weight_DE.clone() for layer in dynmoe.layers_of(moe)]
+    alone.train_alone(moe, [batch] * 4, STGCConfig(alpha=0.0), alone.PARTS[0], lr=1e-2, every=1)
+    for layer, old_DE in zip(dynmoe.layers_of(moe), before):
+        assert layer.router.weight_DE.isfinite().all() and not torch.equal(layer.router.weight_DE, old_DE)
 
 
 @pytest.mark.parametrize("bad", [{"experts": "split"}, {"normalize": False}, {"max_experts": 3}])

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from lab.moe.dynmoe import make_stgc
 from lab.report import probe
 from lab.run.cli import Parser, UserError, number, path, run_main, say
 from lab.run.files import write_json
@@ -57,7 +58,7 @@ def train_alone(model: nn.Module, batches: list[dict], config: STGCConfig, part:
     trained = parameters_of(model, part)
     for parameter in trained:
         parameter.requires_grad_(True)
-    stgc, optimizer, rows = STGC(model, config), torch.optim.AdamW(trained, lr, weight_decay=0.0), []
+    stgc, optimizer, rows = make_stgc(model, config), torch.optim.AdamW(trained, lr, weight_decay=0.0), []
     for layer in stgc.layers:
         layer.experts.requires_grad_(True)  # else no gradient reaches them
     probed, *batches = batches
