@@ -82,6 +82,11 @@ class Setting:
         rates = sorted({run["lr"] for run in found})
         return [run for run in found if run["lr"] == rates[0]] if rates else []
 
+    def measured(self, variant: str | None = None) -> list[dict]:
+        """All runs, also those that were repeated: for what older runs did not record."""
+        found = [*self.record["runs"], *(again for _, again in self.record["repeated"])]
+        return [run for run in found if variant in (None, run["variant"])]
+
     def scores(self, variant: str, select: str = "best", key: str = "score", scale: float = 100) -> dict[int, float]:
         """seed -> score in %. Records without a best epoch have the last."""
         found = {run["seed"]: run.get(select) or run["last"] for run in self.runs(variant)}
@@ -113,7 +118,8 @@ class Setting:
             cells += [spread([*self.scores(name, select).values()]) for select in ("best", "last")]
             cells.append(spread([*found.values()], 3) if (found := self.scores(name, "last", "dev_loss", 1)) else "-")
             for key in ("loss", "router_margin"):
-                ends = [run[key][1] for run in self.runs(name) if run.get(key) and name != "random"]
+                ends = [run[key][1] for run in self.measured(name) if run.get(key)]
+                ends = [] if (name, key) == ("random", "router_margin") else ends
                 cells.append(spread(ends, 3 if key == "loss" else 4) if ends else "-")
             cells += [say_gap(self.gap(name, other) if name != other else None) for other in ("none", "placebo", "random")]
             yield f"| {' | '.join(cells)} |"
@@ -240,7 +246,7 @@ def sweep_rows(settings: list[Setting]) -> Iterator[Row]:
 
 def probe_rows(settings: list[Setting]) -> Iterator[Row]:
     """Figures 7 and 9, table 13 and section 6.1: from the probe of each film, at its last moment."""
-    runs = [run | {"command": s.record["command"][0]} for s in settings for run in s.record["runs"] if run.get("probe")]
+    runs = [run for setting in settings for run in setting.measured() if run.get("probe")]
     command = runs[0]["command"] if runs else ""
 
     def ends(key: str, variant: str | None = None) -> list[float]:
@@ -383,9 +389,9 @@ def router_lines(settings: list[Setting]) -> Iterator[str]:
     """Markdown: the router's margin at the end of training, as a share of the baseline's, and the share of moved tokens."""
     yield from header("setting", "variant", "margin / the baseline's", "moved")
     for setting in settings:
-        base = [run["router_margin"][1] for run in setting.runs("none") if run.get("router_margin")]
+        base = [run["router_margin"][1] for run in setting.measured("none") if run.get("router_margin")]
         for name in setting.variants:
-            runs = [run for run in setting.runs(name) if run.get("router_margin")]
+            runs = [run for run in setting.measured(name) if run.get("router_margin")]
             if base and runs and name != "random":
                 ratio = mean(run["router_margin"][1] for run in runs) / mean(base)
                 layers = [layer["moved"] for run in runs if run.get("probe") for layer in run["probe"][-1]["layers"]]

@@ -15,9 +15,14 @@ APART = (FREE - {"lrs"}) | USES | {"stages_from"}  # may differ between the part
 
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
-    """The records of all runs in a folder, by path. Each run has its record's commit. UserError for a damaged one."""
-    records = [read_record(path.parent, "results of") for path in sorted(folder.rglob("results.json"))]
-    return [one | {"runs": [run | {"commit": one.get("commit")} for run in one["runs"]]} for one in records]
+    """The records of all runs in a folder, by path. Each run has its record's commit and command. UserError for a damaged
+    one."""
+    found = []
+    for path in sorted(folder.rglob("results.json")):
+        record = read_record(path.parent, "results of")
+        made_by = {key: record.get(key) for key in ("commit", "command")}
+        found.append(record | {"runs": [run | made_by for run in record["runs"]]})
+    return found
 
 
 def key_of(record: dict) -> str:
