@@ -366,11 +366,14 @@ def plot_probes(records: list[dict], file: Path) -> Path:
         found.sort(key=lambda one: -one["loss"])
         losses, kappas, errors = ([one[key] or 0.0 for one in found] for key in ("loss", "kappa", "error"))
         axis.errorbar(losses, kappas, errors, marker=marker, linestyle=style, color=colour, capsize=3, label=title)
-        for one in found if len({one["variant"] for one in found}) > 1 else ():
-            name = {"stage1": "stage I", "stage2": "stage II"}.get(one["variant"], one["variant"])
-            place = {"textcoords": "offset points", "xytext": (6, 5), "fontsize": 8}
+        for i, one in enumerate(found if len({one["variant"] for one in found}) > 1 else ()):
+            name = {"stage1": "stage I", "stage2": "stage II"}.get(
+                one["variant"], "stage III, " * (title == "LVLM") + one["variant"]
+            )
+            place = {"textcoords": "offset points", "xytext": (0, -24 if i % 2 else 16), "ha": "center", "fontsize": 8}
             axis.annotate(name, (one["loss"], one["kappa"]), color=colour, **place)
     axis.axhline(0, color="#777777", linewidth=1, linestyle=":")
+    axis.margins(0.12)
     axis.invert_xaxis()
     axis.set(
         xlabel="main loss on training batches (training goes to the right)", ylabel="kappa of the flags by other batches"
