@@ -92,7 +92,7 @@ def draw(runs: Runs, names: list[str], target: Path) -> Path:
         verdict = gap(runs, name, RANDOM).verdict
         groups[verdict if verdict in PANELS else "no difference"].append(name)
     groups = {verdict: group for verdict, group in groups.items() if group}
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.9), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * max(2, len(groups)), 4.2), squeeze=False, sharex=True)
     for axis, (verdict, group) in zip(axes[0], groups.items()):
         for variant, (colour, line, marker) in zip(DOSED, STYLES[1:]):
             middle = []
@@ -111,7 +111,7 @@ def draw(runs: Runs, names: list[str], target: Path) -> Path:
         axis.set(xscale="log", xlabel="router margin / that of none", title=f"{PANELS[verdict]}: {len(group)} settings")
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("accuracy - that of none,\npoints, last step")
-    axes[0, -1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return save(figure, target)
 
 
