@@ -69,6 +69,21 @@ def test_rows_of_a_setting():
     assert row.verdict == NO_ROUTING and "minus random +2.7" in row.here
 
 
+def test_rows_of_saved_models():
+    """Reliability has no verdict; confusing tokens and harm have one each, by the predicate that the row names."""
+    assert [row.verdict for row in claims.saved_rows([])] == [NOT_RUN] * 3
+    one = {"model": "m", "loss": 0.5, "kappa": 0.1, "error": 0.02, "triples": 16, "command": "x"}
+    one["confusing"] = {"pairs": 9, "own": 8.0, "other": 5.0, "rest": -1.0}
+
+    def found(gap, **confusing):
+        harm = {"sizes": [0.1, 0.2], "fresh": {"no conflicting": {"minus_all": [[0.0, 0.0], gap]}}}
+        probes = [one | {"harm": harm, "confusing": one["confusing"] | confusing}]
+        return [row.verdict for row in claims.saved_rows([{"name": "lvlm", "probes": probes}])]
+
+    assert found([-0.03, 0.01]) == ["measured", "reproduced", "reproduced"]
+    assert found([-0.03, 0.02], other=3.0) == ["measured", "not reproduced", "not reproduced"]
+
+
 def test_somebodys_record(tmp_path):
     """Complete, clean and paired; what is wrong is named, with the fix."""
     whole = a_record(none=[10, 12, 11, 14, 9], ce=[13, 15, 13.5, 17, 12]) | {
