@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
+from lab.report import regimes
 from lab.report.compare import PUBLISHED, Paired, paired
 from lab.report.readme import fold, read_bench, spread
 from lab.report.records import RESULTS, merge, read_all
@@ -388,6 +389,24 @@ def sentences(settings: list[Setting]) -> list[str]:
     return found[:4]
 
 
+def search_lines() -> Iterator[str]:
+    """What the search over small synthetic settings found: where routing matters, and what the choice of pairs adds."""
+    runs = regimes.runs_of(record := regimes.read_record(RESULTS / "regimes.json"))
+    names = regimes.settings_of(record, runs)
+    matters = [name for name in names if regimes.gap(runs, name, ("random", None)).verdict == "worse"]
+    many = f"{len(matters)} of {len(names)} small synthetic settings (`results/regimes.json`)"
+    yield f"In {many} the learned router beats dice."
+    for beta in regimes.BETAS:
+        own, control = ("ce", beta), ("placebo", beta)
+        pairs = [(regimes.gap(runs, name, own), regimes.gap(runs, name, own, control)) for name in names]
+        both = sum(none.verdict == placebo.verdict == "better" for none, placebo in pairs)
+        middle = median(regimes.gap(runs, name, own).mean for name in matters)
+        ratio = median(regimes.margin_ratio(runs, name, own) for name in names)
+        text = f"At beta {beta:g} the loss beats both the baseline and the placebo in {both} of {len(names)}"
+        text += f"; where routing matters it changes accuracy by {middle:+.1f} points (median)"
+        yield f"{text}; the router's margin is {ratio:.2f} of the baseline's."
+
+
 def router_lines(settings: list[Setting]) -> Iterator[str]:
     """Markdown: the router's margin at the end of training, as a share of the baseline's, and the share of moved tokens."""
     yield from header("setting", "variant", "margin / the baseline's", "moved")
@@ -415,7 +434,7 @@ def render(records: list[dict]) -> str:
     count = sum(len(setting.intervals) for setting in settings)
     note = f"{count} intervals were computed; of twenty, one misses by chance. No correction is made."
     done = sum(not row.verdict.startswith("not run") for row in rows)
-    lines = [HEAD, *told, "", "## What the loss does to the router", "", *router_lines(settings), ""]
+    lines = [HEAD, *told, "", "## What the loss does to the router", "", *search_lines(), "", *router_lines(settings), ""]
     lines += ["![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", ""]
     lines += [f"## The claims: {done} of {len(rows)} measured", "", RULE, "", *table, "", note, ""]
     lines += ["## The settings", "", *parts]
