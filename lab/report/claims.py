@@ -436,6 +436,7 @@ def render(records: list[dict]) -> str:
     done = sum(not row.verdict.startswith("not run") for row in rows)
     lines = [HEAD, *told, "", "## What the loss does to the router", "", *search_lines(), "", *router_lines(settings), ""]
     lines += ["![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", ""]
+    lines += ["![kappa of the flags by other batches, over the main loss](../results/probe.png)", ""]
     lines += [f"## The claims: {done} of {len(rows)} measured", "", RULE, "", *table, "", note, ""]
     lines += ["## The settings", "", *parts]
     return "\n".join(lines).rstrip() + "\n"
