@@ -117,7 +117,7 @@ def lvlm_table(records: list[dict]) -> str:
 
 def sections() -> dict[str, str]:
     """Mark -> generated text."""
-    found = read_all()
+    found = read_all(ROOT / "results")
     pictures = [record for record in found if "stages" in record]
     texts = {"results": results_table([record for record in found if "stages" not in record])}
     if pictures:

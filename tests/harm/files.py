@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -460,7 +461,8 @@ def kill_while_a_stages_checkpoints_are_removed(*, out):
         file.write(f"{left}\n")
     found = type("Found", (), {"find": lambda *_, **__: True})()
     accelerator = type("One", (), {"wait_for_everyone": lambda self: None, "is_main_process": True})()
-    job = type("Job", (), {"folder": out, "seed": 0, "accelerator": accelerator, "record": found})()
+    parts = {"folder": out, "seed": 0, "accelerator": accelerator, "record": found, "args": Namespace(stages_from=None)}
+    job = type("Job", (), parts)()
     assert toy_lvlm.stage(job, "clip", lambda saved: saved.name.name, None) == "clip-s0"
     assert list(tree(out / "stages" / "checkpoints")) == ["mine.txt"]
 

@@ -148,6 +148,7 @@ def what_is_recorded_is_finite(*, tmp_path):
 def score_that_is_not_finite(score, *, tmp_path):
     run = training.Training.__new__(training.Training)
     run.at, run.log = training.Progress(), runs.RunLog(tmp_path / "a.jsonl", 1)
+    run.losses, run.accelerator = [], None
     with refused("the scores after epoch 1 .*lower the learning rate", error=RunFailed):
         run.epoch_done({"pearson": score, "score": 0.5})
     assert not (tmp_path / "a.jsonl").read_text()
