@@ -18,6 +18,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from lab.moe.dynmoe import make_stgc
+from lab.moe.probe import mean_of
 from lab.report import probe
 from lab.run.cli import Parser, UserError, number, path, run_main, say
 from lab.run.files import write_json
@@ -96,15 +97,14 @@ def run_arms(run: Path, args, device: torch.device) -> None:
                 model = found[name].load().to(device)
                 curve = train_alone(model, batches, config, part, args.lr, args.every)
                 content["rows"].append({"part": part, "arm": arm, "seed": seed, "curve": curve})
-                first, last = (f"{row['main_loss']:.2f}, {mean_of(row, KEYS[0]):.3f}" for row in (curve[0], curve[-1]))
+                first, last = (f"{row['main_loss']:.2f}, {ratio_of(row):.3f}" for row in (curve[0], curve[-1]))
                 say(f"{part}, {arm}, seed {seed}: main loss, conflict ratio: {first} -> {last}")
                 write_json(Path(args.output), content)
 
 
-def mean_of(row: dict, key: str) -> float:
-    """The mean over the layers."""
-    values = [layer[key] for layer in row["layers"] if key in layer]
-    return sum(values) / max(1, len(values))
+def ratio_of(row: dict) -> float:
+    """The conflict ratio, mean over the layers that have one."""
+    return mean_of([layer.get("conflict_ratio") for layer in row["layers"]]) or 0.0
 
 
 def main() -> None:

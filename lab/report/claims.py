@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from lab.report import regimes
-from lab.report.compare import PUBLISHED, Paired, paired
+from lab.report.compare import COLUMNS, PUBLISHED, Paired, paired
 from lab.report.readme import fold, read_bench, spread
 from lab.report.records import RESULTS, merge, read_all
 from lab.run.cli import Parser, UserError, path, run_main, say
@@ -191,7 +191,7 @@ def verdict_of(holds: bool) -> str:
 def glue_rows(settings: list[Setting]) -> Iterator[Row]:
     """Table 12: each of the paper's tasks."""
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
-    for i, name in enumerate(("cola", "mrpc", "qnli", "mnli", "rte")):
+    for i, name in enumerate(COLUMNS):
         own = [s for s in settings if s.record["name"] == name and s.record["data"]["train"] == TASKS[name].rows]
         yield from gain_row("table 12", "STGC gains on GLUE", round(after[i] - before[i], 1), own)
 
@@ -401,7 +401,7 @@ def search_lines() -> Iterator[str]:
         pairs = [(regimes.gap(runs, name, own), regimes.gap(runs, name, own, control)) for name in names]
         both = sum(none.verdict == placebo.verdict == "better" for none, placebo in pairs)
         middle = median(regimes.gap(runs, name, own).mean for name in matters)
-        ratio = median(regimes.margin_ratio(runs, name, own) for name in names)
+        ratio = regimes.median_margin(runs, names, own)
         text = f"At beta {beta:g} the loss beats both the baseline and the placebo in {both} of {len(names)}"
         text += f"; where routing matters it changes accuracy by {middle:+.1f} points (median)"
         yield f"{text}; the router's margin is {ratio:.2f} of the baseline's."

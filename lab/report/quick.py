@@ -96,8 +96,7 @@ def recorded_margins() -> dict[str, str]:
     record = regimes.read_record(RESULTS / "regimes.json")
     runs = regimes.runs_of(record)
     names = regimes.settings_of(record, runs)
-    ratio = lambda name: torch.tensor([regimes.margin_ratio(runs, one, (name, 1.0)) for one in names]).median()  # noqa: E731
-    return {name: f"{ratio(name):.3f}" for name in ("ce", "placebo", "flat")}
+    return {name: f"{regimes.median_margin(runs, names, (name, 1.0)):.3f}" for name in regimes.DOSED}
 
 
 def compare_passes() -> Iterator[str]:

@@ -53,6 +53,11 @@ def margin_ratio(runs: Runs, name: str, own: tuple) -> float:
     return average(runs, name, own, "margin") / average(runs, name, NONE, "margin")
 
 
+def median_margin(runs: Runs, names: list[str], own: tuple) -> float:
+    """The median of that ratio over settings."""
+    return median(margin_ratio(runs, name, own) for name in names)
+
+
 def summary_table(runs: Runs, names: list[str]) -> str:
     """By variant and beta: medians over the settings, and in how many of them it is better or worse than a control."""
     rows = [["variant", "beta", "minus none", "best", "than none", "placebo", "flat", "random", "margin / none's", "moved"]]
@@ -64,7 +69,7 @@ def summary_table(runs: Runs, names: list[str]) -> str:
             verdicts = [gap(runs, name, own, other).verdict for name in names if own != other and (name, *other) in runs]
             row.append(f"{verdicts.count('better')}+ {verdicts.count('worse')}-" if verdicts else "")
         learned = own not in (RANDOM, ORACLE)
-        row.append(f"{median(margin_ratio(runs, name, own) for name in names):.3f}" if learned else "")
+        row.append(f"{median_margin(runs, names, own):.3f}" if learned else "")
         row.append(f"{median(average(runs, name, own, 'moved') for name in names):.2f}")
         rows.append(row)
     return layout(rows)
