@@ -6,8 +6,9 @@ import pytest
 from test_compare import run
 
 from lab.report import claims, records
-from lab.report.claims import NO_ROUTING, NOT_RUN, ROOT, check, judge, render
+from lab.report.claims import ROOT, check, render
 from lab.report.compare import Paired
+from lab.report.verdicts import NO_ROUTING, NOT_RUN, Setting, judge
 from lab.run.cli import UserError
 
 
@@ -48,7 +49,7 @@ def test_the_page_is_what_the_records_say():
 
 def a_record(seeds=range(5), **scores):
     """A record of CoLA with variants whose scores are given per seed."""
-    runs = [run(name, seed, own[seed] / 100, own[seed] / 100) for name, own in scores.items() for seed in seeds]
+    runs = [run(name, seed, own[seed] / 100, own[seed] / 100) for name, own in scores.items() for seed in seeds[: len(own)]]
     config = {"model": "m", "num_experts": 8, "top_k": 2, "router": "cosine", "beta": 0.1, "epochs": 3}
     data = {"train": 8551, "dev": 1043, "source": "folder"}
     return {"name": "cola", "command": "x", "commit": "abc", "config": config, "data": data, "runs": runs, "dirty": False}
@@ -56,7 +57,7 @@ def a_record(seeds=range(5), **scores):
 
 def test_rows_of_a_setting():
     none, ce = [10, 12, 11, 14, 9], [13, 15, 13.5, 17, 12]
-    setting = claims.Setting(records.merge([a_record(none=none, ce=ce, placebo=[10, 12, 11.5, 14, 9])])[0])
+    setting = Setting(records.merge([a_record(none=none, ce=ce, placebo=[10, 12, 11.5, 14, 9])])[0])
     (row, *others) = list(claims.glue_rows([setting]))
     assert (
         row.where == "table 12"
@@ -65,8 +66,82 @@ def test_rows_of_a_setting():
     )
     assert [other.verdict for other in others] == [NOT_RUN] * 4 and len(setting.intervals) == 6
     random = a_record(none=none, ce=ce, placebo=none, random=[10, 12, 11, 14, 10])
-    (row, *_) = claims.glue_rows([claims.Setting(records.merge([random])[0])])
+    (row, *_) = claims.glue_rows([Setting(records.merge([random])[0])])
     assert row.verdict == NO_ROUTING and "minus random +2.7" in row.here
+
+
+def a_picture_record(scores, **config):
+    """A record of the toy LVLM: variant -> score in % per seed."""
+    one = a_record(**scores)
+    usual = {"top_k": 2, "num_experts": 4, "router": "linear", "beta": 1.0, "tau": 0.0, "alpha": 0.01, "scenes": 12000}
+    return one | {"name": "lvlm-scenes", "stages": [], "config": usual | config, "data": {"train": 1}}
+
+
+NONE = [80, 82, 81, 84, 79]
+
+
+def verdicts(*sides, where):
+    """Of a table, from records (scores, options)."""
+    settings = [Setting(one) for one in records.merge([a_picture_record(scores, **config) for scores, config in sides])]
+    return [row.verdict for row in (*claims.sweep_rows(settings), *claims.lvlm_rows(settings)) if row.where == where]
+
+
+def plus(*gaps):
+    return [own + gap for own, gap in zip(NONE, gaps)]
+
+
+@pytest.mark.parametrize(
+    ("weak", "strong", "dice", "verdict"),
+    [
+        (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), None, "reproduced"),  # beta 1 has +2 or so
+        (plus(0, 1, 0, 1, 0), plus(4, 3, 4, 3, 4.5), None, "not reproduced"),
+        (plus(0, 1, 0, 1, 0), plus(2, 1, 2, 2, 3), None, "inconclusive"),
+        (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), plus(1, 2, 1, 2, 1), NO_ROUTING),
+        (plus(0, 1, 0, 1, 0), NONE[:1], None, "not run: one seed"),
+    ],
+)
+def test_the_best_of_several_values(weak, strong, dice, verdict):
+    base = {"none": NONE, "ce": plus(2, 2, 2, 2.5, 2)} | ({"random": dice} if dice else {})
+    others = [({"none": NONE[: len(own)], "ce": own}, {"beta": beta}) for own, beta in ((weak, 0.1), (strong, 2.0))]
+    assert verdicts((base, {}), *others, where="table 5") == [verdict, NOT_RUN]  # of beta and tau
+
+
+def test_sweeps_are_paired_across_settings():
+    """Tables 3 and 8: the sign decides; a setting that differs in two options is not compared."""
+    small = {"none": NONE, "ce": plus(0, 0.1, 0, 0.1, 0)}
+    large = {"none": NONE, "ce": plus(2, 2.5, 2, 2.5, 2)}
+    assert verdicts((large, {}), (small, {"scenes": 3000}), where="table 3") == ["reproduced"]
+    assert verdicts((small, {}), (large, {"scenes": 3000}), where="table 3") == ["not reproduced"]
+    assert verdicts((large, {}), (small, {"scenes": 3000, "tau": 0.1}), where="table 3") == [NOT_RUN]
+    worse = {"none": plus(-1, -1.5, -1, -1.5, -1), "ce": NONE}
+    assert verdicts((large, {}), (worse, {"alpha": 0.1}), where="table 8") == ["reproduced"]
+    assert verdicts((worse, {}), (large, {"alpha": 0.1}), where="table 8") == ["not reproduced"]
+
+
+def test_rows_of_sample_level_routings():
+    sides = {"none": NONE, "ce": NONE, "task": plus(-3, -4, -3, -4, -3), "feature": plus(-1, 1, 0, 1, -1)}
+    embedding, feature, task = verdicts((sides, {}), where="table 4")
+    assert (embedding, feature, task) == (NOT_RUN, "inconclusive", "reproduced")
+
+
+def test_rows_of_curves(tmp_path):
+    """Loads, losses and conflicts per layer come from the curves; the signs decide."""
+
+    def curve(seed, name, busiest, loss):
+        lines = []
+        for step in range(20):
+            layers = [{"load": [busiest, 1 - busiest], "conflict_ratio": ratio * (1 + seed / 100)} for ratio in (0.4, 0.1)]
+            lines.append({"step": step, "conflict_loss": loss + step / 10, "balance_loss": 2 - step / 10, "layers": layers})
+        (tmp_path / f"{name}-s{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    record = a_record(none=NONE, ce=NONE)
+    for one in record["runs"]:
+        curve(one["seed"], one["variant"], 0.5 if one["variant"] == "ce" else 0.6 + one["seed"] / 100, 1.0)
+        one["curve"] = tmp_path / f"{one['variant']}-s{one['seed']}.jsonl"
+    rows = {row.where: row for row in claims.curve_rows([Setting(records.merge([record])[0])])}
+    assert rows["figure 4"].verdict == "reproduced" and rows["figure 6"].verdict == "not reproduced"
+    assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced"
+    assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == "reproduced"
 
 
 def test_rows_of_saved_models():

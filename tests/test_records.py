@@ -31,6 +31,12 @@ def test_other_options_do_not_merge():
         assert key_of(one) == key_of(one | {"config": one["config"] | {name: value}}), name
 
 
+def test_probes_of_all_parts_are_kept():
+    one = read_record(NEW)
+    (record,) = merge([one | {"probes": [{"kappa": kappa}]} for kappa in (0.1, 0.2)])
+    assert record["probes"] == [{"kappa": 0.1}, {"kappa": 0.2}]
+
+
 def test_a_run_that_occurs_again_is_kept_apart():
     one = read_record(NEW)
     again = one | {"runs": [one["runs"][0] | {"commit": "newer"}]}

@@ -9,7 +9,7 @@ controls (the placebo and flat, where they were run), c = placebo - baseline, an
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -17,183 +17,36 @@ from statistics import mean, median
 from lab.report import regimes
 from lab.report.compare import COLUMNS, PUBLISHED, Paired, paired
 from lab.report.readme import fold, read_bench, spread
-from lab.report.records import RESULTS, merge, read_all
+from lab.report.records import RESULTS, key_of, merge, read_all
+from lab.report.verdicts import (
+    NO_ROUTING,
+    NOT_RUN,
+    Row,
+    Setting,
+    gain_rows,
+    header,
+    join,
+    label,
+    say_gap,
+    sign_row,
+    stat_row,
+    verdict_of,
+)
 from lab.run.cli import Parser, UserError, path, run_main, say
-from lab.run.runs import ROOT, read_record
+from lab.run.runs import ROOT, read_lines, read_record
 from lab.text.tasks import TASKS
 
-# ---- 1. Verdicts ----
-
-NOT_RUN = "not run"
-NO_ROUTING = "routing does not matter here"
+# ---- 1. Claims ----
 
 
-def judge(a: Paired | None, b: list[Paired], c: Paired | None, gain: float, routing: Paired | None = None) -> str:
-    """The verdict on a gain, in points. `routing`: baseline - random, the positive control: where it holds 0 or lies below,
-    no routing can show anything. The first rule that fits decides."""
-    if a is None or a.low is None:
-        return f"{NOT_RUN}: one seed" if a else NOT_RUN
-    if routing and routing.low is not None and routing.low <= 0:
-        return NO_ROUTING
-    if a.low <= 0 <= a.high and a.low <= gain <= a.high:
-        return "inconclusive"
-    if a.high < gain and a.low <= 0:
-        return "not reproduced"
-    if a.low > 0 and a.high < gain:
-        return "smaller than the paper's"
-    if a.low > 0 and a.high >= gain and b and all(one.low is not None and one.low > 0 for one in b):
-        return "reproduced"
-    if a.low > 0 and c and c.low is not None and c.low > 0 and any(one.low is None or one.low <= 0 <= one.high for one in b):
-        return "the control does as well"
-    return "a gain, the selection undecided" if a.low > 0 else "inconclusive"
-
-
-def say_gap(gap: Paired | None, digits: int = 1) -> str:
-    """Mean and interval, such as points."""
-    if gap is None:
-        return "-"
-    show = lambda value: f"{value:+.{digits}f}"  # noqa: E731
-    return show(gap.mean) + (f" [{show(gap.low)}, {show(gap.high)}]" if gap.low is not None else " (one seed)")
-
-
-# ---- 2. Settings ----
-
-
-@dataclass
-class Setting:
-    """One experiment: a merged record, and how many intervals were computed from it."""
-
-    record: dict
-    intervals: set = field(default_factory=set)
-
-    @property
-    def variants(self) -> list[str]:
-        return list(dict.fromkeys(run["variant"] for run in self.record["runs"]))
-
-    @property
-    def title(self) -> str:
-        config, name = self.record["config"], self.record["name"]
-        parts = [name, Path(config["model"]).name] if "model" in config and not config.get("toy") else [name]
-        parts += [f"{config['num_experts']}Top{config['top_k']}, {config['router']} router, beta {config['beta']:g}"]
-        return ", ".join(parts)
-
-    def runs(self, variant: str) -> list[dict]:
-        """Of the lowest learning rate, if there are several."""
-        found = [run for run in self.record["runs"] if run["variant"] == variant]
-        rates = sorted({run["lr"] for run in found})
-        return [run for run in found if run["lr"] == rates[0]] if rates else []
-
-    def measured(self, variant: str | None = None) -> list[dict]:
-        """All runs, also those that were repeated: for what older runs did not record."""
-        found = [*self.record["runs"], *(again for _, again in self.record["repeated"])]
-        return [run for run in found if variant in (None, run["variant"])]
-
-    def scores(self, variant: str, select: str = "best", key: str = "score", scale: float = 100) -> dict[int, float]:
-        """seed -> score in %. Records without a best epoch have the last."""
-        found = {run["seed"]: run.get(select) or run["last"] for run in self.runs(variant)}
-        return {seed: scale * own[key] for seed, own in found.items() if key in own}
-
-    def gap(self, one: str, other: str, select: str = "best") -> Paired | None:
-        """one - other, in points; None if they share no seed."""
-        sides = self.scores(other, select), self.scores(one, select)
-        if not sides[0].keys() & sides[1].keys():
-            return None
-        found = paired(*sides)
-        self.intervals |= {(*sorted((one, other)), select)} if found.low is not None else set()
-        return found
-
-    def verdict(self, gain: float, one: str = "ce", other: str = "none", select: str = "best") -> str:
-        placebo = "placebo" if one == "ce" else f"placebo-{one}"
-        controls = [self.gap(one, name, select) for name in (placebo, one.replace("ce", "flat"))]
-        against = self.gap("none", "random", select)
-        return judge(
-            self.gap(one, other, select), [b for b in controls if b], self.gap(placebo, other, select), gain, against
-        )
-
-    def table(self) -> Iterator[str]:
-        """Markdown: every variant's scores, what its training reached, and its paired differences."""
-        heads = ["variant", "seeds", "best", "last", "dev loss", "training loss", "margin at the end"]
-        yield from header(*heads, *(f"minus {name}" for name in ("none", "placebo", "random")))
-        for name in self.variants:
-            cells = [label(name), str(len(self.runs(name)))]
-            cells += [spread([*self.scores(name, select).values()]) for select in ("best", "last")]
-            cells.append(spread([*found.values()], 3) if (found := self.scores(name, "last", "dev_loss", 1)) else "-")
-            for key in ("loss", "router_margin"):
-                ends = [run[key][1] for run in self.measured(name) if run.get(key)]
-                ends = [] if (name, key) == ("random", "router_margin") else ends
-                cells.append(spread(ends, 3 if key == "loss" else 4) if ends else "-")
-            cells += [say_gap(self.gap(name, other) if name != other else None) for other in ("none", "placebo", "random")]
-            yield f"| {' | '.join(cells)} |"
-
-    def notes(self) -> Iterator[str]:
-        for first, again in self.record["repeated"]:
-            gap = 100 * (again["last"]["score"] - first["last"]["score"])
-            names = f"{first['variant']}, seed {first['seed']}"
-            yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap:+.1f} points."
-        commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
-        yield f"Commits: {', '.join(commits)}."
-
-
-def header(*names: str) -> list[str]:
-    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-
-
-def label(variant: str) -> str:
-    return "none (baseline)" if variant == "none" else variant
-
-
-# ---- 3. Claims ----
-
-
-@dataclass
-class Row:
-    """A row of the page."""
-
-    where: str  # in the paper
-    claim: str
-    paper: str
-    here: str = "-"
-    verdict: str = NOT_RUN
-    command: str = ""
-
-    def cells(self) -> str:
-        command = f"`{self.command}`" if self.command else "-"
-        return f"| {self.where} | {self.claim} | {self.paper} | {self.here} | {self.verdict} | {command} |"
-
-
-def gain_row(where: str, claim: str, gain: float, settings: list[Setting], one="ce", other="none") -> Iterator[Row]:
-    """A row per setting that compares these two variants; one row that says "not run" if there is none."""
-    found = [setting for setting in settings if {one, other} <= {*setting.variants}]
-    if not found:
-        yield Row(where, claim, f"{gain:+.1f}")
-    for setting in found:
-        gap, last = setting.gap(one, other), setting.gap(one, other, "last")
-        half = f", half width {(gap.high - gap.low) / 2:.1f}" if gap and gap.low is not None else ""
-        here = f"{say_gap(gap)}{half}, {gap.seeds} seeds; last epoch {say_gap(last)}" if gap else "-"
-        controls = [(name, setting.gap(one, name)) for name in ("placebo", "flat", "random") if name in setting.variants]
-        here += "".join(f"; minus {name} {say_gap(control)}" for name, control in controls)
-        verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
-        verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
-        yield Row(where, f"{claim}: {setting.title}", f"{gain:+.1f}", here, verdict, setting.record["command"][0])
-
-
-def stat_row(where: str, claim: str, paper: str, values: list, holds: Callable, digits: int, command: str) -> Row:
-    """A claim without a gain. `values`: one per run; `holds` is the predicate on them, which the row's claim names."""
-    if not values:
-        return Row(where, claim, paper)
-    return Row(where, claim, paper, f"{spread(values, digits)}, {len(values)} runs", verdict_of(holds(values)), command)
-
-
-def verdict_of(holds: bool) -> str:
-    return "reproduced" if holds else "not reproduced"
-
-
-def glue_rows(settings: list[Setting]) -> Iterator[Row]:
+def glue_rows(settings: list[Setting]) -> list[Row]:
     """Table 12: each of the paper's tasks."""
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
-    for i, name in enumerate(COLUMNS):
+    found = []
+    for i, (name, title) in enumerate(COLUMNS.items()):
         own = [s for s in settings if s.record["name"] == name and s.record["data"]["train"] == TASKS[name].rows]
-        yield from gain_row("table 12", "STGC gains on GLUE", round(after[i] - before[i], 1), own)
+        found += gain_rows(Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}"), own)
+    return found
 
 
 def pictures_of(settings: list[Setting], **config) -> list[Setting]:
@@ -202,51 +55,130 @@ def pictures_of(settings: list[Setting], **config) -> list[Setting]:
     return [s for s in found if all(s.record["config"].get(key) == value for key, value in config.items())]
 
 
-def lvlm_rows(settings: list[Setting]) -> Iterator[Row]:
+def lvlm_rows(settings: list[Setting]) -> list[Row]:
     """Tables 2, 4, 9 and 10: scores of the toy LVLM."""
-    yield from gain_row("table 2", "STGC gains with 4Top2", 0.7, pictures_of(settings, top_k=2, num_experts=4))
-    yield from gain_row("table 2", "STGC gains with 4Top1", 1.1, pictures_of(settings, top_k=1, num_experts=4))
-    for name, gain in (("embedding", -0.4), ("feature", -0.1), ("task", -8.4)):
-        gaps = [(s, gap) for s in pictures_of(settings) if (gap := s.gap(name, "none"))]
-        row = Row("table 4", f"routing by sample ({name}) is worse (its interval lies below 0)", f"{gain:+.1f}")
-        yield from [] if gaps else [row]
-        for s, gap in gaps:
-            verdict = verdict_of(gap.high is not None and gap.high < 0)
-            yield replace(row, here=say_gap(gap), verdict=verdict, command=s.record["command"][0])
-    yield from gain_row("table 9", "CE gains more than MSE", 0.3, pictures_of(settings), "ce", "mse")
-    for bpr, gain in ((False, 10.9), (True, 7.0)):
-        claim = f"at capacity 0.5{', batch prioritized' * bpr}, STGC loses less"
-        yield capacity_row(claim, gain, bpr, pictures_of(settings))
+    found, usual = [], pictures_of(settings, num_experts=4, beta=1.0, tau=0.0, alpha=0.01)
+    for top_k, gain in ((2, "+0.7"), (1, "+1.1")):
+        own = [s for s in usual if s.record["config"]["top_k"] == top_k]
+        found += gain_rows(Row("table 2", f"STGC gains with 4Top{top_k}", gain), own)
+    for name, gain in (("embedding", "-0.4"), ("feature", "-0.1"), ("task", "-8.4")):
+        row = Row("table 4", f"routing by sample ({name}) is worse (reproduced: its difference lies below 0)", gain)
+        found += [sign_row(row, gap, -1, s) for s in usual if (gap := s.gap(name, "none"))] or [row]
+    found += gain_rows(Row("table 9", "CE gains more than MSE", "+0.3"), usual, "ce", "mse")
+    for bpr, gain in ((False, "+10.9"), (True, "+7.0")):
+        claim = f"at capacity 0.5{', batch prioritized' * bpr}, STGC loses less (reproduced: it lies above the baseline)"
+        row = Row("table 10", claim, gain)
+        gaps = [(s, gap_of(*(limited(s, variant, 0.5, bpr) for variant in ("none", "ce")))) for s in usual]
+        found += [sign_row(row, gap, 1, s) for s, gap in gaps if gap] or [row]
+    return found
 
 
-def capacity_row(claim: str, gain: float, bpr: bool, settings: list[Setting]) -> Row:
-    for setting in settings:
-        sides = []
-        for variant in ("none", "ce"):
-            limited = [(run["seed"], own) for run in setting.runs(variant) for own in run.get("limited") or []]
-            limited = [(seed, own) for seed, own in limited if (own["capacity"], own["bpr"]) == (0.5, bpr)]
-            sides.append({seed: 100 * own["scores"]["score"] for seed, own in limited})
-        if sides[0].keys() & sides[1].keys():
-            gap, command = paired(*sides), setting.record["command"][0]
-            return Row("table 10", claim, f"{gain:+.1f}", say_gap(gap), judge(gap, [], None, gain), command)
-    return Row("table 10", claim, f"{gain:+.1f}")
+def limited(setting: Setting, variant: str, capacity: float, bpr: bool) -> dict[int, float]:
+    """seed -> score in %, with experts of limited capacity."""
+    rows = [(run["seed"], own) for run in setting.runs(variant) for own in run.get("limited") or []]
+    return {seed: 100 * own["scores"]["score"] for seed, own in rows if (own["capacity"], own["bpr"]) == (capacity, bpr)}
 
 
-def sweep_rows(settings: list[Setting]) -> Iterator[Row]:
-    """Tables 3, 5 and 8: one option varies, all others are equal."""
-    for where, option, values, claim in (
-        ("table 5", "beta", (0.01, 0.1, 0.5, 1.0, 2.0), "beta 1 is the best"),
-        ("table 5", "tau", (-0.1, 0.0, 0.1), "tau 0 is the best"),
-        ("table 8", "alpha", (0.0, 0.01, 0.1), "alpha 0.1 instead of 0.01, without STGC, changes little (-0.1)"),
-        ("table 3", "scenes", (3000, 12000), "more data, a larger gain (1.1 against 0.7)"),
-    ):
-        found = [s for s in pictures_of(settings) if "ce" in s.variants]
-        own = {value: [s for s in found if s.record["config"].get(option) == value] for value in values}
-        yield Row(where, claim, "-", "-", NOT_RUN if not all(own.values()) else "see the settings below")
+def gap_of(one: dict[int, float], other: dict[int, float]) -> Paired | None:
+    """other - one, over the seeds of both; None without any."""
+    return paired(one, other) if one.keys() & other.keys() else None
 
 
-def probe_rows(settings: list[Setting]) -> Iterator[Row]:
-    """Figures 7 and 9, table 13 and section 6.1: from the probe of each film, at its last moment."""
+def series(settings: list[Setting], option: str, base: float, variant: str) -> list[dict[float, Setting]]:
+    """Value of an option -> setting, of settings of toy_lvlm.py that differ in this option alone; those with `base`."""
+    found: dict[str, dict[float, Setting]] = {}
+    for setting in pictures_of(settings):
+        record, config = setting.record, setting.record["config"]
+        if variant in setting.variants and option in config:
+            data = None if option == "scenes" else record.get("data")
+            same = key_of(record | {"config": config | {option: None}, "data": data})
+            found.setdefault(same, {})[config[option]] = setting
+    return [own for own in found.values() if base in own and len(own) > 1]
+
+
+def sweep_rows(settings: list[Setting]) -> list[Row]:
+    """Tables 3, 5 and 8: one option varies, all others are equal. Seeds are paired across the settings."""
+    found = []
+    for option, best in (("beta", 1.0), ("tau", 0.0)):
+        row = Row("table 5", f"{option} {best:g} is the best (reproduced: it lies above each other value)", "best")
+        found += [best_row(row, option, best, own) for own in series(settings, option, best, "ce")] or [row]
+    row = Row("table 8", "alpha 0.1 for 0.01, without STGC, costs score (reproduced: the difference lies below 0)", "-0.1")
+    own = [one for one in series(settings, "alpha", 0.01, "none") if 0.1 in one]
+    gaps = [gap_of(one[0.01].scores("none"), one[0.1].scores("none")) for one in own]
+    found += [sign_row(row, gap, -1, one[0.1]) for gap, one in zip(gaps, own)] or [row]
+    row = Row("table 3", "four times the data, a larger gain (reproduced: the difference of gains lies above 0)", "+0.4")
+    own = [one for one in series(settings, "scenes", 12000, "ce") if 3000 in one]
+    gaps = [gap_of(gains(one[3000]), gains(one[12000])) for one in own]
+    return found + ([sign_row(row, gap, 1, one[3000]) for gap, one in zip(gaps, own)] or [row])
+
+
+def gains(setting: Setting) -> dict[int, float]:
+    """seed -> the gain of ce over the baseline, in points."""
+    ce, none = (setting.scores(variant) for variant in ("ce", "none"))
+    return {seed: ce[seed] - none[seed] for seed in ce.keys() & none.keys()}
+
+
+def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> Row:
+    """The value of an option that the paper finds best, beside each other value, in points of `ce`."""
+    scores = {value: setting.scores("ce") for value, setting in own.items()}
+    gaps = {value: gap_of(scores[value], scores[best]) for value in sorted(own) if value != best}
+    here = "; ".join(f"minus {option} {value:g}: {say_gap(gap)}" for value, gap in gaps.items())
+    known = [gap for gap in gaps.values() if gap and gap.low is not None]
+    routing = own[best].gap("none", "random")
+    if len(known) < len(gaps):
+        verdict = f"{NOT_RUN}: one seed"
+    elif routing and routing.low is not None and routing.low <= 0:
+        verdict = NO_ROUTING
+    else:
+        above, below = all(gap.low > 0 for gap in known), any(gap.high < 0 for gap in known)
+        verdict = "reproduced" if above else "not reproduced" if below else "inconclusive"
+    return replace(row, here=here, verdict=verdict, setting=own[best])
+
+
+def curve_rows(settings: list[Setting]) -> list[Row]:
+    """Figures 4, 5, 6 and 9: from the curves of the settings with at least three seeds."""
+    found, whole = [], [s for s in settings if len(gains(s)) > 2]
+    for where, key, name in (("figure 4", "balance_loss", "balance"), ("figure 6", "conflict_loss", "conflict")):
+        claim = f"the {name} loss falls in training (reproduced: its last tenth lies below its first in most runs)"
+        row = Row(where, claim, "it falls")
+        for setting in whole:
+            ends = [pair for run in setting.runs("ce") if (pair := ends_of(run, key))]
+            first, last = (spread([*side], 3) for side in zip(*ends)) if ends else ("-", "-")
+            verdict = verdict_of(mean(last < first for first, last in ends) > 0.5) if ends else NOT_RUN
+            found.append(replace(row, here=f"{first} to {last}", verdict=verdict, setting=setting))
+        found += [] if whole else [row]
+    claim = "STGC evens the loads (reproduced: the busiest expert's share, first MoE layer, lies below the baseline's)"
+    row = Row("figure 5", claim, "more even")
+    gaps = [gap_of(*(ends_by_seed(s, variant, "load", 0) for variant in ("none", "ce"))) for s in whole]
+    found += [sign_row(row, gap, -1, s, " % of the pairs") for gap, s in zip(gaps, whole)] or [row]
+    claim = "conflicts remain in shallow layers (reproduced: the first MoE layer's ratio minus the last one's lies above 0)"
+    row, rows = Row("figure 9", claim, "shallow"), []
+    for setting in whole:
+        first, last = (ends_by_seed(setting, "ce", "conflict_ratio", layer) for layer in (0, -1))
+        if first and first != last:  # it has several MoE layers
+            more = f" % of the pairs: {spread([*first.values()])} and {spread([*last.values()])}"
+            rows.append(sign_row(row, gap_of(last, first), 1, setting, more))
+    return found + (rows or [row])
+
+
+def ends_of(run: dict, key: str, layer: int | None = None) -> tuple[float, float] | None:
+    """Means over the first and the last tenth of a run's curve, of a value of all layers or of one; of `load`, the busiest
+    expert's share. None if the curve has fewer than two lines of it."""
+    lines = read_lines(run["curve"])
+    rows = lines if layer is None else [line["layers"][layer] for line in lines if line.get("layers")]
+    values = [max(row[key]) if key == "load" else row[key] for row in rows if row.get(key) is not None]
+    tenth = max(1, len(values) // 10)
+    return (mean(values[:tenth]), mean(values[-tenth:])) if len(values) > 1 else None
+
+
+def ends_by_seed(setting: Setting, variant: str, key: str, layer: int) -> dict[int, float]:
+    """seed -> a value of one layer at the end of the training, in %."""
+    ends = {run["seed"]: ends_of(run, key, layer) for run in setting.runs(variant)}
+    return {seed: 100 * found[1] for seed, found in ends.items() if found}
+
+
+def probe_rows(settings: list[Setting]) -> list[Row]:
+    """Figure 7, table 13 and section 6.1: from the probe of each film, at its last moment."""
     runs = [run for setting in settings for run in setting.measured() if run.get("probe")]
     command = runs[0]["command"] if runs else ""
 
@@ -256,10 +188,12 @@ def probe_rows(settings: list[Setting]) -> Iterator[Row]:
         return [layer[key] for layer in layers if layer.get(key) is not None]
 
     claim = "similarities by biases and by whole weights correlate (reproduced: above 0.9 in most layers)"
-    yield stat_row("sec. 6.1", claim, "> 0.9", ends("bias_weight"), lambda v: mean(x > 0.9 for x in v) > 0.5, 2, command)
+    row = Row("sec. 6.1", claim, "> 0.9")
+    found = [stat_row(row, ends("bias_weight"), lambda values: mean(x > 0.9 for x in values) > 0.5, 2, command)]
     for variant, paper in (("none", "0.265"), ("ce", "0.356")):
         claim = f"cosines of an expert's features and gradients correlate, {label(variant)} (reproduced: above 0)"
-        yield stat_row("table 13", claim, paper, ends("feature_gradient", variant), lambda v: mean(v) > 0, 2, command)
+        row = Row("table 13", claim, paper)
+        found.append(stat_row(row, ends("feature_gradient", variant), lambda values: mean(values) > 0, 2, command))
     shares = []
     for run in runs:
         for first, last in zip(*(run["probe"][which]["layers"] for which in (0, -1))):
@@ -268,44 +202,46 @@ def probe_rows(settings: list[Setting]) -> Iterator[Row]:
     row = Row("figure 7", claim, "a shift to the right")
     if shares:
         before, after = (spread([*side], 2) for side in zip(*shares))
-        verdict = verdict_of(mean(b < a for a, b in shares) > 0.5)
+        verdict = verdict_of(mean(last < first for first, last in shares) > 0.5)
         row = replace(row, here=f"share below 0: {before} before, {after} after", verdict=verdict, command=command)
-    yield row
+    return [*found, row]
 
 
-def saved_rows(records: list[dict]) -> Iterator[Row]:
+def saved_rows(records: list[dict]) -> list[Row]:
     """Table 14 and section 6.6, and how reliable the flags are: from lab.report.probe on saved models."""
     probes = [(record["name"], one) for record in records for one in record.get("probes", [])]
     new = Row("new", "other batches give the same flags (kappa: agreement beyond chance)", "not asked")
-    confusing = Row(
-        "table 14", "confusing tokens: the other's label is high (nearer to the own label's)", "23.5, 14.6, -0.7"
-    )
-    harm = Row("sec. 6.6", "a step without the conflicting pairs lowers a fresh loss more than with all", "0.25 to 0.20")
-    yield from [] if probes else [new, confusing, harm]
+    claim = "confusing tokens: logits on the own label, the other's, the rest (reproduced: the second nearer to the first)"
+    confusing = Row("table 14", claim, "23.5, 14.6, -0.7")
+    claim = "without the conflicting pairs a step lowers a fresh loss more than with all (reproduced: the loss lies below)"
+    harm = Row("sec. 6.6", claim, "0.25 - 0.20")
+    found = [] if probes else [new, confusing, harm]
     for name, one in sorted(probes, key=lambda pair: (pair[0], -pair[1]["loss"])):
         where, command = f"{name}, {one['model']}, main loss {one['loss']:.2f}", one["command"]
         here = f"{one['kappa']:.2f} ± {one['error']:.2f}, {one['triples']} triples; {where}"
-        yield replace(new, here=here, verdict="measured", command=command)
-        if found := one.get("confusing"):
-            own, other, rest = (found[key] for key in ("own", "other", "rest"))
+        found.append(replace(new, here=here, verdict="measured", command=command))
+        if logits := one.get("confusing"):
+            own, other, rest = (logits[key] for key in ("own", "other", "rest"))
             here, verdict = f"{own:.1f}, {other:.1f}, {rest:.1f}; {where}", verdict_of(own - other < other - rest)
-            yield replace(confusing, here=here, verdict=verdict, command=command)
-        if found := one.get("harm"):
-            gap, error = found["fresh"]["no conflicting"]["minus_all"][1]
-            here = f"{gap:+.4f} ± {error:.4f} at an update of {found['sizes'][1]:g}; {where}"
-            yield replace(harm, here=here, verdict=verdict_of(gap + 2 * error < 0), command=command)
+            found.append(replace(confusing, here=here, verdict=verdict, command=command))
+        if arms := one.get("harm"):
+            gap, error = arms["fresh"]["no conflicting"]["minus_all"][1]
+            here = f"{gap:+.4f} ± {error:.4f} at an update of {arms['sizes'][1]:g}; {where}"
+            found.append(replace(harm, here=here, verdict=verdict_of(gap + 2 * error < 0), command=command))
+    return found
 
 
-def bench_rows() -> Iterator[Row]:
+def bench_rows() -> list[Row]:
     """Table 11, from the records of lab.bench."""
+    row = Row("table 11", "time of a step with STGC (reproduced: not above the paper's)", "+21.3 %")
+    found = []
     for name in ("bench-bert-large.json", "bench-mixtral.json", "bench-olmoe.json"):
         record = read_bench(RESULTS / name)
-        rows = {key: row for key, row in record["variants"].items() if row and "two passes" in key and "weight" not in key}
-        for key, row in list(rows.items())[:1]:
-            low, high = row["interval"]
-            here = f"{100 * (row['ratio'] - 1):+.1f} % [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}], {key}, {name}"
-            claim = "time of a step with STGC (reproduced: not above the paper's)"
-            yield Row("table 11", claim, "+21.3 %", here, verdict_of(row["ratio"] <= 1.217), record["command"])
+        own = next(one for key, one in record["variants"].items() if one and "two passes" in key and "weight" not in key)
+        low, ratio, high = (100 * (value - 1) for value in (own["interval"][0], own["ratio"], own["interval"][1]))
+        here = f"{ratio:+.1f} % [{low:+.1f}, {high:+.1f}], two passes, {name}"
+        found.append(replace(row, here=here, verdict=verdict_of(ratio <= 21.7), command=record["command"]))
+    return found
 
 
 OUT_OF_REACH = [
@@ -318,43 +254,95 @@ ALONE = {  # of the conflict loss alone: what is measured -> the direction in th
 }
 
 
-def alone_rows() -> Iterator[Row]:
+def alone_rows() -> list[Row]:
     """Figures 3 and 8: the change from the first to the last step, of ce and minus the placebo's, over seeds."""
-    files = sorted(RESULTS.glob("alone-*.json"))
-    if not files:
-        yield Row("figures 3, 8", "training on the conflict loss alone", "-")
-    for record in map(read_bench, files):
+    found = []
+    for record in map(read_bench, sorted(RESULTS.glob("alone-*.json"))):
         for part, (key, (claim, sign)) in product(("routers", "everything"), ALONE.items()):
-            changes: dict[str, dict[int, float]] = {}
-            for row in record["rows"]:
-                if row["part"] == part:
-                    first, last = (mean(layer[key] for layer in row["curve"][end]["layers"]) for end in (0, -1))
-                    changes.setdefault(row["arm"], {})[row["seed"]] = last - first
-            losses = [row["curve"][-1]["main_loss"] for row in record["rows"] if (row["part"], row["arm"]) == (part, "ce")]
-            if len(changes.get("ce", {})) < 2:
-                continue
-            zero = dict.fromkeys(changes["ce"], 0.0)
-            own, control = paired(zero, changes["ce"]), paired(changes["placebo"], changes["ce"])
-            here = f"{say_gap(own, 3)}; minus placebo {say_gap(control, 3)}; main loss at the end {spread(losses, 2)}"
-            low, high = sorted((sign * own.low, sign * own.high)) if own.low is not None else (-1, 1)
-            held = sorted((sign * control.low, sign * control.high)) if control.low is not None else (-1, 1)
-            verdict = "not reproduced" if low <= 0 else "reproduced" if held[0] > 0 else "the control does as well"
-            what = f"the conflict loss alone trains {part}, {record['run']}, {record['model']}: {claim}"
-            yield Row("figures 3, 8", what, "yes", here, verdict, record["command"])
+            own = changes(record, part, "ce", lambda layers, key=key: mean(layer[key] for layer in layers))
+            placebo = changes(record, part, "placebo", lambda layers, key=key: mean(layer[key] for layer in layers))
+            row = Row("figures 3, 8", f"the conflict loss alone trains {part}: {claim}", "yes")
+            found.append(alone_row(row, record, own, placebo, sign))
+        deeper = [
+            changes(record, "everything", arm, lambda layers: layers[-1]["consistency"] - layers[0]["consistency"])
+            for arm in ("ce", "placebo")
+        ]
+        if any(deeper[0].values()):  # it has several MoE layers
+            claim = "the conflict loss alone trains everything: consistency rises most in the last MoE layer"
+            found.append(alone_row(Row("figure 3b", claim, "yes"), record, *deeper, 1))
+    return found or [Row("figures 3, 8", "training on the conflict loss alone", "-")]
+
+
+def changes(record: dict, part: str, arm: str, value: Callable) -> dict[int, float]:
+    """seed -> the change of a value of the MoE layers from the first to the last step."""
+    rows = [row for row in record["rows"] if (row["part"], row["arm"]) == (part, arm)]
+    return {row["seed"]: value(row["curve"][-1]["layers"]) - value(row["curve"][0]["layers"]) for row in rows}
+
+
+def alone_row(row: Row, record: dict, own: dict[int, float], placebo: dict[int, float], sign: int) -> Row:
+    """Reproduced: the change has the paper's sign, and lies beyond the placebo's."""
+    gaps = [gap_of(dict.fromkeys(own, 0.0), own), gap_of(placebo, own)]
+    if any(gap is None or gap.low is None for gap in gaps):
+        return row
+    (low, high), (beyond, _) = (sorted((sign * gap.low, sign * gap.high)) for gap in gaps)
+    verdict = "not reproduced" if high < 0 else "inconclusive" if low <= 0 else "the control does as well"
+    verdict = "reproduced" if low > 0 and beyond > 0 else verdict
+    here = f"{say_gap(gaps[0], 3)}; minus placebo {say_gap(gaps[1], 3)}; {record['model']}"
+    return replace(row, here=here, verdict=verdict, command=record["command"])
+
+
+def routing_rows(settings: list[Setting]) -> list[Row]:
+    """The positive control: dice instead of the router."""
+    row = Row("new", "routing matters (measured: the baseline minus routing by dice)", "not asked")
+    gaps = [(setting, setting.gap("none", "random")) for setting in settings]
+    found = [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
+    return [replace(row, here=say_gap(gap), verdict="measured", setting=setting) for setting, gap in found] or [row]
+
+
+def router_rows(settings: list[Setting]) -> list[Row]:
+    """What the loss does to the router's margin."""
+    row = Row("new", "the loss leaves the router its preferences (its margin at the end, of the baseline's)", "not asked")
+    found = []
+    for setting in settings:
+        ratios = {name: ratio for name in ("ce", "placebo", "flat") if (ratio := margin_of(setting, name)) is not None}
+        if "ce" in ratios:
+            here = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            found.append(replace(row, here=here, verdict="measured", setting=setting))
+    return found or [row]
+
+
+def margin_of(setting: Setting, variant: str) -> float | None:
+    """The router's margin at the end of training, as a share of the baseline's."""
+    base, own = (
+        [run["router_margin"][1] for run in setting.measured(name) if run.get("router_margin")] for name in ("none", variant)
+    )
+    return mean(own) / mean(base) if base and own else None
 
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
-    rows = [row for make in (glue_rows, lvlm_rows, sweep_rows, probe_rows) for row in make(settings)]
+    makers = (glue_rows, lvlm_rows, sweep_rows, curve_rows, probe_rows, routing_rows, router_rows)
+    rows = [row for make in makers for row in make(settings)]
     return [*rows, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]
 
 
-# ---- 4. The page ----
+# ---- 2. The page ----
 
 HEAD = """# The paper, claim by claim
 
 `python -m lab.report.claims` writes this page from the records in `results/`. All models here are small, 1,500 to 31 million
 parameters, each on one kind of data. Nothing here says what happens at 1.6 billion.
 """
+LOSS = """The conflict loss lowers a token's score on the expert where it conflicts. It never says where the token shall go,
+and it does not rest when a token has moved: a flag depends on the mean gradient of the batch, up to half of the pairs are
+flagged in any batch, and another batch flags other ones. So a token meets the loss on every expert in turn, and what remains
+is a router whose scores are nearly equal. Its *margin* (the probability of the last chosen expert minus that of the first
+one not chosen) shrinks as beta grows, and tokens keep changing experts: *moved* is the share of a batch's tokens whose first
+expert differs a twentieth of the training later.
+
+That restless routing is a regulariser, as routing by dice is: it helps where a model overfits few noisy data, and it costs
+where experts have learnt different things. The placebo, the same loss on as many pairs drawn by dice, does the same to the
+router; so does the loss on all pairs (flat). What is STGC's own is therefore the difference to these two, not to the
+baseline. In small synthetic settings (`results/regimes.json`), medians:"""
 RULE = """A score is compared by paired 95 % t-intervals over the seeds: a = variant - baseline, b = variant - placebo (and
 - flat), c = placebo - baseline; g is the paper's gain. *Inconclusive*: a holds 0 and g. *Not reproduced*: a ends below g,
 and begins at or below 0. *Smaller than the paper's*: a lies above 0 and below g. *Reproduced*: a lies above 0 and reaches g,
@@ -370,79 +358,105 @@ def usable(records: list[dict]) -> list[Setting]:
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
 
 
-def sentences(settings: list[Setting]) -> list[str]:
-    """What a busy reader can quote, from the settings with the most seeds."""
-    found = []
-    for setting in settings:
-        gap = setting.gap("ce", "none")
-        if gap and gap.seeds >= 10 and gap.low is not None:
-            placebo = setting.gap("ce", "placebo")
-            other = f", from the placebo by {say_gap(placebo)}" if placebo else ""
-            text = f"STGC differs from the baseline by {say_gap(gap)} points{other} ({gap.seeds} paired seeds)"
-            found.append(f"On {setting.title}, {text}.")
-    for setting in settings:
-        gap = setting.gap("none", "random")
-        if gap and gap.low is not None:
-            more = "so routing matters there" if gap.low > 0 else "so no routing could show a gain there"
-            text = f"the learned router differs from routing by dice by {say_gap(gap)} points"
-            found.append(f"On {setting.title}, {text}, {more}.")
-    return found[:4]
+@dataclass
+class Search:
+    """What the search over small synthetic settings found (lab.bench.regimes)."""
+
+    settings: int
+    matters: int  # where the learned router beats dice
+    hits: dict[float, int]  # beta -> settings where ce beats both the baseline and the placebo
+    change: dict[float, float]  # beta -> median change of accuracy by ce where routing matters, in points
+    margin: dict[float, float]  # beta -> median of the router's margin, of the baseline's
 
 
-def search_lines() -> Iterator[str]:
-    """What the search over small synthetic settings found: where routing matters, and what the choice of pairs adds."""
+def read_search() -> Search:
     runs = regimes.runs_of(record := regimes.read_record(RESULTS / "regimes.json"))
     names = regimes.settings_of(record, runs)
     matters = [name for name in names if regimes.gap(runs, name, ("random", None)).verdict == "worse"]
-    many = f"{len(matters)} of {len(names)} small synthetic settings (`results/regimes.json`)"
-    yield f"In {many} the learned router beats dice."
+    found = Search(len(names), len(matters), {}, {}, {})
     for beta in regimes.BETAS:
         own, control = ("ce", beta), ("placebo", beta)
         pairs = [(regimes.gap(runs, name, own), regimes.gap(runs, name, own, control)) for name in names]
-        both = sum(none.verdict == placebo.verdict == "better" for none, placebo in pairs)
-        middle = median(regimes.gap(runs, name, own).mean for name in matters)
-        ratio = regimes.median_margin(runs, names, own)
-        text = f"At beta {beta:g} the loss beats both the baseline and the placebo in {both} of {len(names)}"
-        text += f"; where routing matters it changes accuracy by {middle:+.1f} points (median)"
-        yield f"{text}; the router's margin is {ratio:.2f} of the baseline's."
+        found.hits[beta] = sum(none.verdict == placebo.verdict == "better" for none, placebo in pairs)
+        found.change[beta] = median(regimes.gap(runs, name, own).mean for name in matters)
+        found.margin[beta] = regimes.median_margin(runs, names, own)
+    return found
 
 
-def router_lines(settings: list[Setting]) -> Iterator[str]:
+def sentences(settings: list[Setting], records: list[dict], search: Search) -> Iterator[str]:
+    """Five sentences that a busy reader can quote."""
+
+    def known(one: str, other: str) -> list[tuple[Setting, Paired]]:
+        gaps = [(setting, setting.gap(one, other)) for setting in settings]
+        return [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
+
+    seeds = max(gap.seeds for _, gap in known("ce", "none"))
+    texts = [f"{s.record['name']} {say_gap(gap)}" for s, gap in known("ce", "none") if gap.seeds == seeds]
+    yield f"With {seeds} paired seeds STGC differs from its baseline by {' and '.join(texts)} points."
+    gaps, hits = [gap for _, gap in known("ce", "placebo")], max(search.hits.values())
+    above = sum(gap.low > 0 for gap in gaps)
+    text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
+    text += f", and placebo and baseline at any one beta in {hits} of {search.settings} synthetic ones"
+    yield text + (": no gain comes from which pairs it chooses." if not above and not hits else ".")
+    gaps = [gap for _, gap in known("none", "random")]
+    text = f"The learned router beats experts drawn by dice in {sum(gap.low > 0 for gap in gaps)} of {len(gaps)} trained"
+    yield f"{text} settings and in {search.matters} of {search.settings} synthetic ones; elsewhere no routing can gain."
+    probes: dict[str, list[dict]] = {}  # of the same data, by main loss
+    for record in records:
+        for one in record.get("probes", []):
+            probes.setdefault(record["name"].partition("-")[0], []).append(one)
+    texts = []
+    for name, own in probes.items():
+        ends = max(own, key=lambda one: one["loss"]), min(own, key=lambda one: one["loss"])
+        texts.append(f"{name} " + ", ".join(f"{one['kappa']:.2f} at a main loss of {one['loss']:.2f}" for one in ends))
+    yield f"Other batches give the same flags, beyond chance (kappa), ever less as a model learns: {'; '.join(texts)}."
+    strong, weak = max(search.margin), min(search.margin)
+    text = f"The loss levels the router: at beta {strong:g} its margin is {search.margin[strong]:.2f} of the baseline's, "
+    text += f"at {weak:g} {search.margin[weak]:.2f}; where routing matters, accuracy moves by {search.change[strong]:+.1f} "
+    yield f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
+
+
+def router_table(settings: list[Setting], tags: dict[int, str]) -> Iterator[str]:
     """Markdown: the router's margin at the end of training, as a share of the baseline's, and the share of moved tokens."""
     yield from header("setting", "variant", "margin / the baseline's", "moved")
     for setting in settings:
-        base = [run["router_margin"][1] for run in setting.measured("none") if run.get("router_margin")]
-        for name in setting.variants:
-            runs = [run for run in setting.measured(name) if run.get("router_margin")]
-            if base and runs and name != "random":
-                ratio = mean(run["router_margin"][1] for run in runs) / mean(base)
-                layers = [layer["moved"] for run in runs if run.get("probe") for layer in run["probe"][-1]["layers"]]
-                moved = spread([one for one in layers if one is not None], 2) if layers else "-"
-                yield f"| {setting.title} | {label(name)} | {ratio:.2f} | {moved} |"
+        ratios = {name: margin_of(setting, name) for name in setting.variants if name != "random"}
+        for name, ratio in ratios.items():
+            if ratio is not None and any(ratios[other] is not None for other in ratios if other != "none"):
+                probes = [run["probe"][-1] for run in setting.measured(name) if run.get("probe")]
+                moved = [layer["moved"] for probe in probes for layer in probe["layers"] if layer["moved"] is not None]
+                cells = [tags[id(setting)], label(name), f"{ratio:.2f}", spread(moved, 2) if moved else "-"]
+                yield f"| {' | '.join(cells)} |"
 
 
 def render(records: list[dict]) -> str:
     """docs/claims.md."""
-    settings = usable(records)
+    settings, search = usable(records), read_search()
+    tags = {id(setting): f"S{number}" for number, setting in enumerate(settings, 1)}
     rows = all_rows(settings, records)
-    told = [f"{number}. {text}" for number, text in enumerate(sentences(settings), 1)]
-    table = [*header("in the paper", "claim", "paper", "here", "verdict", "command"), *(row.cells() for row in rows)]
-    parts = []
-    for setting in settings:
-        lines = [*setting.table(), "", *setting.notes(), "", *(f"    {one}" for one in setting.record["command"])]
-        parts += fold(setting.title, lines)
+    told = [f"{number}. {text}" for number, text in enumerate(sentences(settings, records, search), 1)]
+    lines = [HEAD, *told, "", "## What the loss does to the router", "", LOSS, ""]
+    lines += [*header("beta", "margin / the baseline's", "points where routing matters", "beats baseline and placebo")]
+    for beta in search.margin:
+        cells = [f"{beta:g}", f"{search.margin[beta]:.2f}", f"{search.change[beta]:+.1f}"]
+        lines.append(f"| {' | '.join([*cells, f'{search.hits[beta]} of {search.settings}'])} |")
+    lines += ["", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", ""]
+    lines += ["In the trained settings (S1, ...: see the end):", "", *router_table(settings, tags), ""]
+    table = [*header("in the paper", "claim", "paper", "here", "verdict", "settings or command"), *join(rows, tags)]
+    done = sum(not row.verdict.startswith(NOT_RUN) for row in rows)
+    lines += [f"## The claims: {len(rows)} rows, {done} measured", "", RULE, "", *table, ""]
     count = sum(len(setting.intervals) for setting in settings)
-    note = f"{count} intervals were computed; of twenty, one misses by chance. No correction is made."
-    done = sum(not row.verdict.startswith("not run") for row in rows)
-    lines = [HEAD, *told, "", "## What the loss does to the router", "", *search_lines(), "", *router_lines(settings), ""]
-    lines += ["![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", ""]
-    lines += ["![kappa of the flags by other batches, over the main loss](../results/probe.png)", ""]
-    lines += [f"## The claims: {done} of {len(rows)} measured", "", RULE, "", *table, "", note, ""]
-    lines += ["## The settings", "", *parts]
+    lines += [f"{count} intervals of scores were computed; of twenty, one misses by chance. No correction is made.", ""]
+    lines += ["![kappa of the flags by other batches, over the main loss](../results/probe.png)", "", "## The settings", ""]
+    for setting in settings:
+        tag = tags[id(setting)]
+        commands = [f"    {one}" for one in setting.record["command"]]
+        lines += [f'<a id="{tag.lower()}"></a>', ""]
+        lines += fold(f"{tag}: {setting.title}", [*setting.table(), "", *setting.notes(), "", *commands])
     return "\n".join(lines).rstrip() + "\n"
 
 
-# ---- 5. Others' records ----
+# ---- 3. Others' records ----
 
 NEEDED = ("command", "commit", "versions", "data", "made_from")
 
@@ -466,7 +480,7 @@ def check(folder: Path) -> list[str]:
             raise UserError(f"--check {folder}: {variant} and none differ in seeds {other}; finish the run with --resume")
     rows = [*glue_rows([setting]), *lvlm_rows([setting])]
     found = [row for row in rows if row.verdict != NOT_RUN]
-    texts = [f"{row.where}: {row.claim}: {row.here} (paper {row.paper}): {row.verdict}" for row in found]
+    texts = [f"{row.where}, {row.claim}: {row.here} (paper {row.paper}): {row.verdict}" for row in found]
     return [setting.title, "", *(texts or ["no claim of the paper is about this setting: its settings table would show it"])]
 
 

@@ -15,13 +15,14 @@ APART = (FREE - {"lrs"}) | USES | {"stages_from"}  # may differ between the part
 
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
-    """The records of all runs in a folder, by path. Each run has its record's commit and command. UserError for a damaged
-    one."""
+    """The records of all runs in a folder, by path. Each run has its record's commit and command, and the path of its curve.
+    UserError for a damaged one."""
     found = []
     for path in sorted(folder.rglob("results.json")):
         record = read_record(path.parent, "results of")
         made_by = {key: record.get(key) for key in ("commit", "command")}
-        found.append(record | {"runs": [run | made_by for run in record["runs"]]})
+        curves = [path.parent / f"{run['variant']}-s{run['seed']}.jsonl" for run in record["runs"]]
+        found.append(record | {"runs": [run | made_by | {"curve": curve} for run, curve in zip(record["runs"], curves)]})
     return found
 
 
@@ -32,16 +33,17 @@ def key_of(record: dict) -> str:
 
 
 def merge(records: list[dict]) -> list[dict]:
-    """One record per experiment, with the runs, the stages and the commands of its parts. A run that occurs again, such as
-    the baseline's at a newer commit, is under `repeated`: a list of [first run, run]."""
+    """One record per experiment, with the runs, the stages, the probes and the commands of its parts. A run that occurs
+    again, such as the baseline's at a newer commit, is under `repeated`: a list of [first run, run]."""
     merged: dict[str, dict] = {}
     for record in records:
-        fresh = record | {"runs": [], "stages": [], "command": [], "repeated": []}
+        fresh = record | {"runs": [], "stages": [], "probes": [], "command": [], "repeated": []}
         one = merged.setdefault(key_of(record), fresh)
         first = {(run["variant"], run["seed"], run.get("lr")): run for run in one["runs"]}
         for run in record["runs"]:
             before = first.get((run["variant"], run["seed"], run.get("lr")))
             (one["repeated"] if before else one["runs"]).append([before, run] if before else run)
-        one["stages"] = one["stages"] + [stage for stage in record.get("stages", []) if stage not in one["stages"]]
+        for key in ("stages", "probes"):
+            one[key] = one[key] + [part for part in record.get(key, []) if part not in one[key]]
         one["command"] = [*one["command"], record["command"]]
     return list(merged.values())

@@ -1,0 +1,218 @@
+"""Verdicts on the paper's claims, by a rule in code: settings, their paired differences, and the rows of docs/claims.md.
+
+A verdict on a score follows from paired 95 % t-intervals over the seeds: a = variant - its baseline, b = variant - its
+controls (the placebo and flat, where they were run), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lab.report.compare import Paired, paired
+from lab.report.readme import spread
+
+# ---- 1. Verdicts ----
+
+NOT_RUN = "not run"
+NO_ROUTING = "routing does not matter here"
+
+
+def judge(a: Paired | None, b: list[Paired], c: Paired | None, gain: float, routing: Paired | None = None) -> str:
+    """The verdict on a gain, in points. `routing`: baseline - random, the positive control: where it holds 0 or lies below,
+    no routing can show anything. The first rule that fits decides."""
+    if a is None or a.low is None:
+        return f"{NOT_RUN}: one seed" if a else NOT_RUN
+    if routing and routing.low is not None and routing.low <= 0:
+        return NO_ROUTING
+    if a.low <= 0 <= a.high and a.low <= gain <= a.high:
+        return "inconclusive"
+    if a.high < gain and a.low <= 0:
+        return "not reproduced"
+    if a.low > 0 and a.high < gain:
+        return "smaller than the paper's"
+    if a.low > 0 and a.high >= gain and b and all(one.low is not None and one.low > 0 for one in b):
+        return "reproduced"
+    if a.low > 0 and c and c.low is not None and c.low > 0 and any(one.low is None or one.low <= 0 <= one.high for one in b):
+        return "the control does as well"
+    return "a gain, the selection undecided" if a.low > 0 else "inconclusive"
+
+
+def say_gap(gap: Paired | None, digits: int = 1) -> str:
+    """Mean and interval, such as points."""
+    if gap is None:
+        return "-"
+    show = lambda value: f"{value:+.{digits}f}"  # noqa: E731
+    return show(gap.mean) + (f" [{show(gap.low)}, {show(gap.high)}]" if gap.low is not None else " (one seed)")
+
+
+# ---- 2. Settings ----
+
+
+USUAL = {  # options that a title names where they differ from this
+    "moe_layers": ("2", "every-second"),
+    "experts": ("copy",),
+    "train": ("moe",),
+    "moe_from": ("stage2",),
+    "normalize": (True,),
+    "tau": (0.0,),
+    "alpha": (0.01,),
+    "scenes": (12000,),
+    "stage3_steps": (100,),
+    "stage3_lr": (None, 5e-4),
+}
+
+
+@dataclass
+class Setting:
+    """One experiment: a merged record, and how many intervals were computed from it."""
+
+    record: dict
+    intervals: set = field(default_factory=set)
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(run["variant"] for run in self.record["runs"]))
+
+    @property
+    def title(self) -> str:
+        config, name = self.record["config"], self.record["name"]
+        parts = [name, Path(config["model"]).name] if "model" in config and not config.get("toy") else [name]
+        parts += [f"{config['num_experts']}Top{config['top_k']}, {config['router']} router, beta {config['beta']:g}"]
+        odd = {key: config[key] for key, usual in USUAL.items() if config.get(key, usual[0]) not in usual}
+        return ", ".join([*parts, *(f"{key.replace('_', ' ')} {value}" for key, value in odd.items())])
+
+    def runs(self, variant: str) -> list[dict]:
+        """Of the lowest learning rate, if there are several."""
+        found = [run for run in self.record["runs"] if run["variant"] == variant]
+        rates = sorted({run["lr"] for run in found})
+        return [run for run in found if run["lr"] == rates[0]] if rates else []
+
+    def measured(self, variant: str | None = None) -> list[dict]:
+        """All runs, also those that were repeated: for what older runs did not record."""
+        found = [*self.record["runs"], *(again for _, again in self.record["repeated"])]
+        return [run for run in found if variant in (None, run["variant"])]
+
+    def scores(self, variant: str, select: str = "best", key: str = "score", scale: float = 100) -> dict[int, float]:
+        """seed -> score in %. Records without a best epoch have the last."""
+        found = {run["seed"]: run.get(select) or run["last"] for run in self.runs(variant)}
+        return {seed: scale * own[key] for seed, own in found.items() if key in own}
+
+    def gap(self, one: str, other: str, select: str = "best") -> Paired | None:
+        """one - other, in points; None if they share no seed."""
+        sides = self.scores(other, select), self.scores(one, select)
+        if not sides[0].keys() & sides[1].keys():
+            return None
+        found = paired(*sides)
+        self.intervals |= {(*sorted((one, other)), select)} if found.low is not None else set()
+        return found
+
+    def verdict(self, gain: float, one: str = "ce", other: str = "none", select: str = "best") -> str:
+        placebo = "placebo" if one == "ce" else f"placebo-{one}"
+        controls = [self.gap(one, name, select) for name in (placebo, one.replace("ce", "flat"))]
+        against = self.gap("none", "random", select)
+        return judge(
+            self.gap(one, other, select), [b for b in controls if b], self.gap(placebo, other, select), gain, against
+        )
+
+    def table(self) -> Iterator[str]:
+        """Markdown: every variant's scores, what its training reached, and its paired differences."""
+        heads = ["variant", "seeds", "best", "last", "dev loss", "training loss", "margin at the end"]
+        yield from header(*heads, *(f"minus {name}" for name in ("none", "placebo", "random")))
+        for name in self.variants:
+            cells = [label(name), str(len(self.runs(name)))]
+            cells += [spread([*self.scores(name, select).values()]) for select in ("best", "last")]
+            cells.append(spread([*found.values()], 3) if (found := self.scores(name, "last", "dev_loss", 1)) else "-")
+            for key in ("loss", "router_margin"):
+                ends = [run[key][1] for run in self.measured(name) if run.get(key)]
+                ends = [] if (name, key) == ("random", "router_margin") else ends
+                cells.append(spread(ends, 3 if key == "loss" else 4) if ends else "-")
+            cells += [say_gap(self.gap(name, other) if name != other else None) for other in ("none", "placebo", "random")]
+            yield f"| {' | '.join(cells)} |"
+
+    def notes(self) -> Iterator[str]:
+        for first, again in self.record["repeated"]:
+            gap = 100 * (again["last"]["score"] - first["last"]["score"])
+            names = f"{first['variant']}, seed {first['seed']}"
+            yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap:+.1f} points."
+        commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
+        yield f"Commits: {', '.join(commits)}."
+
+
+def header(*names: str) -> list[str]:
+    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+
+
+def label(variant: str) -> str:
+    return "none (baseline)" if variant == "none" else variant
+
+
+# ---- 3. Rows ----
+
+
+@dataclass
+class Row:
+    """What was measured of a claim, in one setting. The page joins the rows of a claim."""
+
+    where: str  # in the paper
+    claim: str  # a claim without a gain names its predicate
+    paper: str
+    here: str = "-"
+    verdict: str = NOT_RUN
+    command: str = ""  # or:
+    setting: Setting | None = None
+
+
+def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list[Row]:
+    """A gain, in each setting that compares these two variants; "not run" if there is none."""
+    found, gain = [], float(row.paper)
+    for setting in settings:
+        gap, last = setting.gap(one, other), setting.gap(one, other, "last")
+        if gap is None:
+            continue
+        half = f", half width {(gap.high - gap.low) / 2:.1f}" if gap.low is not None else ""
+        here = f"{say_gap(gap)}{half}, {gap.seeds} seed{'s' * (gap.seeds > 1)}; last epoch {say_gap(last)}"
+        controls = [(name, setting.gap(one, name)) for name in ("placebo", "flat", "random") if name in setting.variants]
+        here += "".join(f"; minus {name} {say_gap(control)}" for name, control in controls)
+        verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
+        verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
+        found.append(replace(row, here=here, verdict=verdict, setting=setting))
+    return found or [row]
+
+
+def sign_row(row: Row, gap: Paired | None, sign: int, setting: Setting, more: str = "") -> Row:
+    """A difference that shall lie above 0 (sign 1) or below it (-1)."""
+    if gap is None or gap.low is None:
+        return replace(row, here=say_gap(gap), verdict=f"{NOT_RUN}: one seed" if gap else NOT_RUN, setting=setting)
+    low, high = sorted((sign * gap.low, sign * gap.high))
+    verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
+    return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
+
+
+def stat_row(row: Row, values: list, holds: Callable, digits: int, command: str) -> Row:
+    """A claim without a gain. `values`: one per run; `holds` is the predicate on them, which the row's claim names."""
+    if not values:
+        return row
+    here = f"{spread(values, digits)}, {len(values)} runs"
+    return replace(row, here=here, verdict=verdict_of(holds(values)), command=command)
+
+
+def verdict_of(holds: bool) -> str:
+    return "reproduced" if holds else "not reproduced"
+
+
+def join(rows: list[Row], tags: dict[int, str]) -> Iterator[str]:
+    """Markdown: one line per claim, with a part per setting. `tags`: id of a setting -> how the page calls it."""
+    claims: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        claims.setdefault((row.where, row.claim, row.paper), []).append(row)
+    for names, own in claims.items():
+        marks = [f"{tags[id(row.setting)]}: " if row.setting else "" for row in own]
+        verdicts = [row.verdict for row in own]
+        same = len({*verdicts}) == 1
+        links = dict.fromkeys(
+            f"[{mark[:-2]}](#{mark[:-2].lower()})" if mark else f"`{row.command}`" if row.command else "-"
+            for mark, row in zip(marks, own)
+        )
+        cells = [*names, "<br>".join(f"{mark}{row.here}" for mark, row in zip(marks, own))]
+        cells += [verdicts[0] if same else "<br>".join(f"{mark}{one}" for mark, one in zip(marks, verdicts))]
+        yield f"| {' | '.join([*cells, '<br>'.join(links)])} |"
