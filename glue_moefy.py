@@ -123,7 +123,7 @@ from transformers.utils import logging
 from lab.moe import dynmoe, moefication
 from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
-from lab.report.readme import score_rows
+from lab.report.tables import score_rows
 from lab.run import hub, runs
 from lab.run.training import Training
 from lab.text import glue, toy, use

@@ -29,7 +29,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import stgc_hf
 import stgc_plus
 from lab.bench import step as bench
-from lab.report import readme
+from lab.report import costs
 from stgc_plus import LayerStep, STGCConfig
 
 TEXT = {
@@ -1041,12 +1041,12 @@ def test_two_processes_are_one(tmp_path, server):
 
 
 def test_lists_of_families():
-    """README and docstring name exactly the families that are tested here, and these are all that the interface serves."""
+    """docs/transformers.md and docstring name exactly the families tested here, all that the interface serves."""
     folder = Path(sys.modules["transformers"].__path__[0]) / "models"
     served = {p.parent.name for p in folder.glob("*/modeling_*.py") if "\n@use_experts_implementation" in p.read_text()}
     assert served <= FAMILIES.keys() or Version(sys.modules["transformers"].__version__) >= Version("5.24")
-    readme = Path("README.md").read_text().partition("\n## In a model of transformers\n")[2].partition("\n## ")[0]
-    paragraph = re.search(r"<!-- families -->(.*?)<!-- /families -->", readme, re.S)[1]
+    page = Path("docs/transformers.md").read_text()
+    paragraph = re.search(r"<!-- families -->(.*?)<!-- /families -->", page, re.S)[1]
     assert re.findall(r"`(\w+)`", paragraph) == sorted(FAMILIES)
     listed = re.search(r"Families tested[^:]*:(.*?)\.\n", stgc_hf.__doc__, re.S)[1]
     assert re.findall(r"\w+", listed) == sorted(FAMILIES)
@@ -1063,8 +1063,8 @@ def test_bench(kind):
 
 
 @pytest.mark.parametrize("kind", bench.TEXT_MODELS)
-def test_bench_in_readme(kind, tmp_path, monkeypatch):
-    """`--model` writes a record, and README has a place for its table: one without a marker would be left out in silence."""
+def test_bench_in_costs(kind, tmp_path, monkeypatch):
+    """`--model` writes a record, and docs/costs.md shows its table: one of an unknown name would be left out in silence."""
     cls, config = bench.TEXT_MODELS[kind]
     config = copy.deepcopy(config)
     config.hidden_size, config.intermediate_size = 64, 32
@@ -1078,9 +1078,7 @@ def test_bench_in_readme(kind, tmp_path, monkeypatch):
     bench.main()
     record = json.loads(output.read_text())
     assert list(record["variants"]) == [*bench.LIBRARY, "one pass"] and record["variants"][record["base"]]["ratio"] == 1
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    shown = readme.render(Path("README.md").read_text()).partition(f"<!-- bench-{kind} -->")[2]
-    assert "| one pass |" in shown.partition(f"<!-- /bench-{kind} -->")[0]
+    assert "| one pass |" in costs.render(output.parent).partition(f"(`bench-{kind}.json`)")[2]
 
 
 @pytest.mark.parametrize("passes", ["two", "one"])

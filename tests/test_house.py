@@ -18,7 +18,7 @@ from test_glue import run
 
 import glue_moefy
 import toy_lvlm
-from lab.report import compare, figures, readme
+from lab.report import compare, figures, tables
 from lab.run import options, runs
 from lab.run.cli import UserError
 
@@ -116,7 +116,7 @@ def test_an_arrow_that_runs_back_is_found(file, source, fault):
     "file, source",
     [
         ("lab/run/runs.py", "import lab\nfrom lab.run.cli import UserError"),
-        ("lab/report/readme.py", "from lab.vision.instructions import KINDS\nfrom lab.bench import step"),
+        ("lab/report/tables.py", "from lab.vision.instructions import KINDS\nfrom lab.bench import step"),
         ("lab/bench/step.py", "import stgc_hf, stgc_plus\nfrom stgc import STGC"),
         ("stgc_hf.py", "from stgc_plus import STGC\nimport transformers"),
         ("glue_moefy.py", "from lab.report import figures\nfrom stgc import STGC\nimport stgc_plus"),
@@ -136,7 +136,7 @@ def test_modules_that_are_named_are_there():
             assert (ROOT / path).is_file(), (page.name, path)
         for name in re.findall(r"(?<![\w./])lab\.[a-z]\w*(?:\.\w+)?", text):
             found = (ROOT / name.replace(".", "/")).with_suffix(".py").is_file() or (ROOT / name.replace(".", "/")).is_dir()
-            assert found or name in readme.RENAMED, (page.name, name)
+            assert found or name in tables.RENAMED, (page.name, name)
         for name in re.findall(r"\bpython -m (lab[\w.]*)", text):
             spec, commands = importlib.util.find_spec(name), commands + 1
             main = spec.name + ".__main__" if spec.submodule_search_locations else spec.name
@@ -240,8 +240,8 @@ def test_an_old_record_is_compared_and_drawn(old):
     assert "normalize" not in record["config"]  # a record of before that flag
     table = compare.comparison_table(record, "best")
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["none", "ce", "placebo"]
-    assert {row["variant"]: row["seeds"] for row in readme.score_rows(record)} == {"none": 3, "ce": 3, "placebo": 3}
-    assert "toy-rte" in readme.results_table([record]) and "--toy" in readme.results_table([record])
+    assert {row["variant"]: row["seeds"] for row in tables.score_rows(record)} == {"none": 3, "ce": 3, "placebo": 3}
+    assert "toy-rte" in tables.results_table([record]) and "--toy" in tables.results_table([record])
     counts = {name: len(curves) for name, curves in figures.read_curves(old, record).items()}
     assert counts == {"none": 3, "ce": 3, "placebo": 3}
     assert figures.plot_run(old, record).is_file() and figures.plot_comparison(old, [record]).is_file()

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from test_glue import data, model  # noqa: F401  (fixtures)
 
 from lab.bench import step as bench
-from lab.report import figures, readme
+from lab.report import figures, readme, tables
 from lab.run import runs
 from lab.run.cli import Parser, RunFailed, UserError, model_is_cached, number, run_main
 from lab.run.hub import from_hub
@@ -66,7 +66,7 @@ def test_bench_measures_every_variant(scripts):
     assert record["variants"]["moe"]["ratio"] == 1 == record["variants"]["moe"]["peak_ratio"]
     parameters = sum(p.numel() for p in bench.Bench("moe", "small", "2", 2, 8, torch.device("cpu")).model.parameters())
     assert record["variants"]["moe"]["peak_bytes"] > 4 * 4 * parameters  # weights, gradients and AdamW's two moments
-    assert "| one pass |" in readme.bench_table(record)
+    assert "| one pass |" in tables.bench_table(record)
     assert record["command"].startswith("python -m lab.bench --rounds 3")
 
 
@@ -96,23 +96,23 @@ def entry(variant, seed, score, collapsed=False, lr=1e-4):
 
 def test_tables_show_mean_and_spread_and_collapses():
     record = {"runs": [entry("none", 0, 0.6), entry("none", 1, 0.64), entry("ce", 0, 0.5, True), entry("ce", 1, 0.5)]}
-    none, ce = readme.score_rows(record)
-    assert readme.spread(none["best"]) == "62.0 ± 2.8" and readme.spread([50.0]) == "50.0"
+    none, ce = tables.score_rows(record)
+    assert tables.spread(none["best"]) == "62.0 ± 2.8" and tables.spread([50.0]) == "50.0"
     assert (ce["collapsed"], ce["seeds"]) == (1, 2) and none["conflict_ratio"] == "0.250 → 0.500"
     record |= {"name": "toy-rte", "command": "python x.py --y", "config": {"router": "linear", "beta": 1.0, "epochs": 3}}
     again = record | {"runs": [entry("ce", 2, 0.8)], "config": record["config"] | {"seeds": [2], "resume": True}}
-    assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 60.0 ± 17.3 |" in readme.results_table([record, again])
-    table = readme.results_table([record])
+    assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 60.0 ± 17.3 |" in tables.results_table([record, again])
+    table = tables.results_table([record])
     assert "| toy-rte, 3 epochs | ce, linear router, beta 1 | 50.0 ± 0.0 |" in table and "    python x.py --y" in table
-    dense = readme.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
+    dense = tables.results_table([record | {"runs": [entry("dense", 0, 0.7)]}])
     assert "| toy-rte, 3 epochs | dense | 70.0 |" in dense
 
 
 def test_learning_rates_are_rows_of_their_own():
     runs = [entry("ce", seed, 0.5 + lr, lr=lr) for lr in (0.1, 0.4) for seed in (0, 1)]
-    low, high = readme.score_rows({"runs": runs})
+    low, high = tables.score_rows({"runs": runs})
     assert (low["label"], low["seeds"], high["label"]) == ("ce, lr 0.1", 2, "ce, lr 0.4")
-    assert readme.spread(low["best"]) == "60.0 ± 0.0" and readme.spread(high["best"]) == "90.0 ± 0.0"
+    assert tables.spread(low["best"]) == "60.0 ± 0.0" and tables.spread(high["best"]) == "90.0 ± 0.0"
 
 
 def test_the_table_of_the_toy_lvlm():
@@ -125,18 +125,35 @@ def test_the_table_of_the_toy_lvlm():
         config = {"seeds": [seed], "resume": bool(seed)}
         return {"name": "lvlm-scenes", "command": f"x --seeds {seed}", "config": config, "stages": [stage], "runs": [run]}
 
-    table = readme.lvlm_table([record(0, 0.7), record(1, 0.8)]).splitlines()
+    table = tables.lvlm_table([record(0, 0.7), record(1, 0.8)]).splitlines()
     assert "| lvlm-scenes | stage II | 2 | 75.0 ± 7.1 |" in table[2] and table[2].endswith("| 85.0 ± 7.1 |")
     assert "| lvlm-scenes | blind: majority | 2 | 25.0 ± 0.0 |" in table[3] and table[3].endswith("| - |")
     assert "| lvlm-scenes | stage III, ce | 2 | 75.0 ± 7.1 |" in table[4]
     assert "    x --seeds 0" in table and "    x --seeds 1" in table
 
 
-def test_readme_shows_what_the_records_say():
-    page = (ROOT / "README.md").read_text()
-    assert page == readme.render(page), "run python -m lab.report"
-    for link in re.findall(r"\]\(([^)#]+)\)", page):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+def test_pages_show_what_the_records_say():
+    """Tables, the six claims and the logs; each mark of a page is generated."""
+    texts, marks = readme.sections(), set()
+    for name in readme.PAGES:
+        page = (ROOT / name).read_text()
+        assert page == readme.render(page, texts), f"{name}: run python -m lab.report"
+        marks |= set(re.findall(r"<!-- (\w+) -->", page))
+    assert marks == texts.keys()
+    assert texts["claims"].count("\n") == 7
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text()) <= 10_000
+
+
+def test_a_log_is_shown_whole(tmp_path):
+    path = tmp_path / "log-x.txt"
+    path.write_text("$ python x.py\none\n\ntwo\n# 3 s\n")
+    assert readme.log_block(path) == "```text\none\n\ntwo\n```\n\n(3 s)"
+    path.write_text("one\ntwo\n")
+    with pytest.raises(UserError, match="record it again"):
+        readme.log_block(path)
 
 
 def test_recorded_runs_are_complete():

@@ -150,18 +150,26 @@ def test_shell_parses(line, script):
         assert (ROOT / word).exists(), (line, word)
 
 
-@pytest.mark.parametrize("name", ["tutorial.md", "README.md", "results/README.md"])
+def titles(page: str) -> set[str]:
+    """The anchors of a page's headings."""
+    named = set(re.findall(r'<a id="([\w-]+)"></a>', page))
+    return named | {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in re.findall(r"^##? (.+)$", page, re.M)}
+
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("name", [*PAGES, "results/README.md"])
 def test_links_lead_somewhere(name):
     page = FENCE.sub("", (ROOT / name).read_text())
     links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page)
-    titles = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^##? (.+)$", page, re.M)}
     assert links or name.startswith("results")
     for text, target in links:
         path, _, anchor = target.partition("#")
         if not target.startswith("https://"):
             assert ((ROOT / name).parent / path).exists(), target
-        if anchor and not path:
-            assert anchor in titles, target
+        if anchor and (not path or path.endswith(".md")):
+            assert anchor in titles(((ROOT / name).parent / path).read_text() if path else page), target
         elif anchor:
             row = (ROOT / path).read_text().splitlines()[int(re.fullmatch(r"L(\d+)", anchor)[1]) - 1]
             name = text.strip("`").split(".")[-1]

@@ -16,8 +16,8 @@ from statistics import mean, median
 
 from lab.report import regimes
 from lab.report.compare import COLUMNS, PUBLISHED, Paired, paired
-from lab.report.readme import fold, read_bench, spread
 from lab.report.records import RESULTS, key_of, merge, read_all
+from lab.report.tables import fold, read_bench, spread
 from lab.report.verdicts import (
     NO_ROUTING,
     NOT_RUN,
@@ -401,19 +401,28 @@ def sentences(settings: list[Setting], records: list[dict], search: Search) -> I
     gaps = [gap for _, gap in known("none", "random")]
     text = f"The learned router beats experts drawn by dice in {sum(gap.low > 0 for gap in gaps)} of {len(gaps)} trained"
     yield f"{text} settings and in {search.matters} of {search.settings} synthetic ones; elsewhere no routing can gain."
-    probes: dict[str, list[dict]] = {}  # of the same data, by main loss
-    for record in records:
-        for one in record.get("probes", []):
-            probes.setdefault(record["name"].partition("-")[0], []).append(one)
     texts = []
-    for name, own in probes.items():
-        ends = max(own, key=lambda one: one["loss"]), min(own, key=lambda one: one["loss"])
+    for name, own in probes_of(records).items():
+        ends = max(own, key=loss_of), min(own, key=loss_of)
         texts.append(f"{name} " + ", ".join(f"{one['kappa']:.2f} at a main loss of {one['loss']:.2f}" for one in ends))
     yield f"Other batches give the same flags, beyond chance (kappa), ever less as a model learns: {'; '.join(texts)}."
     strong, weak = max(search.margin), min(search.margin)
     text = f"The loss levels the router: at beta {strong:g} its margin is {search.margin[strong]:.2f} of the baseline's, "
     text += f"at {weak:g} {search.margin[weak]:.2f}; where routing matters, accuracy moves by {search.change[strong]:+.1f} "
     yield f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
+
+
+def loss_of(probe: dict) -> float:
+    return probe["loss"]
+
+
+def probes_of(records: list[dict]) -> dict[str, list[dict]]:
+    """The data's name -> the probes of saved models that learn it."""
+    found: dict[str, list[dict]] = {}
+    for record in records:
+        for one in record.get("probes", []):
+            found.setdefault(record["name"].partition("-")[0], []).append(one)
+    return found
 
 
 def router_table(settings: list[Setting], tags: dict[int, str]) -> Iterator[str]:
@@ -454,6 +463,39 @@ def render(records: list[dict]) -> str:
         lines += [f'<a id="{tag.lower()}"></a>', ""]
         lines += fold(f"{tag}: {setting.title}", [*setting.table(), "", *setting.notes(), "", *commands])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def front(records: list[dict]) -> Iterator[str]:
+    """Markdown: the six rows of README, (claim, paper, here, verdict), each from the row with the most seeds."""
+    settings, search = usable(records), read_search()
+    rows = all_rows(settings, records)
+
+    def most(claim: str) -> Row:
+        own = [row for row in rows if row.claim.startswith(claim)]
+        return max(own, key=lambda row: len(row.setting.scores("ce")) if row.setting else 0)
+
+    found = []
+    for claim in ("STGC gains on CoLA", "STGC gains with 4Top2"):
+        row = most(claim)
+        gap, control = row.setting.gap("ce", "none"), row.setting.gap("ce", "placebo")
+        here = f"{say_gap(gap)} points, {gap.seeds} seeds ({row.setting.record['name']}); minus placebo {say_gap(control)}"
+        found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
+    row = most("other batches give the same flags")
+    pairs = [(max(own, key=loss_of), min(own, key=loss_of)) for own in probes_of(records).values()]
+    here = "; ".join(f"kappa {young['kappa']:.2f} at first, {old['kappa']:.2f} later" for young, old in pairs)
+    found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
+    row = most("similarities by biases")
+    found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})"))
+    row = most("without the conflicting pairs")
+    here = "; ".join(one.here.partition(" at ")[0] for one in rows if one.claim == row.claim)
+    found.append(replace(row, claim=f"without conflicting pairs a step lowers a fresh loss more ({row.where})", here=here))
+    row = most("the loss leaves the router its preferences")
+    here = ", ".join(f"{ratio:.2f} of it at beta {beta:g}" for beta, ratio in search.margin.items())
+    cost = ", ".join(f"{change:+.1f}" for change in search.change.values())
+    here += f"; points, where routing matters: {cost}"
+    found.append(replace(row, claim="what the loss does to the router's margin", here=here))
+    for row in found:
+        yield f"| {row.claim} | {row.paper} | {row.here} | {row.verdict} |"
 
 
 # ---- 3. Others' records ----

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from scipy.stats import ttest_1samp
 
-from lab.report.readme import spread
+from lab.report.tables import spread
 from lab.run.cli import printable
 
 BASELINE = "none"

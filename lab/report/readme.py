@@ -1,147 +1,57 @@
-"""The tables of README.md, from the records in results/: `python -m lab.report` writes them again between their marks.
+"""README.md and docs/results.md: `python -m lab.report` writes their tables and logs again, from results/, between marks."""
 
-A gap within the spread is reported as no difference. No cell is emphasised, and collapsed runs stay in the table.
-"""
-
+import re
 from pathlib import Path
-from statistics import mean, median, stdev
 
-from lab.report.records import merge, read_all
+from lab.report import claims
+from lab.report.records import read_all
+from lab.report.tables import lvlm_table, read_bench, results_table
+from lab.report.verdicts import header
 from lab.run.cli import Parser, UserError, say
-from lab.run.reading import read_json
 from lab.run.runs import ROOT
-from lab.vision.instructions import KINDS
 
-RENAMED = {"lab.peer": "lab.bench.peer"}  # old name of a module in recorded commands -> its name now
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """mean ± sample standard deviation."""
-    text = f"{mean(values):.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+PAGES = ("README.md", "docs/results.md")
+LOGS = ("toy", "quick", "tests")  # results/log-<name>.txt: `$ command`, what it printed, `# the time that it took`
 
 
-def score_rows(record: dict) -> list[dict]:
-    """One row per variant and learning rate of a record. Scores in %."""
-    rows, rates = [], {run["lr"] for run in record["runs"]}
-    for variant, lr in dict.fromkeys((run["variant"], run["lr"]) for run in record["runs"]):
-        runs = [run for run in record["runs"] if (run["variant"], run["lr"]) == (variant, lr)]
-        row = {"variant": variant, "seeds": len(runs), "collapsed": sum(run["collapsed"] for run in runs)}
-        row["label"] = f"{variant}, lr {lr:g}" if len(rates) > 1 else variant
-        row |= {key: [100 * run[key]["score"] for run in runs] for key in ("best", "last")}
-        for key in ("conflict_ratio", "consistency"):
-            ends = [run[key] for run in runs if run[key]]
-            row[key] = " → ".join(f"{mean(values):.3f}" for values in zip(*ends, strict=True)) if ends else "-"
-        row["samples_per_second"] = mean(run["samples_per_second"] for run in runs)
-        rows.append(row)
-    return rows
+def log_block(path: Path) -> str:
+    """Markdown: what a command printed, and below how long it took. UserError for a damaged log."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if len(lines) < 3 or not lines[0].startswith("$ ") or not lines[-1].startswith("# "):
+        raise UserError(f"{path}: a log begins with `$ command` and ends with `# time`; record it again")
+    return "\n".join(["```text", *lines[1:-1], "```", "", f"({lines[-1][2:]})"])
 
 
-def fold(title: str, lines: list[str]) -> list[str]:
-    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]
-
-
-def folded(commands: list[str]) -> str:
-    """The commands that made a table, in a fold."""
-    return "\n".join(fold("the commands", [f"    {one}" for one in commands])[:-1])
-
-
-def results_table(records: list[dict]) -> str:
-    """Markdown: dev scores of recorded runs, and the commands that made them. Comparisons on real data come first. Single
-    variants and toys are in a fold."""
-    head = ["| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |", "| --- " * 7 + "|"]
-    shown, hidden, commands = [], [], []
-    for record in merge(records):
-        rows, config = score_rows(record), record["config"]
-        for row in rows:
-            router = "" if row["variant"] == "dense" else f", {config['router']} router"
-            beta = "" if row["variant"] in ("dense", "none") else f", beta {config['beta']:g}"
-            name = f"{record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
-            cells = [name, f"{row['label']}{router}{beta}", spread(row["best"]), spread(row["last"])]
-            cells += [row["conflict_ratio"], row["consistency"], f"{row['collapsed']} of {row['seeds']}"]
-            (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(f"| {' | '.join(cells)} |")
-        commands += record["command"]
-    more = [*fold("single variants, and the generated toy", [*head, *hidden])] if hidden else []
-    return "\n".join([*(head + shown if shown else []), "", *more, folded(commands)])
-
-
-def read_bench(path: Path) -> dict:
-    """A record of lab.bench, its command with today's names. UserError if it is damaged."""
-    try:
-        record = read_json(path, command=str)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; restore it") from None
-    return record | {"command": " ".join(RENAMED.get(word, word) for word in record["command"].split(" "))}
-
-
-def bench_table(record: dict) -> str:
-    """Markdown: step time and memory relative to the base of the record."""
-    what = "95 % interval" if "interval" in next(iter(record["variants"].values())) else "middle half of the rounds"
-    lines = [f"| variant | step time | {what} | peak memory |", "| --- | --- | --- | --- |"]
-    for name, row in record["variants"].items():
-        if row is None:
-            lines.append(f"| {name} | not installed | - | - |")
-            continue
-        low, high = row.get("interval") or row["ratio_quartiles"]  # of records of before
-        lines.append(f"| {name} | {row['ratio']:.3f}x | {low:.3f} to {high:.3f} | {row['peak_ratio']:.3f}x |")
-    return "\n".join([*lines, "", f"    {record['command']}"])
-
-
-def peer_table(record: dict) -> str:
-    """Markdown: samples per second of training, and their ratio to transformers' Trainer."""
-    lines = ["| loop | samples per second, median | against the Trainer, median and each round |", "| --- | --- | --- |"]
-    for name, ratio in record["ratio"].items():
-        rounds = ", ".join(f"{row[name] / row['Trainer, dense']:.2f}" for row in record["rounds"])
-        lines.append(f"| {name} | {median(row[name] for row in record['rounds']):.1f} | {ratio:.2f}x ({rounds}) |")
-    return "\n".join([*lines, "", f"    {record['command']}"])
-
-
-def lvlm_table(records: list[dict]) -> str:
-    """Markdown: exact match of the toy LVLM in %, over seeds: stage II, its blind baselines, then the variants of stage
-    III."""
-    names = {"score": "all", **{kind: kind for kind in KINDS}, "vqa, clean": "clean vqa"}
-    lines = [f"| run | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
-    for record in merge(records):
-        stages = [stage for stage in record["stages"] if stage.get("blind")]
-        rows = {"stage II": [stage["scores"] for stage in stages]}
-        rows |= {
-            f"blind: {how}": [stage["blind"][how] for stage in stages] for how in (stages or [{"blind": {}}])[0]["blind"]
-        }
-        for run in record["runs"]:
-            rows.setdefault(f"stage III, {run['variant']}", []).append(run["last"] | run["where"])
-        for label, scores in ((label, scores) for label, scores in rows.items() if scores):
-            cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
-            lines.append(f"| {record['name']} | {label} | {len(scores)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", folded([command for record in merge(records) for command in record["command"]])])
+def costs_sentence(path: Path) -> str:
+    """What a step costs, from a record of lab.bench."""
+    rows = read_bench(path)["variants"]
+    one, two = (f"{100 * (rows[name]['ratio'] - 1):.0f} %" for name in ("one pass", "two passes"))
+    text = f"STGC makes a step of a small BERT with one MoE layer {one} longer in one pass, {two} in two, the paper's way"
+    return f"{text}:\n[docs/costs.md](docs/costs.md)."
 
 
 def sections() -> dict[str, str]:
     """Mark -> generated text."""
-    found = read_all(ROOT / "results")
-    pictures = [record for record in found if "stages" in record]
-    texts = {"results": results_table([record for record in found if "stages" not in record])}
-    if pictures:
-        texts["lvlm"] = lvlm_table(pictures)
-    for path in sorted((ROOT / "results").glob("bench*.json")):
-        record = read_bench(path)
-        for key, table in (("variants", bench_table), ("ratio", peer_table)):  # other records of lab.bench have neither
-            texts |= {path.stem: table(record)} if key in record else {}
-    return texts
+    results = ROOT / "results"
+    records, texts = read_all(results), {"costs": costs_sentence(results / "bench.json")}
+    texts |= {name: log_block(results / f"log-{name}.txt") for name in LOGS}
+    texts["results"] = results_table([record for record in records if "stages" not in record])
+    texts["lvlm"] = lvlm_table([record for record in records if "stages" in record])
+    return texts | {"claims": "\n".join([*header("claim", "paper", "here", "verdict"), *claims.front(records)])}
 
 
-def render(readme: str) -> str:
-    """README.md with every generated section, between <!-- NAME --> and <!-- /NAME -->, made from results/."""
-    for name, text in sections().items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if start in readme:
-            before, rest = readme.split(start)
-            readme = f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}"
-    return readme
+def render(page: str, texts: dict[str, str]) -> str:
+    """A page with every generated section, between <!-- NAME --> and <!-- /NAME -->."""
+    for name, text in texts.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        page = mark.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+    return page
 
 
 def main() -> None:
     Parser(prog="lab.report", description=__doc__).parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text()
-    path.write_text(render(before))
-    say(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")
+    texts = sections()
+    for path in (ROOT / name for name in PAGES):
+        before = path.read_text()
+        path.write_text(render(before, texts))
+        say(f"{'unchanged' if path.read_text() == before else 'written'}: {path}")

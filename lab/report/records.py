@@ -15,14 +15,15 @@ APART = (FREE - {"lrs"}) | USES | {"stages_from"}  # may differ between the part
 
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
-    """The records of all runs in a folder, by path. Each run has its record's commit and command, and the path of its curve.
-    UserError for a damaged one."""
+    """The records of all runs in a folder, by path, each with its own folder's name. Each run has its record's commit and
+    command, and the path of its curve. UserError for a damaged one."""
     found = []
     for path in sorted(folder.rglob("results.json")):
         record = read_record(path.parent, "results of")
         made_by = {key: record.get(key) for key in ("commit", "command")}
         curves = [path.parent / f"{run['variant']}-s{run['seed']}.jsonl" for run in record["runs"]]
-        found.append(record | {"runs": [run | made_by | {"curve": curve} for run, curve in zip(record["runs"], curves)]})
+        runs = [run | made_by | {"curve": curve} for run, curve in zip(record["runs"], curves)]
+        found.append(record | {"folder": path.parent.name, "runs": runs})
     return found
 
 
@@ -33,11 +34,11 @@ def key_of(record: dict) -> str:
 
 
 def merge(records: list[dict]) -> list[dict]:
-    """One record per experiment, with the runs, the stages, the probes and the commands of its parts. A run that occurs
+    """One record per experiment, with the runs, stages, probes, commands and folders of its parts. A run that occurs
     again, such as the baseline's at a newer commit, is under `repeated`: a list of [first run, run]."""
     merged: dict[str, dict] = {}
     for record in records:
-        fresh = record | {"runs": [], "stages": [], "probes": [], "command": [], "repeated": []}
+        fresh = record | {"runs": [], "stages": [], "probes": [], "command": [], "folders": [], "repeated": []}
         one = merged.setdefault(key_of(record), fresh)
         first = {(run["variant"], run["seed"], run.get("lr")): run for run in one["runs"]}
         for run in record["runs"]:
@@ -46,4 +47,5 @@ def merge(records: list[dict]) -> list[dict]:
         for key in ("stages", "probes"):
             one[key] = one[key] + [part for part in record.get(key, []) if part not in one[key]]
         one["command"] = [*one["command"], record["command"]]
+        one["folders"] = [*one["folders"], record.get("folder", record["name"])]
     return list(merged.values())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lab.report.compare import Paired, paired
-from lab.report.readme import spread
+from lab.report.tables import spread
 
 # ---- 1. Verdicts ----
 
