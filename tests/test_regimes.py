@@ -66,7 +66,7 @@ def test_the_variants_of_a_seed_share_data_and_start():
         for _ in regimes.fit(model, train, variant, beta, 1, 5, routers_alone=False):
             pass
         seen[variant, beta] = inputs
-    assert len(seen) == 13
+    assert len(seen) == 16
     for inputs in seen.values():
         assert len(inputs) == 6 and all(map(torch.equal, inputs, seen["none", None]))
     assert not torch.equal(*seen["none", None][1:3])
@@ -76,7 +76,7 @@ def test_the_variants_of_a_seed_share_data_and_start():
 def test_without_weight_the_losses_change_nothing(setting):
     none, *others = (
         regimes.measure(setting, variant, 0.0, 2, STEPS) for variant in ("none", "ce", "placebo", "flat", "long")
-    )
+    )  # ce-one holds the balance loss to the router, too
     assert others == [none] * 4
 
 
@@ -91,6 +91,32 @@ def test_who_learns():
     untrained, *_ = regimes.begin(regimes.Setting(), 0, STEPS)  # of the same seed
     trained = {name: not torch.equal(p, model.get_parameter(name)) for name, p in untrained.named_parameters()}
     assert all(trained[name] == ("router" not in name) for name in trained)
+
+
+def test_only_the_router_meets_the_loss_of_ce_one():
+    """In the first step what lies before the router gets the same gradient at any beta."""
+    setting, seen = regimes.Setting(), {}
+    for variant, beta in (("ce", 0.0), ("ce", 1.0), ("ce-one", 0.0), ("ce-one", 1.0)):
+        model, train, _ = regimes.begin(setting, 0, STEPS)
+        model = copy.deepcopy(model)
+        embed, router = model.embed.weight, model.layers[0].router.weight
+        gradients = []
+        embed.register_hook(lambda grad, into=gradients: into.append(grad.clone()))
+        router.register_hook(lambda grad, into=gradients: into.append(grad.clone()))
+        next(regimes.fit(model, train, variant, beta, 0, 1, routers_alone=False))
+        seen[variant, beta] = {len(grad) == setting.experts: grad for grad in gradients}  # True: the router's
+    for variant, router in product(("ce", "ce-one"), (True, False)):
+        equal = (variant, router) == ("ce-one", False)
+        assert torch.allclose(seen[variant, 0.0][router], seen[variant, 1.0][router], atol=1e-7) is equal
+
+
+def test_weights_of_one_expert_sum_to_1_where_the_setting_says():
+    for normalize, expected in ((None, False), (True, True)):
+        model = regimes.Model(regimes.Setting(top_k=1, normalize=normalize))
+        seen = []
+        model.layers[0].watch = lambda *forward, into=seen: into.append(forward[1].weights_TK)
+        model(torch.randn(5, 4 + regimes.CONTENT), torch.zeros(5, dtype=torch.long))
+        assert (seen[0] == 1).all().item() is expected
 
 
 def test_copied_experts_start_equal():
@@ -186,7 +212,9 @@ def test_a_stopped_search_continues(tmp_path, monkeypatch):
         search(monkeypatch, tmp_path / "part.json", *words)
     part = json.loads((tmp_path / "part.json").read_text())
     assert part["runs"] == whole["runs"][:5]
-    left[0] = 8  # the rest, and no more
+    left[0] = 11  # the rest, and no more
+    del part["settings"]["few-wrong-20"]["normalize"]  # as in a record of before that option
+    (tmp_path / "part.json").write_text(json.dumps(part))
     part = search(monkeypatch, tmp_path / "part.json", *words, "--resume")
     assert part["runs"] == whole["runs"] and part["command"] and len(part["resumed"]) == 1
     assert [run[:4] for run in whole["runs"]] == [
@@ -237,11 +265,11 @@ def invented(tmp_path, monkeypatch):
 def test_hits_run_again_on_fresh_seeds(invented):
     _, record = invented
     keys = [tuple(run[:4]) for run in record["runs"]]
-    wanted = [(name, *one, seed) for name, count in (("weak", 13), ("trained-weak", 16)) for seed in range(4)
+    wanted = [(name, *one, seed) for name, count in (("weak", 16), ("trained-weak", 19)) for seed in range(4)
               for one in regimes.variants_of(regimes.SETTINGS[name])[:count]]  # fmt: skip
     again = [("none", None), ("random", None), ("ce", 1.0), ("placebo", 1.0), ("flat", 1.0)]
     fresh = [(name, *one, 1000 + seed) for name in ("weak", "trained-weak") for seed in range(3) for one in again]
-    assert sorted(keys, key=str) == sorted(wanted + fresh, key=str) and len(wanted) == 4 * 29
+    assert sorted(keys, key=str) == sorted(wanted + fresh, key=str) and len(wanted) == 4 * 35
     assert ("trained-weak", "long", 0.1, 3) in keys and ("weak", "long", 0.1, 3) not in keys
 
 

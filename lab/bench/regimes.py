@@ -11,6 +11,7 @@ input holds the content, and a mark of the task under noise. The variants of a s
   random    experts drawn by dice         placebo   on as many random pairs
   frozen    the router stays as it was    flat      on all pairs
   oracle    each task has its own experts long      on pairs whose gradient is longer than average (experts trained before)
+                                          ce-one    as ce; both losses reach the router alone, as in one pass
 
 Held-out examples have right labels. Half of them choose the best checkpoint; the scores are of the other half. Margin and
 moved are means over layers. Margin: p_K - p_(K+1) in the last step. Moved: the share of 512 held-out tokens whose first
@@ -63,6 +64,7 @@ class Setting:
     depth: int = 1  # MoE layers
     router: str = "linear"
     start: str = "random"  # of the experts | copied: equal | trained: one per task, then a new router learns alone
+    normalize: bool | None = None  # the K weights sum to 1; None: where that leaves the router a gradient, K > 1
 
 
 FEW = {"examples": 512, "wrong": 0.2}
@@ -71,6 +73,7 @@ SETTINGS = {
     "few-wrong-40": Setting(examples=512, wrong=0.4),
     "few-wrong-20": Setting(**FEW),
     "few-wrong-20-top-1": Setting(**FEW, top_k=1),
+    "few-wrong-20-top-1-sum-1": Setting(**FEW, top_k=1, normalize=True),
     "few-wrong-20-strong": Setting(**FEW, mark="strong"),
     "few-wrong-20-cosine": Setting(**FEW, router="cosine"),
     "few-wrong-20-copied": Setting(**FEW, start="copied"),
@@ -79,6 +82,7 @@ SETTINGS = {
     "absent": Setting(mark="absent"),
     "strong": Setting(mark="strong"),
     "strong-top-1": Setting(mark="strong", top_k=1),
+    "strong-top-1-sum-1": Setting(mark="strong", top_k=1, normalize=True),
     "strong-8-experts": Setting(mark="strong", experts=8),
     "strong-width-64": Setting(mark="strong", width=64),
     "strong-depth-3": Setting(mark="strong", depth=3),
@@ -144,12 +148,12 @@ class Model(nn.Module):
         self.head = nn.Linear(width, count_classes(setting))
 
     def make_layer(self) -> MoELayer:
-        """With one expert per token the weight stays a probability: renormalised to 1, it would train no router."""
         of = self.setting
+        normalize = of.top_k > 1 if of.normalize is None else of.normalize
         experts, router = stgc_plus.Experts(of.experts, of.width, 2 * of.width), make_router(of.router, of.width, of.experts)
         for parameter in experts.parameters() if of.start == "copied" else ():
             parameter.data[1:] = parameter.data[0]
-        return MoELayer(experts, router, of.top_k, normalize=of.top_k > 1)
+        return MoELayer(experts, router, of.top_k, normalize=normalize)
 
     def forward(self, x_TI: Tensor, task_T: Tensor) -> Tensor:
         h_TD = self.embed(x_TI)
@@ -184,13 +188,14 @@ class LongSTGC(stgc_plus.STGC):
     step_type = LongStep
 
 
-SELECT = {"ce": "conflict", "placebo": "random", "flat": "all", "long": "conflict"}  # the variants with a beta
+SELECT = {"ce": "conflict", "placebo": "random", "flat": "all", "long": "conflict", "ce-one": "conflict"}  # with a beta
 
 
 def fit(model: Model, train: Examples, variant: str, beta: float | None, seed: int, steps: int, routers_alone: bool):
     """Trains. Yields after each step: its number, from 1; the main loss; the STGC object."""
     config = {"conflict_loss": "none", "every": 0}
-    config = {"beta": beta, "select": SELECT[variant], "seed": seed} if variant in SELECT else config
+    if variant in SELECT:
+        config = {"beta": beta, "select": SELECT[variant], "seed": seed, "router_only": variant == "ce-one"}
     stgc = (LongSTGC if variant == "long" else stgc_plus.STGC)(model, stgc_plus.STGCConfig(**config))
     routers = [parameter for layer in model.layers for parameter in layer.router.parameters()]
     others = [parameter for parameter in model.parameters() if all(parameter is not router for router in routers)]
@@ -354,8 +359,8 @@ def main() -> None:
         parser.error(f"--output {target} exists: continue it with --resume, or name another file")
     if target.exists():
         before = read_record(target)
-        settings = before["settings"] | settings
-        changed = [name for name, setting in before["settings"].items() if settings[name] != setting]
+        settings = before["settings"] | settings  # of options that an older record lacks: the defaults
+        changed = [name for name, own in before["settings"].items() if settings[name] != asdict(Setting()) | own]
         if changed or before["config"] != config or before["columns"] != list(COLUMNS):
             what = f"another setting {changed[0]!r}" if changed else f"{before['config']}"
             parser.error(f"--resume: {target} was made with {what}; give the same, or name another --output")

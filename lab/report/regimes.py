@@ -6,6 +6,7 @@
 "2+ 1-": in two settings the paired 95 % interval lies above 0, in one below. No correction for the number of intervals.
 """
 
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -16,6 +17,7 @@ from lab.run.cli import Parser, path, run_main, say
 
 NONE, RANDOM, FROZEN, ORACLE = ((name, None) for name in ("none", "random", "frozen", "oracle"))
 DOSED = ("ce", "placebo", "flat")
+MORE = ("ce-one",)  # newer: a record may lack it
 PANELS = {  # the verdict of random - none -> title
     "better": "random beats none",
     "no difference": "random as good as none",
@@ -61,7 +63,8 @@ def median_margin(runs: Runs, names: list[str], own: tuple) -> float:
 def summary_table(runs: Runs, names: list[str]) -> str:
     """By variant and beta: medians over the settings, and in how many of them it is better or worse than a control."""
     rows = [["variant", "beta", "minus none", "best", "than none", "placebo", "flat", "random", "margin / none's", "moved"]]
-    for own in [NONE, RANDOM, FROZEN, ORACLE, *((variant, beta) for beta in BETAS for variant in DOSED)]:
+    whole = [own for own in product(MORE, BETAS) if all((name, *own) in runs for name in names)]
+    for own in [NONE, RANDOM, FROZEN, ORACLE, *((variant, beta) for beta in BETAS for variant in DOSED), *whole]:
         variant, beta = own
         row = [variant, "" if beta is None else f"{beta:g}"]
         row += [f"{median(gap(runs, name, own, key=key).mean for name in names):+.1f}" for key in KEYS]
@@ -131,7 +134,7 @@ def main() -> None:
         parser.error(f"{file}: no setting has runs of all variants; continue it: python -m lab.bench.regimes --resume")
     tables = {"medians over the settings; at the last step better and worse": summary_table(runs, names)}
     against_none = [(own, NONE) for own in (RANDOM, FROZEN, ORACLE, *(("ce", beta) for beta in BETAS))]
-    against_placebo = [((variant, beta), ("placebo", beta)) for variant in ("ce", "long") for beta in BETAS]
+    against_placebo = [((variant, beta), ("placebo", beta)) for variant in ("ce", "long", *MORE) for beta in BETAS]
     for key, when in KEYS.items():
         tables[f"minus none, {when}"] = settings_table(runs, names, against_none, key)
         tables[f"minus the placebo, {when}"] = settings_table(runs, names, against_placebo, key)
