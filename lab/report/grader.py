@@ -54,10 +54,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def fault_of(where: str, found, truth: Tensor, mistakes: dict[str, Tensor], names: tuple[str, ...] = ()) -> str:
     """What is wrong, in one line; "" if nothing is. mistakes: what each gives, by its hint. names: of the dimensions."""
-    if not isinstance(found, Tensor):
-        return f"{where} is a {type(found).__name__}, not a tensor"
-    if (found.shape, found.dtype) != (truth.shape, truth.dtype):
-        return f"{where} is {tuple(found.shape)} {found.dtype}, and must be {tuple(truth.shape)} {truth.dtype}"
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (truth.shape, truth.dtype):
+        own = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        return f"{where} is {own}, and must be a tensor {tuple(truth.shape)} {truth.dtype}"
     if same(found, truth):
         return ""
     gap = (found - truth).abs().double().nan_to_num(torch.inf)

@@ -15,14 +15,14 @@ from lab.run.runs import ROOT
 
 PAGES = ("tutorial", "exercises")
 SETUP = '''\
-# In the project's folder this cell does nothing. Elsewhere, as in Colab, it gets the files: write their address here.
+# In the project's folder this cell does nothing. Elsewhere, as in Colab, it gets the project's files.
 import os
 import subprocess
 import sys
 
-repository = ""  # for git clone
+repository = ""  # elsewhere: write the address for git clone between the quotes
 if not os.path.isfile("stgc.py"):
-    assert repository, "write the address of the project's repository into this cell, or open the notebook in its folder"
+    assert repository, "write the address of the project's repository into this cell"
     subprocess.run(["git", "clone", "--depth", "1", repository, "stgc-project"], check=True)
     os.chdir("stgc-project")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", "requirements.txt"], check=True)'''
@@ -45,7 +45,7 @@ def cells_of(page: str) -> list[tuple[str, str, bool]]:
         text, prose = prose.strip(), ""
         answer = before_code and text.count(FOLDED) > text.count(UNFOLDED)
         if answer:
-            text += f"\n\n*The next cell, which is hidden, has the code.*\n\n{UNFOLDED}"
+            text += f"\n\n*The next cell has the code.*\n\n{UNFOLDED}"
             prose = CONTINUED
         if text.removeprefix(CONTINUED.strip()).strip() not in ("", UNFOLDED):
             found.append(("markdown", text, False))
