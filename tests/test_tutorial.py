@@ -20,8 +20,8 @@ TEXT = (ROOT / "tutorial.md").read_text()
 FENCE = re.compile(r"^```(\w+)[^\S\n]*([^\n]*)\n(.*?)^```$", re.M | re.S)
 PARTS = {"stgc.py": "", "stgc_plus.py": "II."}  # the two files, and how the titles of their part begin
 LEGEND = "CHOICE: the paper is silent.\nDIFFERS: we knowingly depart."  # stgc.py says what the tags mean
-BOOK = json.loads((ROOT / "tutorial.ipynb").read_text())["cells"]  # its first cell of code gets the files
-OUTPUTS = ["".join(row for out in cell["outputs"] for row in out["text"]) for cell in BOOK if cell["cell_type"] == "code"][1:]
+CODE = [cell for cell in json.loads((ROOT / "tutorial.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+OUTPUTS = ["".join(row for out in cell["outputs"] for row in out["text"]) for cell in CODE[1:]]  # the first gets the files
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 TAGS = re.compile(r"\b(CHOICE|DIFFERS): ((?:[^\n]|\n)*?\S(?:\s+(?:# )?\S+){2})")  # a tag and the first three words behind it
 

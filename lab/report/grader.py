@@ -94,8 +94,8 @@ def moe(answer) -> Iterator[tuple]:
 
         experts = [partial(run, e) for e in range(E)]
         out_TED = torch.stack([expert(one.x_TD) for expert in experts], dim=1)
-        p_TE, q_TE = one.z_TE.detach().softmax(1), one.z_TE.detach().softmax(0)
-        p_TE, q_TE = (a_TE.where(a_TE >= a_TE.topk(top_k).values[:, -1:], 0.0) for a_TE in (p_TE, q_TE))  # the K largest
+        both = (one.z_TE.detach().softmax(dim) for dim in (1, 0))  # over the experts, and wrongly over the tokens
+        p_TE, q_TE = (a_TE.where(a_TE >= a_TE.topk(top_k).values[:, -1:], 0.0) for a_TE in both)  # the K largest alone
         scaled_TE = p_TE / p_TE.sum(1, keepdim=True)
         weights_TE, other_TE = (scaled_TE, p_TE) if normalize else (p_TE, scaled_TE)
         last_TE = weights_TE * (p_TE > 0).flip(1).cumsum(1).eq(1).flip(1)
