@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -19,6 +20,9 @@ TEXT = (ROOT / "tutorial.md").read_text()
 FENCE = re.compile(r"^```(\w+)[^\S\n]*([^\n]*)\n(.*?)^```$", re.M | re.S)
 PARTS = {"stgc.py": "", "stgc_plus.py": "II."}  # the two files, and how the titles of their part begin
 LEGEND = "CHOICE: the paper is silent.\nDIFFERS: we knowingly depart."  # stgc.py says what the tags mean
+CODE = [cell for cell in json.loads((ROOT / "tutorial.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+OUTPUTS = ["".join(row for out in cell["outputs"] for row in out["text"]) for cell in CODE[1:]]  # the first gets the files
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 TAGS = re.compile(r"\b(CHOICE|DIFFERS): ((?:[^\n]|\n)*?\S(?:\s+(?:# )?\S+){2})")  # a tag and the first three words behind it
 
 
@@ -52,15 +56,19 @@ def test_every_fence_is_checked():
 @pytest.mark.slow
 def test_code_runs_in_order(monkeypatch):
     """All python fences in one namespace, from the project's folder. A traceback has the tutorial's line numbers. Each
-    numbered section prints something to look at, and no fence prints more than a screen."""
+    numbered section prints something to look at, and no fence prints more than a screen. The notebook has what is printed;
+    numbers after a training differ from one CPU to another."""
     monkeypatch.chdir(ROOT)
     scope, code, titles = {"__name__": "tutorial"}, fences("python"), set()
     assert len(code) > 60
     with torch.random.fork_rng():
-        for line, source in code:
+        for (line, source), output in zip(code, OUTPUTS, strict=True):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compile("\n" * (line - 1) + source, str(ROOT / "tutorial.md"), "exec"), scope)
             rows = printed.getvalue().splitlines()
+            assert NUMBER.sub("#", printed.getvalue()).split() == NUMBER.sub("#", output).split(), line
+            new, old = (list(map(float, NUMBER.findall(text))) for text in (printed.getvalue(), output))
+            assert new == pytest.approx(old, rel=0.05, abs=0.05), line
             assert len(rows) < 25 and all(len(row) < 125 for row in rows), (line, rows)
             titles |= {title_above(line)} if rows else set()
     assert titles >= {PARTS[file] + title for file in PARTS for title in numbered(file)}

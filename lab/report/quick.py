@@ -3,7 +3,6 @@
 They need no download: a net of two MoE layers, and stgc.Demo. Everything is trained in this process, with one thread.
 """
 
-import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -14,9 +13,8 @@ import stgc
 from lab.bench import measure
 from lab.report import regimes
 from lab.report.compare import layout
+from lab.report.grader import load_oracle
 from lab.report.records import RESULTS
-from lab.run.cli import UserError
-from lab.run.runs import ROOT
 from stgc import MoELayer
 from stgc_plus import STGC, Experts, STGCConfig
 
@@ -35,17 +33,6 @@ class Net(nn.Module):
         for layer in self.layers:
             x_TD = torch.tanh(x_TD + layer(x_TD))
         return self.head(x_TD)
-
-
-def load_oracle():
-    """tests/reference.py, by its path: an installed package has no tests. UserError."""
-    path = ROOT / "tests" / "reference.py"
-    if not path.is_file():
-        raise UserError(f"--quick compares with {path}, which an installed package lacks: run it in a checkout")
-    spec = importlib.util.spec_from_file_location("reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def compare_flags() -> Iterator[str]:
