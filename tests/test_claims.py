@@ -124,6 +124,24 @@ def test_rows_of_sample_level_routings():
     assert (embedding, feature, task) == (NOT_RUN, "inconclusive", "reproduced")
 
 
+def test_what_no_setting_can_judge_is_not_testable():
+    """Four settings where random does as well, and nothing else was run; one where none gains over start and random."""
+
+    def setting(lead, steps):
+        scores = {"none": plus(*[lead] * 4, lead + 0.1), "random": NONE}
+        record = a_picture_record(scores, stage3_steps=steps)
+        return record | {"stages": [{"seed": seed, "scores": {"score": score / 100}} for seed, score in enumerate(NONE)]}
+
+    def verdicts_of(*sides):
+        settings = [Setting(one) for one in records.merge([*sides])]
+        return {row.verdict for row in (*claims.sweep_rows(settings), *claims.lvlm_rows(settings))}
+
+    poor = [setting(2, steps) for steps in (100, 200, 300, 400)]
+    assert verdicts_of(*poor[:3]) == {NOT_RUN}
+    assert verdicts_of(*poor) == {"not testable here: routing matters in none of 4 settings"}
+    assert verdicts_of(*poor, setting(4, 500)) == {NOT_RUN}
+
+
 def test_rows_of_curves(tmp_path):
     """Loads, losses and conflicts per layer come from the curves; the signs decide."""
 
