@@ -372,8 +372,16 @@ chosen on dev, as in the paper's source; the last epoch stands beside them. A cl
 
 
 def usable(records: list[dict]) -> list[Setting]:
-    """The settings that compare something with the baseline, real data first."""
+    """The settings that compare something with the baseline, real data first. One that was run without a baseline has that
+    of another beta, which means nothing to it."""
     found = [Setting(record) for record in merge(records)]
+    keys = [key_of(setting.record | {"config": setting.record["config"] | {"beta": None}}) for setting in found]
+    bases = {key: setting.record for key, setting in zip(keys, found) if "none" in setting.variants}
+    for key, setting in zip(keys, found):
+        if "none" not in setting.variants and key in bases:
+            for part in ("runs", "repeated"):
+                own = [run for run in bases[key][part] if (run if part == "runs" else run[0])["variant"] == "none"]
+                setting.record[part] = [*own, *setting.record[part]]
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
 
