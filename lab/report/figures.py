@@ -186,7 +186,7 @@ def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> 
             if found and found[1].low is not None:
                 zero, gap = np.mean(list(found[0].of("score").values())), found[1]
                 ends = [[gap.mean - gap.low], [gap.high - gap.mean]]
-                axis.errorbar(x + 0.36, zero + gap.mean, ends, color=colour, linewidth=1.4, capsize=3.5, marker="_")
+                axis.errorbar(x + 0.36, zero + gap.mean, ends, color=colour, linewidth=1.4, capsize=3.5, fmt="_")
                 axis.hlines(zero, x - 0.5, x + 0.5, color="#1b1b1b", linestyle=":", linewidth=1)
         rates = [None] if select == "best" else sorted({row.lr for row in rows})
         for rate, seed in product(rates, seeds):

@@ -30,7 +30,7 @@ def style_of(variant: str) -> tuple:
     kind, *endings = name.split("-")
     colour, line, marker = KINDS[name if name in KINDS else kind]
     if name not in KINDS and (number := sum(count for ending, count in zip(ENDINGS, (4, 8, 1, 2)) if ending in endings)):
-        line, marker = (0, (2 + number, 1 + number // 4, 1, 1)), MARKERS[number - 1]
+        line, marker = (0, (2 + number, 1, 1 + [*KINDS].index(kind), 1)), MARKERS[number - 1]
     return colour, line, marker
 
 
