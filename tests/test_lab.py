@@ -171,6 +171,19 @@ def test_figures_draw_every_series(tmp_path):
     figures.draw_idea(tmp_path / "idea.png")
 
 
+def test_parts_of_one_experiment_are_drawn_as_one(monkeypatch):
+    drawn, folders = (
+        [],
+        [str(ROOT / "results" / name) for name in ("mrpc-minilm-seed3", "mrpc-minilm-seeds4-6", "rte-minilm")],
+    )
+    monkeypatch.setattr(figures, "plot_comparison", lambda folder, records, select: drawn.append((folder, records, select)))
+    monkeypatch.setattr(sys, "argv", ["figures", *folders])
+    figures.main()
+    ((folder, records, select),) = drawn
+    seeds = [sorted({run["seed"] for run in record["runs"]}) for record in records]
+    assert (folder, select, seeds) == (ROOT / "results", "best", [[3, 4, 5, 6], [0, 1, 2]])
+
+
 def test_smoothing_smooths_a_toy_run():
     """38 points, of which neighbours differ by 1."""
     values = figures.smooth([float(i % 2) for i in range(38)])

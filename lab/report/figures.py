@@ -1,7 +1,8 @@
 """Figures, drawn only from the records of runs.
 
   python -m lab.report.figures FOLDER              draws a run's figures again
-  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side, as comparison.png in their common parent folder
+  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side, as comparison.png in their common parent folder;
+                                                   parts of one experiment, such as other seeds, become one
   python -m lab.report.figures --idea FILE.png     the picture of README.md, which shows no run
   python -m lab.report.figures --tutorial FOLDER   the pictures of tutorial.md, which show no run
 
@@ -23,6 +24,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from lab.report.compare import gap_to_baseline, has_best, select_rows
+from lab.report.records import merge
 from lab.report.styles import STYLES, style_of
 from lab.run.cli import Parser, UserError, run_main, say
 from lab.run.files import written
@@ -477,15 +479,16 @@ def main() -> None:
             parser.error(f"{missing[0]}: no results.json with a finished run; give a run's output folder")
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:
-            say(plot_comparison(Path(os.path.commonpath([path.resolve() for path in args.folder])), records, select))
+            common = Path(os.path.commonpath([path.resolve() for path in args.folder]))
+            say(plot_comparison(common, merge(records), select))
         else:
             say(plot_run(folder, records[0]))
             if len({run["variant"] for run in records[0]["runs"]}) > 1:
                 say(plot_comparison(folder, records, select))
             for run in records[0]["runs"]:
-                if run.get("routes"):
-                    name = f"{run['variant']}-s{run['seed']}"
-                    say(plot_routes(run["routes"], folder / f"routes-{name}.png", name))
+                name = f"{run['variant']}-s{run['seed']}"
+                if run.get("routes") and (picture := folder / f"routes-{name}.png").is_file():
+                    say(plot_routes(run["routes"], picture, name))
 
 
 if __name__ == "__main__":
