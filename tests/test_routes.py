@@ -374,3 +374,5 @@ def test_dice_have_no_margin(tmp_path, monkeypatch):
     panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs}))
     (margin,) = (axis for title, axis in panels.items() if title.startswith("router margin"))
     assert [line.get_label() for line in margin.lines] == ["none"]
+    figure = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs[1:]})
+    assert not any(title.startswith("router margin") for title in panels_of(figure))

@@ -1,7 +1,7 @@
 """Figures, drawn only from the records of runs.
 
   python -m lab.report.figures FOLDER              draws a run's figures again
-  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side, as comparison.png in their common parent folder;
+  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side: comparison.png in their common parent folder;
                                                    parts of one experiment, such as other seeds, become one
   python -m lab.report.figures --idea FILE.png     the picture of README.md, which shows no run
   python -m lab.report.figures --tutorial FOLDER   the pictures of tutorial.md, which show no run
@@ -124,7 +124,13 @@ def plot_run(folder: Path, record: dict) -> Path:
     curves = read_curves(folder, record)
     lines = [line for runs in curves.values() for lines in runs for line in lines]
     layers = {i: layer_name(own.get("layer", i)) for line in lines for i, own in enumerate(line.get("layers", []))}
-    logged = lambda key, layer=None: any(value_of(line, key, layer) is not None for line in lines)  # noqa: E731
+
+    def shows(name: str, key: str) -> bool:
+        return key != "router_margin" or not name.startswith("random")  # dice have none
+
+    def logged(key: str, layer: int | None = None) -> bool:
+        return any(series(lines, key, layer)[0] for name, runs in curves.items() if shows(name, key) for lines in runs)
+
     panels = [(key, title, [None]) for key, title in PANELS if key == "loss" or logged(key)]
     if len(layers) > 1:
         own = [(key, re.split("[:,\n]", title)[0] + "\nof each MoE layer, by its number") for key, title in PANELS]
@@ -140,16 +146,14 @@ def plot_run(folder: Path, record: dict) -> Path:
             colour, line, marker = style_of(name)
             same = sum(style_of(other) == style_of(name) for other in [*curves][:i])  # of other rates
             look = {"color": colour, "linestyle": line, "marker": marker, "linewidth": 1.6 + same, "label": name}
-            if key == "router_margin" and name.startswith("random"):
-                continue  # dice have none
-            for layer in which:
+            for layer in which if shows(name, key) else ():
                 plot_curve(axis, runs, key, look, layer)
         for layer, line in zip(which if None not in which else [], axis.lines):  # the first variant's
             place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
             axis.annotate(layers[layer].removeprefix("layer "), line.get_xydata()[-1], **place)
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.25)
-        if key == "router_margin" and axis.lines:
+        if key == "router_margin":
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_minor_locator(NullLocator())
