@@ -166,7 +166,7 @@ from lab.report import compare, figures, page
 from lab.run import runs
 from lab.run.hub import Checkpoint
 from lab.run.training import MuonAdamW, Training
-from lab.vision import instructions, llava, lvlm, routes
+from lab.vision import instructions, llava, lvlm, routes, scenes
 from lab.vision.instructions import KINDS, Collate, InstructionSet, Unpacked, encode, is_right, make_packs, shuffled
 from stgc import MoELayer
 from stgc_plus import STGCConfig
@@ -531,7 +531,9 @@ def sheet_rows(job: Job, texts: list[str], count: int = 20) -> list[dict]:
     for row in chosen:
         one = test[row]
         shown = {"image": one.image, "kind": one.kind, "question": one.turns[-1][0].replace(instructions.IMAGE, "").strip()}
-        rows.append(shown | {"answer": texts[row], "expected": one.turns[-1][1], "right": is_right(one, texts[row])})
+        shown |= {"answer": texts[row], "expected": one.turns[-1][1], "right": is_right(one, texts[row])}
+        places = ("answer", "expected") if one.part in scenes.ASKED["region"] else ()  # your own data may have other units
+        rows.append(shown | {"boxes": [scenes.read_place(shown[key]) for key in places]})
     return rows
 
 
@@ -672,7 +674,7 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
                     figures.plot_run(folder, record.record)
                 picture = folder / f"routes-{name}.png"
                 if entry.get("routes") and not picture.exists():
-                    figures.plot_routes(entry["routes"], [f"layer {i}" for i in spec.layers.split(",")], picture, title=name)
+                    figures.plot_routes(entry["routes"], picture, name)
             runs.remove_checkpoints(folder / runs.CHECKPOINTS / name, accelerator)
     if main_process:
         if len(args.variants) > 1:

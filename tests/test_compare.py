@@ -6,6 +6,7 @@ import pytest
 
 from lab.report import figures
 from lab.report.compare import PUBLISHED, Paired, comparison_table, metric_names, paired, paper_table, select_rows
+from lab.report.styles import style_of
 
 LR = 2e-5
 
@@ -248,6 +249,12 @@ def drawn(monkeypatch, *args):
     return figure[0].axes, path
 
 
+def intervals(axis):
+    """The ends of each vertical line, left to right."""
+    lines = [line for found in axis.collections for line in found.get_segments()]
+    return sorted((line.tolist() for line in lines if line[0][0] == line[1][0]), key=lambda line: line[0])
+
+
 def points(axis, style):
     return [list(zip(*line.get_data())) for line in axis.lines if line.get_linestyle() == style and len(line.get_xdata())]
 
@@ -259,14 +266,37 @@ def test_figure_has_a_point_per_seed_and_joins_the_pairs(tmp_path, monkeypatch):
     assert [left.get_title(), right.get_title(), left.get_ylabel()] == ["rte", "cola", "dev score in % (best)"]
     assert [label.get_text() for label in left.get_xticklabels()] == ["dense", "none", "ce"]
     expected = {(0, 71.0), (0, 63.0), (0, 78.0), (1, 70.0), (1, 61.0), (1, 75.0), (2, 71.0), (2, 63.0), (2, 72.0)}
-    assert {(x, round(y, 6)) for one in points(left, "None") for x, y in one} == expected
+    assert {(x, round(y, 6)) for one in points(left, "None") for x, y in one if x == int(x)} == expected
     hollow = [line.get_data() for line in left.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [(x[0], round(y[0], 6)) for x, y in hollow] == [(2, 63.0)]
     lines = [[(x, round(y, 6)) for x, y in line] for line in points(left, "-")]
     assert [(0, 71.0), (1, 70.0), (2, 71.0)] in lines and len(lines) == 3 + 3  # means and seeds
-    assert [(0.7, 68.666667), (1.3, 68.666667)] in lines
-    assert len({line.get_marker() for line in left.lines if line.get_linestyle() == "None" and len(line.get_xdata())}) == 3
-    assert sorted(y for one in points(right, "None") for _, y in one) == pytest.approx([-10, 20])
+    assert [(0.75, 68.666667), (1.25, 68.666667)] in lines
+    looks = {(line.get_color(), line.get_marker()) for line in left.lines if list(line.get_xdata()) in ([0], [1], [2])}
+    assert looks == {style_of(name)[::2] for name in ("dense", "none", "ce")}  # of the variants, not of the seeds
+    (_, low), (_, high) = intervals(left)[
+        1
+    ]  # around the baseline's mean, 68.667: gaps 1, 2, -3, half 4.3026527 * sqrt(7 / 3)
+    assert (low, high) == pytest.approx((68.666667 - 6.572411, 68.666667 + 6.572411), abs=1e-4)
+    assert sorted(y for one in points(right, "None") for _, y in one) == pytest.approx([-10, 20]) and not intervals(right)
+    said = [text.get_text() for text in right.texts]
+    assert said == ["one seed: no conclusion"] and not left.texts
+
+
+def test_figure_spans_ten_examples_and_names_their_number(tmp_path, monkeypatch):
+    near = record("toy", [run("none", 0, 0.93), run("ce", 0, 0.9325)]) | {"data": {"train": 9, "dev": 400}}
+    (axis,), _ = drawn(monkeypatch, tmp_path, [near])
+    low, high = axis.get_ylim()
+    assert axis.get_title() == "toy\n400 dev examples" and high - low >= 10 * 100 / 400
+    far = near | {"data": {"dev": 10000}}
+    (axis,), _ = drawn(monkeypatch, tmp_path, [far])
+    assert axis.get_ylim()[1] - axis.get_ylim()[0] < 0.5  # one example of 400 is 25 of 10,000: nothing to widen
+
+
+def test_figure_names_a_variant_of_one_seed(tmp_path, monkeypatch):
+    runs = [run("dense", 0, 0.5), *(run(name, seed, 0.5 + seed / 10) for name in ("none", "ce") for seed in (0, 1))]
+    (axis,), _ = drawn(monkeypatch, tmp_path, [record("toy", runs)])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["dense\n1 seed", "none", "ce"]
 
 
 def test_figure_names_the_data_of_its_scores(tmp_path, monkeypatch):

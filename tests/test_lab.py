@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import accelerate
@@ -14,10 +15,11 @@ from sklearn.metrics import f1_score
 from test_glue import data, model  # noqa: F401  (fixtures)
 
 from lab.bench import step as bench
-from lab.report import figures, readme, tables
+from lab.report import figures, readme, styles, tables
 from lab.run import runs
 from lab.run.cli import Parser, RunFailed, UserError, model_is_cached, number, run_main
 from lab.run.hub import from_hub
+from lab.run.options import VARIANT
 from lab.text.metrics import GlueMetric
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +186,53 @@ def test_figures_draw_every_series(tmp_path):
     assert len(values) == 60 and values[0] == 1 and values[-1] == 3
     assert figures.plot_run(tmp_path, record).stat().st_size > 10_000
     figures.draw_idea(tmp_path / "idea.png")
+
+
+def test_parts_of_one_experiment_are_drawn_as_one(monkeypatch):
+    drawn, folders = (
+        [],
+        [str(ROOT / "results" / name) for name in ("mrpc-minilm-seed3", "mrpc-minilm-seeds4-6", "rte-minilm")],
+    )
+    monkeypatch.setattr(figures, "plot_comparison", lambda folder, records, select: drawn.append((folder, records, select)))
+    monkeypatch.setattr(sys, "argv", ["figures", *folders])
+    figures.main()
+    ((folder, records, select),) = drawn
+    seeds = [sorted({run["seed"] for run in record["runs"]}) for record in records]
+    assert (folder, select, seeds) == (ROOT / "results", "best", [[3, 4, 5, 6], [0, 1, 2]])
+
+
+def test_smoothing_smooths_a_toy_run():
+    """38 points, of which neighbours differ by 1."""
+    values = figures.smooth([float(i % 2) for i in range(38)])
+    assert len(values) == 38 and max(abs(values - 0.5)) < 0.2
+    assert list(figures.smooth([2.0])) == [2.0] and list(figures.smooth([1.0, 3.0, 3.0])) == pytest.approx([2.0, 7 / 3, 3.0])
+    assert figures.smooth(list(range(80)))[40] == pytest.approx(39.5)  # of ten values
+
+
+def test_each_variant_has_a_style_of_its_own():
+    """Also in grey, by line and marker; and the figures, the search and the page have no second table."""
+    kinds = "none ce mse reroute placebo placebo-mse placebo-reroute flat flat-mse".split()
+    names = ["".join(parts) for parts in product(kinds, ("", "-one"), ("", "-weight"))]
+    names = ["dense", "random", *filter(VARIANT.fullmatch, names), "embedding", "feature", "task", "frozen"]
+    looks = [styles.style_of(name) for name in names]
+    assert len(set(looks)) == len({(line, marker) for _, line, marker in looks}) == len(names)
+    assert styles.style_of("ce-lr2e-05") == styles.style_of("ce")
+    for path in ROOT.glob("lab/**/*.py"):
+        if path.name != "styles.py":
+            assert not re.search(r'"#\w{6}", "[^"]+", "\w"\)', path.read_text()), path
+
+
+def test_the_page_draws_variants_as_the_figures_do():
+    for names, looks in (
+        (["none", "ce", "placebo"], [0, 1, 2]),
+        (["none", "placebo"], [0, 2]),
+        (["mse", "ce-lr1e-05", "ce-lr2e-05", "x"], [0, 1, 2, 3]),
+        (["dense", "none", "ce", "placebo", "flat", "random"], [0, 0, 1, 2, 3, 4]),
+    ):
+        assert styles.looks_of(names) == looks
+    page = (ROOT / "lab/report/page.html").read_text()
+    colours = [re.search(rf"--v{i}: (#\w{{6}})", page)[1] for i in range(5)]  # of the light page, which comes first
+    assert colours == [colour for colour, _, _ in styles.STYLES]
 
 
 def test_metric_is_the_mean_of_its_scores():

@@ -11,6 +11,7 @@ from torch import nn
 
 from lab.bench import layer
 from lab.bench.measure import compare
+from lab.report import costs
 from lab.run import runs
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_growth_is_measured_recorded_and_drawn(tmp_path, monkeypatch, capsys):
         assert list(rows) == list(layer.VARIANTS) and all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows.values())
     for name in layer.VARIANTS:  # twice the tokens need more memory, whatever the machine does
         assert record["growth"]["tokens"]["64"][name]["bytes"] > 1.3 * record["growth"]["tokens"]["32"][name]["bytes"]
-    assert (tmp_path / "scaling.png").stat().st_size > 20_000
+    assert costs.plot_growth(record["growth"], tmp_path / "scaling.png").stat().st_size > 20_000
     assert capsys.readouterr().out.count("slope of time") == 6
 
 

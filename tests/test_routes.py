@@ -1,6 +1,7 @@
 """Recorded routes against a loop over tokens; shares and paths counted by hand; what the figures show of them."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,8 @@ from conftest import make_batch, make_net, run, same_grads
 from torch import nn
 
 from lab.report import figures
+from lab.report.styles import style_of
+from lab.vision import scenes
 from lab.vision.routes import count_pathways, load_by_modality, record_routes, summary
 from stgc import MoELayer
 from stgc_plus import STGC, Experts, STGCConfig
@@ -227,7 +230,7 @@ def test_summary_is_json_and_nothing_recorded_is_no_modality():
         pass
     assert summary(routes)["modalities"] == {} and routes.all_NMK.shape == (0, 2, 2)
     with pytest.raises(ValueError, match="no token's route was recorded"):
-        figures.plot_routes(summary(routes), None, "never.png")
+        figures.plot_routes(summary(routes), "never.png")
 
 
 # ---- 3. Figures ----
@@ -249,9 +252,11 @@ def texts(axis):
 
 
 def test_figure_shows_load_and_paths(tmp_path, monkeypatch):
-    found = summary(told(PATHS, MODALITY))
-    names = ["layer 1", "layer 3", "layer 5"]
-    load, paths, load_text, _ = drawn(monkeypatch, figures.plot_routes, found, names, tmp_path / "routes.png").axes
+    found = summary(told(PATHS, MODALITY)) | {"layers": [f"model.layers.{i}.mlp" for i in (1, 3, 5)]}
+    figure = drawn(monkeypatch, figures.plot_routes, found, tmp_path / "routes.png")
+    load, paths, load_text, _ = figure.axes
+    how = "expert 1 in the first MoE layer (layer 1), then expert 1 in the second MoE layer (layer 3), and so on."
+    assert figure.get_supxlabel() == f"1-1-1 is a path: the token's first choice is {how}"
     assert [load.get_title(), load_text.get_title()] == ["picture: 5 tokens", "text: 3 tokens"]
     heights = np.array([[bar.get_height() for bar in bars] for bars in load.containers])
     np.testing.assert_allclose(heights.T, found["modalities"]["picture"]["first_ME"], atol=1e-12)
@@ -259,14 +264,11 @@ def test_figure_shows_load_and_paths(tmp_path, monkeypatch):
     np.testing.assert_allclose(tops, 1, atol=1e-12)
     looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in load.containers}
     assert len(looks) == E and len({hatch for _, hatch in looks}) == E  # told apart in grey too
-    assert [label.get_text() for label in load.get_xticklabels()] == names
+    assert [label.get_text() for label in load.get_xticklabels()] == ["layer 1", "layer 3", "layer 5"]
     assert sorted(texts(load)) == ["20"] * 2 + ["40"] * 5 + ["60"]
     assert [label.get_text() for label in paths.get_yticklabels()] == ["1-1-1", "2-0-3", "0-3-1"]
     assert texts(paths) == ["40.0", "40.0", "20.0"] and paths.get_title().endswith("together 100.0 %")
-    for few in (names[:2], "abc"):
-        with pytest.raises(ValueError, match="one for each of 3 MoE layers is needed"):
-            figures.plot_routes(found, few, tmp_path / "routes.png")
-    only = drawn(monkeypatch, figures.plot_routes, summary(told(PATHS, [0] * 8)), None, tmp_path / "routes.png", "ce-s0")
+    only = drawn(monkeypatch, figures.plot_routes, summary(told(PATHS, [0] * 8)), tmp_path / "routes.png", "ce-s0")
     assert only.get_suptitle() == "ce-s0"
     assert [label.get_text() for label in only.axes[0].get_xticklabels()] == ["layer 0", "layer 1", "layer 2"]
     assert len(only.axes) == 2
@@ -277,7 +279,7 @@ def test_sheet_shows_every_picture_with_its_verdict(tmp_path, monkeypatch):
     long = row | {"question": "many words " * 60, "answer": "$a_", "right": True, "kind": "caption"}
     images_N3SS = torch.randint(256, (5, 3, 6, 6), dtype=torch.uint8)
     sheet = drawn(monkeypatch, figures.plot_sheet, images_N3SS, [row, long, row, row, row], tmp_path / "sheet.png")
-    assert len(sheet.axes) == 8
+    assert len(sheet.axes) == 5  # in one row
     wrong, right = sheet.axes[:2]
     assert texts(wrong) == ["\u2717 wrong (vqa)", "Q: What colour is it?\nA: red\nRight: blue"]
     title, text = texts(right)
@@ -295,16 +297,82 @@ def test_sheet_shows_every_picture_with_its_verdict(tmp_path, monkeypatch):
     for picture in pictures[::2]:
         assert np.array_equal(picture.images[0].get_array(), images_N3SS[3].permute(1, 2, 0))
     assert not pictures[1].images and texts(pictures[1]) == ["no picture"]
+    region = row | {"kind": "region", "boxes": [scenes.read_place("16 0 32 8"), scenes.read_place("bottom left")]}
+    rows = [region, region | {"right": True}, region | {"boxes": [None, (0, 0, 1, 1)]}]
+    rows = [row | {"image": 0} for row in rows + [row | {"right": True}] * 2 + [row | {"answer": "a " * 200}]]
+    sheet = drawn(monkeypatch, figures.plot_sheet, images_N3SS, rows, tmp_path / "sheet.png")
+    boxes = [[box.get_bbox().extents.tolist() for box in axis.child_axes[0].patches] for axis in sheet.axes[:4]]
+    top_right, bottom_left = [2.5, -0.5, 5.5, 1.0], [-0.5, 2.5, 2.5, 5.5]  # edges of pixels, of a picture with six a side
+    assert boxes == [[top_right] * 2 + [bottom_left] * 2, [top_right] * 2, [[-0.5, -0.5, 5.5, 5.5]] * 2, []]
+    lines = [box.get_linestyle() for box in sheet.axes[0].child_axes[0].patches]
+    assert lines[0] == lines[2] == "-" and lines[3] == ":" and len(set(map(str, lines))) == 3  # on white: dashed, dotted
+    first, second = (sheet.axes[i].get_position().height for i in (0, 5))
+    assert second > first  # a row is as high as its texts
     with pytest.raises(ValueError, match="5 pictures for 1 rows"):
         figures.plot_sheet(images_N3SS, [row], tmp_path / "sheet.png")
 
 
+def curve(steps, depth=1, **more):
+    layer = {"load": [0.7, 0.3], "conflict_ratio": 0.2, "layer": "h.1.mlp"}
+    layers = [layer, layer | {"conflict_ratio": 0.4, "layer": "h.3.mlp"}]
+    return [{"step": s, "loss": 1 / s, "conflict_ratio": 0.3, "layers": layers[:depth]} | more for s in steps]
+
+
+def panels_of(figure):
+    return {axis.get_title(): axis for axis in figure.axes if axis.axison}
+
+
 def test_curves_have_a_panel_for_what_was_logged(tmp_path, monkeypatch):
-    lines = [{"step": s, "loss": 1 / s, "conflict_ratio": 0.3, "layers": [{"load": [0.7, 0.3]}]} for s in range(1, 9)]
-    log, record = tmp_path / "ce-s0.jsonl", {"name": "toy", "runs": [{"variant": "ce", "seed": 0, "lr": 0.1}]}
-    for more, labels in (([], []), ([{"step": 8, "eval_score": 0.5}], ["dev score"])):
-        log.write_text("\n".join(map(json.dumps, lines + more)))
-        titles = [
-            axis.get_title().partition("\n")[0] for axis in drawn(monkeypatch, figures.plot_run, tmp_path, record).axes
-        ]
-        assert titles == ["training loss", "conflict ratio", "share of pairs", *labels]
+    record = {"name": "toy", "runs": [{"variant": "ce", "seed": 0, "lr": 0.1}]}
+    losses = {"router_margin": 0.01, "balance_loss": 1.0, "conflict_loss": 2.0}
+    for more, score, labels in (
+        ({}, [], []),
+        ({}, [{"step": 8, "eval_score": 0.5}], ["dev score"]),
+        (losses, [], ["router margin", "balance loss", "conflict loss"]),
+    ):
+        (tmp_path / "ce-s0.jsonl").write_text("\n".join(map(json.dumps, curve(range(1, 9), **more) + score)))
+        panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, record))
+        shown = [re.split("[:,\\n]", title)[0] for title in panels]
+        assert sorted(shown) == sorted(["training loss", "conflict ratio", "share of pairs on the busiest expert", *labels])
+        assert all(len(title.splitlines()) == 2 for title in panels)  # the second says what to look for
+
+
+def test_curves_of_several_layers_have_a_line_for_each(tmp_path, monkeypatch):
+    runs = [{"variant": variant, "seed": seed, "lr": 0.1} for variant in ("ce", "none") for seed in (0, 1)]
+    for own in runs:
+        lines = curve(range(1, 40), depth=2)
+        (tmp_path / f"{own['variant']}-s{own['seed']}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    figure = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs})
+    panels = panels_of(figure)
+    layers = panels["conflict ratio\nof each MoE layer, by its number"]
+    assert [line.get_ydata()[0] for line in layers.lines] == pytest.approx([0.2, 0.4] * 2) and texts(layers) == ["1", "3"]
+    together = panels["conflict ratio: flagged / all pairs\nSTGC should lower it"]
+    assert [line.get_linewidth() < 1 for line in together.lines] == [True, True, False] * 2  # seeds, then their mean
+    for axis in (layers, together):
+        looks = {(line.get_color(), line.get_linestyle()) for line in axis.lines}
+        assert looks == {(style_of(name)[0], style_of(name)[1]) for name in ("ce", "none")}
+
+
+def test_curves_say_why_single_batches_go_up_and_down(tmp_path, monkeypatch):
+    """And they are smoothed at 38 points, which is a toy run."""
+    record = {"name": "toy", "runs": [{"variant": "ce", "seed": 0, "lr": 0.1}], "config": {"task": "rte"}}
+    lines = [line | {"loss": float(i % 2)} for i, line in enumerate(curve(range(1, 39)))]
+    (tmp_path / "ce-s0.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for config, said in (({"task": "rte"}, True), ({}, False)):
+        figure = drawn(monkeypatch, figures.plot_run, tmp_path, record | {"config": config})
+        note = figure.legends[0].get_title().get_text()
+        assert ("sentences of similar length" in note) == said and "averages over 5 logged points" in note
+    values = figure.axes[0].lines[0].get_ydata()
+    assert len(values) == 38 and 0.3 < min(values) and max(values) < 0.7  # instead of 0 and 1
+
+
+def test_dice_have_no_margin(tmp_path, monkeypatch):
+    runs = [{"variant": variant, "seed": 0, "lr": 0.1} for variant in ("none", "random")]
+    for own in runs:
+        lines = curve(range(1, 9), router_margin=0.5 if own["variant"] == "random" else 0.01)
+        (tmp_path / f"{own['variant']}-s0.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs}))
+    (margin,) = (axis for title, axis in panels.items() if title.startswith("router margin"))
+    assert [line.get_label() for line in margin.lines] == ["none"]
+    figure = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs[1:]})
+    assert not any(title.startswith("router margin") for title in panels_of(figure))

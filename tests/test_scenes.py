@@ -553,6 +553,17 @@ def test_things_lie_apart_and_inside():
         assert -0.026 < min(found) < -0.022 and 0.022 < max(found) < 0.026
 
 
+def test_places_are_read_as_they_are_asked():
+    """What a sheet draws: the box of the thing itself, and the quarter that holds it."""
+    thing = Thing("red", "circle", "large", 2, (0.06, 0.55, 0.45, 0.94))
+    ((_, box, *_),) = scenes.ask_place(Scene((thing,)), "box")
+    assert scenes.read_place(box) == pytest.approx(thing.box, abs=0.5 / scenes.BOX)
+    ((_, cell, *_),) = scenes.ask_place(Scene((thing,)), "cell")
+    assert scenes.read_place(cell) == (0, 0.5, 0.5, 1) and scenes.read_place("Top right.") == (0.5, 0, 1, 0.5)
+    for text in ("", "red", "1 2 3", "9 9 4 20", "1 1 33 9", "-1 1 9 9"):
+        assert scenes.read_place(text) is None
+
+
 def test_the_box_asked_for_holds_the_thing(splits):
     """In clean pictures, the pixels of the named thing's colour in its part of the picture are bounded by the answer."""
     checked = 0

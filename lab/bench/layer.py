@@ -1,20 +1,17 @@
 """One MoE layer, forward and backward, beside its limit, a dense FFN and transformers' own; and how its cost grows.
 
   python -m lab.bench.layer                            tables of ratios to the limit, at several sizes
-  python -m lab.bench.layer --growth                   time and memory over tokens, experts, Top-K and layers, and a picture
+  python -m lab.bench.layer --growth                   time and memory over tokens, experts, Top-K and layers
 
 The limit: E FFNs on equal slices of T * K rows, without a router and without sorting. The dense FFN has as many active
 weights as a token's K experts, so it does the same floating-point operations.
 """
 
 import math
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -23,7 +20,6 @@ import stgc
 import stgc_plus
 from lab.bench.measure import autocast, compare, line_of, peak_bytes, take_turns, write_record
 from lab.run.cli import Parser, number, path, run_main, say
-from lab.run.files import written
 from lab.run.runs import make_accelerator
 
 SHAPES = ((2048, 384), (2048, 768), (2048, 1024), (704, 384))  # tokens and hidden size
@@ -166,44 +162,9 @@ def measure_growth(axis: str, value: int, rounds: int, device: torch.device) -> 
     }
 
 
-LINES = [  # also told apart in grey
-    {"color": "#1b1b1b", "linestyle": "-", "marker": "o", "markersize": 4},
-    {"color": "#d1495b", "linestyle": "--", "marker": "s", "markersize": 4},
-    {"color": "#00798c", "linestyle": ":", "marker": "^", "markersize": 4},
-]
-
-
 def slope(sizes: list[int], values: list[float]) -> float:
     """Of the straight line through the logarithms of both: 1 is linear growth."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
-
-
-def plot_growth(growth: dict, target: Path) -> Path:
-    """A column per axis; above the time, below the memory."""
-    figure, axes = plt.subplots(2, len(growth), figsize=(3.4 * len(growth), 6.4), layout="constrained", sharex="col")
-    for column, (axis, rows) in enumerate(growth.items()):
-        sizes = [int(size) for size in rows]
-        for row, (key, label, unit) in enumerate(
-            (("seconds", "seconds of a step", 1), ("bytes", "peak memory, MiB", 2**20))
-        ):
-            for style, name in zip(LINES, VARIANTS):
-                values = [found[name][key] / unit for found in rows.values()]
-                text = f"{name}: slope {slope(sizes, values):.2f}"
-                axes[row, column].loglog(sizes, values, **style, label=text)
-            axes[row, column].set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
-            axes[row, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes[row, column].yaxis.set_major_formatter("{x:g}")
-            axes[row, column].minorticks_off()
-            axes[row, column].legend(frameon=False, fontsize=8)
-            axes[row, 0].set_ylabel(label)
-        axes[1, column].set_xlabel(axis.replace("top_k", "experts per token"))
-    rest = "{tokens} tokens, {experts} experts, {top_k} experts per token, layers: {layers}".format(**START)
-    title = f"MoE layers alone, hidden size {SIZE[0]}, no model around them: one number varies, the others are {rest}"
-    figure.suptitle(title, fontsize=11)
-    with written(target) as new:
-        figure.savefig(new, dpi=110)
-    plt.close(figure)
-    return target
 
 
 # ---- Command line ----
@@ -217,7 +178,7 @@ def main() -> None:
     parser.add_argument("--threads", type=number(int, 1), default=2, help="threads of the CPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     parser.add_argument(
-        "--output", type=path("new file"), help="write the record here as json; --growth: a picture beside it"
+        "--output", type=path("new file"), help="write the record here as json; lab.report.costs draws that of --growth"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -230,8 +191,6 @@ def main() -> None:
                 seconds = [row[name]["seconds"] for row in found[axis].values()]
                 say(f"{axis:<8}{name:<12}slope of time {slope(sizes, seconds):.2f}, {seconds[0]:.3f} to {seconds[-1]:.3f} s")
         write_record(args.output, device, config=vars(args), growth=found)
-        if args.output:
-            say(plot_growth(found, Path(args.output).with_suffix(".png")))
         return
     for tokens, d_model in SHAPES:
         for kind in args.kinds:

@@ -140,6 +140,16 @@ def layout(lines: list[list[str]]) -> str:
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
+def gap_to_baseline(row: Row, rows: list[Row], select: str, metric: str = "score") -> tuple[Row, Paired] | None:
+    """The baseline's row, under `last` that of the same learning rate, and the difference from it; None without a shared
+    seed."""
+    for base in rows:
+        if base.variant == BASELINE != row.variant and (select == "best" or base.lr == row.lr):
+            if base.scores.keys() & row.scores.keys():
+                return base, paired(base.of(metric), row.of(metric))
+    return None
+
+
 def comparison_table(record: dict, select: str = "best") -> str:
     """Per metric and variant, in %: mean ± sample standard deviation, difference from `none`, seeds won, verdict.
 
@@ -147,14 +157,13 @@ def comparison_table(record: dict, select: str = "best") -> str:
     are left out.
     """
     rows = select_rows(record, select)
-    bases = [row for row in rows if row.variant == BASELINE]  # under `last` one per learning rate
     lines = [["metric", "variant", "seeds", "mean ± std", f"minus {BASELINE} [95 %]", "won", "verdict", "collapsed"]]
     for metric in metric_names(record):
         for row in rows:
-            values, base = row.of(metric), next((one for one in bases if select == "best" or one.lr == row.lr), None)
+            values = row.of(metric)
             line = [metric, row.label, str(len(values)), spread(list(values.values())), "", "", ""]
-            if row.variant != BASELINE and base and base.scores.keys() & values.keys():
-                gap = paired(base.of(metric), values)
+            if found := gap_to_baseline(row, rows, select, metric):
+                _, gap = found
                 interval = "" if gap.low is None else f" [{gap.low:+.1f}, {gap.high:+.1f}]"
                 won = f"{gap.wins} of {gap.seeds}" + (f", {gap.ties} tied" if gap.ties else "")
                 line[4:] = [f"{gap.mean:+.1f}{interval}", won, gap.verdict]

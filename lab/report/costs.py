@@ -1,11 +1,12 @@
-"""docs/costs.md, from the records of lab.bench in results/: `python -m lab.report.costs` writes it and its plot again."""
+"""docs/costs.md, from the records of lab.bench in results/: `python -m lab.report.costs` writes it and its plots again."""
 
 from pathlib import Path
 
 from matplotlib.ticker import LogLocator, NullLocator
 
-from lab.bench.layer import slope
+from lab.bench.layer import SIZE, START, slope
 from lab.report.figures import HATCHES, SHADES, plt, save
+from lab.report.styles import style_of
 from lab.report.tables import bench_table, peer_table, read_bench
 from lab.run.cli import Parser, run_main, say
 from lab.run.runs import ROOT
@@ -57,6 +58,33 @@ def growth_table(record: dict) -> str:
                 cells += [f"{values[0]:.{digits}f} to {values[-1]:.{digits}f}", f"{slope(sizes, values):.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"    {record['command']}"])
+
+
+SHOWN = [("seconds", "seconds of a step", 1), ("bytes", "peak memory, MiB", 2**20)]
+WAYS = {"no STGC": "none", "one pass": "ce-one", "two passes": "ce"}  # of lab.bench.layer, by their variants
+
+
+def plot_growth(growth: dict, path: Path) -> Path:
+    """A column per axis; above the time, below the memory."""
+    figure, axes = plt.subplots(2, len(growth), figsize=(3.4 * len(growth), 6.4), sharex="col", squeeze=False)
+    for column, (axis, rows) in zip(axes.T, growth.items()):
+        sizes = [int(size) for size in rows]
+        for panel, (key, label, unit) in zip(column, SHOWN):
+            for name in next(iter(rows.values())):
+                values = [found[name][key] / unit for found in rows.values()]
+                look = dict(zip(("color", "linestyle", "marker"), style_of(WAYS[name]))) | {"markersize": 4}
+                panel.loglog(sizes, values, **look, label=f"{name}: slope {slope(sizes, values):.2f}")
+            panel.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+            panel.legend(frameon=False, fontsize=8)
+            panel.set_ylabel(label if axis == next(iter(growth)) else "")
+        column[1].set_xlabel(axis.replace("top_k", "experts per token"))
+    rest = "{tokens} tokens, {experts} experts, {top_k} experts per token, layers: {layers}".format(**START)
+    title = f"MoE layers alone, hidden size {SIZE[0]}, no model around them: one number varies, the others are {rest}"
+    figure.suptitle(title, fontsize=11)
+    return save(figure, path)
 
 
 def plot_peers(record: dict, path: Path) -> Path:
@@ -147,6 +175,8 @@ def main() -> None:
     results, page = ROOT / "results", ROOT / "docs" / "costs.md"
     if (results / "peers.json").is_file():
         say(plot_peers(read_bench(results / "peers.json"), results / "peers.png"))
+    for record in sorted(results.glob("scaling*.json")):
+        say(plot_growth(read_bench(record)["growth"], record.with_suffix(".png")))
     page.parent.mkdir(exist_ok=True)
     page.write_text(render(results))
     say(page)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lab.report.figures import STYLES, save, smooth
+from lab.report.figures import save, smooth
+from lab.report.styles import STYLES
 from lab.run.cli import Parser, run_main, say
 from stgc import STGC, Demo, Experts, LayerStep, STGCConfig
 

@@ -1,14 +1,16 @@
 """Figures, drawn only from the records of runs.
 
   python -m lab.report.figures FOLDER              draws a run's figures again
-  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side, as comparison.png in their common parent folder
+  python -m lab.report.figures FOLDER FOLDER ...   several runs side by side: comparison.png in their common parent folder;
+                                                   parts of one experiment, such as other seeds, become one
   python -m lab.report.figures --idea FILE.png     the picture of README.md, which shows no run
   python -m lab.report.figures --tutorial FOLDER   the pictures of tutorial.md, which show no run
 
-Variants differ in line style and marker as well as in colour, so that a grey print stays readable.
+A variant looks the same in all of them, see lab.report.styles.
 """
 
 import os
+import re
 import textwrap
 import warnings
 from itertools import cycle, product
@@ -19,8 +21,11 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
-from lab.report.compare import has_best, select_rows
+from lab.report.compare import gap_to_baseline, has_best, select_rows
+from lab.report.records import merge
+from lab.report.styles import STYLES, style_of
 from lab.run.cli import Parser, UserError, run_main, say
 from lab.run.files import written
 from lab.run.runs import read_lines, read_record
@@ -28,20 +33,17 @@ from lab.run.runs import read_lines, read_record
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 plt.rcParams["figure.constrained_layout.use"] = True
 plt.rcParams["text.parse_math"] = False  # a name such as a$x$ is not a formula
-STYLES = [
-    ("#1b1b1b", "-", "o"),
-    ("#d1495b", "--", "s"),
-    ("#2e86ab", "-.", "^"),
-    ("#8f6bb3", ":", "D"),
-    ("#3a7d44", "-", "v"),
+PANELS = [  # of curves.png; the titles say what to look for
+    ("loss", "training loss\nit should fall"),
+    ("conflict_ratio", "conflict ratio: flagged / all pairs\nSTGC should lower it"),
+    ("consistency", "gradient consistency, mean over experts\nSTGC should raise it"),
+    ("router_margin", "router margin: last chosen p - the next\nnear 0 a choice is nearly chance"),
+    ("load", "share of pairs on the busiest expert\n1 / experts is even"),
+    ("balance_loss", "balance loss\n1 is even"),
+    ("conflict_loss", "conflict loss\nCE: a uniform router has ln(experts)"),
+    ("eval_score", "dev score\nhigher is better"),
 ]
-PANELS = [
-    ("loss", "training loss"),
-    ("conflict_ratio", "conflict ratio\n(flagged / all pairs)"),
-    ("consistency", "gradient consistency\n(mean over experts)"),
-    ("load", "share of pairs\non the busiest expert"),
-    ("eval_score", "dev score"),
-]
+LENGTHS = "A batch holds sentences of similar length, and the values follow the length: single batches go up and down.\n"
 # of experts; black text is readable on each
 SHADES = ["#ffffff", "#9ecae1", "#fdd49e", "#6a8caf", "#d9d9d9", "#c994c7", "#a1d99b", "#8c8c8c"]
 HATCHES = ["", "///", "...", "\\\\\\", "xx", "--", "++", "oo"]
@@ -58,24 +60,36 @@ def read_curves(folder: Path, record: dict) -> dict[str, list[list[dict]]]:
     return curves
 
 
-def value_of(line: dict, key: str) -> float | None:
-    """A plotted value of a log line. `load` is the share of the busiest expert, averaged over the MoE layers."""
-    if key != "load":
+def value_of(line: dict, key: str, layer: int | None = None) -> float | None:
+    """A plotted value of a log line, of one MoE layer or the mean over them. `load` is the share of the busiest expert."""
+    if key != "load" and layer is None:
         return line.get(key)
-    loads = [max(layer["load"]) for layer in line.get("layers", []) if "load" in layer]
-    return sum(loads) / len(loads) if loads else None
+    layers = line.get("layers", [])[slice(layer, layer if layer is None else layer + 1)]
+    values = [max(own[key]) if key == "load" else own[key] for own in layers if key in own]
+    return sum(values) / len(values) if values else None
 
 
-def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], value) for line in lines if (value := value_of(line, key)) is not None]
+def series(lines: list[dict], key: str, layer: int | None = None) -> tuple[list[int], list[float]]:
+    points = [(line["step"], value) for line in lines if (value := value_of(line, key, layer)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
+def window_of(count: int) -> int:
+    """How many of so many points a plotted one averages: an eighth, and at least five. At the logged steps of our runs this
+    covers more than a pass of the loader through the lengths of the sentences."""
+    return min(count, max(5, count // 8))
+
+
 def smooth(values: list[float]) -> np.ndarray:
-    """Moving average over a twentieth of the run, since single batches are noisy."""
-    window = max(1, len(values) // 20)
-    padded = np.pad(np.asarray(values, dtype=float), (window // 2, window - 1 - window // 2), mode="edge")
-    return np.convolve(padded, np.ones(window) / window, mode="valid")
+    """Moving average, since single batches are noisy. At the ends it averages what there is."""
+    kernel = np.ones(window_of(len(values)))
+    return np.convolve(values, kernel, mode="same") / np.convolve(np.ones(len(values)), kernel, mode="same")
+
+
+def layer_name(name: str) -> str:
+    """Such as "layer 3" for "model.layers.3.mlp"."""
+    numbers = re.findall(r"\d+", str(name))
+    return f"layer {numbers[-1]}" if numbers else str(name)
 
 
 def save(figure, path: Path) -> Path:
@@ -90,84 +104,134 @@ def save(figure, path: Path) -> Path:
     return path
 
 
+def plot_curve(axis, runs: list[list[dict]], key: str, look: dict, layer: int | None = None) -> None:
+    """A thin line per seed, unless `layer` is given, and a thick one for the mean over the seeds."""
+    drawn = [series(lines, key, layer) for lines in runs]
+    drawn = [(steps, values if key == "eval_score" else smooth(values)) for steps, values in drawn if values]
+    if not drawn:
+        return
+    thin = look | {"linewidth": 0.7, "alpha": 0.35, "marker": "", "label": None}
+    for steps, values in drawn if len(drawn) > 1 and layer is None else []:
+        axis.plot(steps, values, **thin)
+    shared = min(len(values) for _, values in drawn)
+    mean = np.mean([values[:shared] for _, values in drawn], axis=0)
+    axis.plot(drawn[0][0][:shared], mean, **look, markevery=max(1, shared // 6), markersize=4)
+
+
 def plot_run(folder: Path, record: dict) -> Path:
-    """Loss, conflict ratio, consistency, load and score of every run in the folder: a thin line per seed, and a thick line
-    for the mean over a variant's seeds. Values that no run has logged get no panel. Returns the path of the PNG,
-    `curves.png`."""
+    """What the runs of a folder logged, see PANELS; values that no run has logged get no panel. With several MoE layers a
+    second panel of a value has a line per layer, the mean over the seeds. Returns the path of the PNG, `curves.png`."""
     curves = read_curves(folder, record)
     lines = [line for runs in curves.values() for lines in runs for line in lines]
-    panels = [panel for panel in PANELS if panel[0] == "loss" or any(value_of(line, panel[0]) is not None for line in lines)]
-    size = (3.3 * max(2, len(panels)), 3.1)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-    for axis, (key, label) in zip(axes[0], panels, strict=True):
-        for (variant, runs), (colour, style, marker) in zip(curves.items(), cycle(STYLES)):
-            drawn = [series(lines, key) for lines in runs]
-            drawn = [(steps, values if key == "eval_score" else smooth(values)) for steps, values in drawn if values]
-            for steps, values in drawn if len(drawn) > 1 else []:
-                axis.plot(steps, values, style, color=colour, linewidth=0.7, alpha=0.35)
-            if drawn:
-                shared = min(len(values) for _, values in drawn)
-                mean = np.mean([values[:shared] for _, values in drawn], axis=0)
-                points = {"marker": marker, "markersize": 4} if key == "eval_score" else {}
-                axis.plot(drawn[0][0][:shared], mean, style, color=colour, linewidth=1.8, label=variant, **points)
-        axis.set(xlabel="step", title=label)
+    layers = {i: layer_name(own.get("layer", i)) for line in lines for i, own in enumerate(line.get("layers", []))}
+
+    def shows(name: str, key: str) -> bool:
+        return key != "router_margin" or not name.startswith("random")  # dice have none
+
+    def logged(key: str, layer: int | None = None) -> bool:
+        return any(series(lines, key, layer)[0] for name, runs in curves.items() if shows(name, key) for lines in runs)
+
+    panels = [(key, title, [None]) for key, title in PANELS if key == "loss" or logged(key)]
+    if len(layers) > 1:
+        own = [(key, re.split("[:,\n]", title)[0] + "\nof each MoE layer, by its number") for key, title in PANELS]
+        panels += [(key, title, [*layers]) for key, title in own if any(logged(key, i) for i in layers)]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (max(7, 3.4 * columns), 2.9 * rows + 0.9)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (key, title, which) in zip(axes.flat, panels):
+        for i, (name, runs) in enumerate(curves.items()):
+            colour, line, marker = style_of(name)
+            same = sum(style_of(other) == style_of(name) for other in [*curves][:i])  # of other rates
+            look = {"color": colour, "linestyle": line, "marker": marker, "linewidth": 1.6 + same, "label": name}
+            for layer in which if shows(name, key) else ():
+                plot_curve(axis, runs, key, look, layer)
+        for layer, line in zip(which if None not in which else [], axis.lines):  # the first variant's
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            axis.annotate(layers[layer].removeprefix("layer "), line.get_xydata()[-1], **place)
+        axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.25)
-    axes[0][0].legend(frameon=False)
+        if key == "router_margin":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter("{x:g}")
+    count = max((len(series(lines, "loss")[0]) for runs in curves.values() for lines in runs), default=0)
+    note = f"Lines are averages over {window_of(count)} logged points; dev scores are not. Thin: a seed. Thick: their mean."
+    note = LENGTHS * ("task" in record.get("config", {})) + note
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=6, title=note, title_fontsize=9)
     figure.suptitle(record["name"], fontsize=11)
     return save(figure, folder / "curves.png")
 
 
 def plot_comparison(folder: Path, records: list[dict], select: str = "best") -> Path:
-    """One panel per record, with a point per variant and seed. A thin line joins the points of a seed, since variants are
-    compared seed by seed. A short bar marks the mean of a variant, a hollow point a collapsed run. `select`: see `compare`.
-    Under `last`, several learning rates are side by side, with lines within a rate. Scores are on dev if best epochs were
-    selected there, otherwise on test. Writes folder/comparison.png."""
+    """One panel per record: a point per variant and seed, hollow if collapsed, and a short bar for a variant's mean. A thin
+    line joins the points of a seed, since variants are compared seed by seed. Beside the points stands the paired 95 %
+    interval of the difference from the baseline, above or below the baseline's mean. The axis spans at least ten examples.
+    `select`: see `compare`. Under `last`, several learning rates are side by side, with lines within a rate. Scores are on
+    dev if best epochs were selected there, otherwise on test. Writes folder/comparison.png."""
     what = "dev" if any(map(has_best, records)) else "test"
     panels = [select_rows(record, select) for record in records]
-    widths = [1 + 0.75 * len(rows) for rows in panels]
-    size = (2.2 + sum(widths), 3.6)  # plus the legend at the right
-    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False)
-    seeds = sorted({seed for rows in panels for row in rows for seed in row.scores})
-    styles = dict(zip(seeds, cycle(STYLES)))
+    widths = [1 + 0.85 * len(rows) for rows in panels]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(max(6.5, 0.8 + sum(widths)), 4.4), width_ratios=widths, squeeze=False
+    )
     for axis, record, rows in zip(axes[0], records, panels, strict=True):
+        seeds, examples = sorted({seed for row in rows for seed in row.scores}), record.get("data", {}).get(what)
         for x, row in enumerate(rows):
+            colour, _, marker = style_of(row.variant)
             for seed, value in row.of("score").items():
-                colour, _, marker = styles[seed]
                 face = "white" if seed in row.collapsed else colour
                 axis.plot(x, value, marker, color=colour, markerfacecolor=face, markersize=6)
             mean = np.mean(list(row.of("score").values()))
-            axis.plot([x - 0.3, x + 0.3], [mean, mean], "-", color="#1b1b1b", linewidth=2.2, zorder=1.5)
+            axis.plot([x - 0.25, x + 0.25], [mean, mean], "-", color="#1b1b1b", linewidth=2.2, zorder=1.5)
+            found = gap_to_baseline(row, rows, select)
+            if found and found[1].low is not None:
+                zero, gap = np.mean(list(found[0].of("score").values())), found[1]
+                ends = [[gap.mean - gap.low], [gap.high - gap.mean]]
+                axis.errorbar(x + 0.36, zero + gap.mean, ends, color=colour, linewidth=1.4, capsize=3.5, fmt="_")
+                axis.hlines(zero, x - 0.5, x + 0.5, color="#1b1b1b", linestyle=":", linewidth=1)
         rates = [None] if select == "best" else sorted({row.lr for row in rows})
         for rate, seed in product(rates, seeds):
             joined = [x for x, row in enumerate(rows) if seed in row.scores and rate in (None, row.lr)]
             values = [rows[x].of("score")[seed] for x in joined]
             axis.plot(joined, values, "-", color="#999999", linewidth=0.8, zorder=1)
-        axis.set_xticks(range(len(rows)), [row.label.replace(", ", "\n") for row in rows], rotation=30, fontsize=9)
-        axis.set(title=record["name"], xlim=(-0.6, len(rows) - 0.4))
+        labels = [row.label.replace(", ", "\n") + "\n1 seed" * (len(row.scores) == 1 < len(seeds)) for row in rows]
+        axis.set_xticks(range(len(rows)), labels, fontsize=9, rotation=30 if max(map(len, labels)) > 14 else 0)
+        axis.set(title=record["name"] + (f"\n{examples:,} {what} examples" if examples else ""))
+        axis.set(xlim=(-0.6, len(rows) - 0.4))
+        low, high = axis.get_ylim()
+        room = max(0.0, 1000 / examples - (high - low)) / 2 if examples else 0.0  # ten examples, in %
+        axis.set_ylim(low - room, high + room + 0.12 * (high - low + 2 * room) * (len(seeds) == 1))
+        if len(seeds) == 1 < len(rows):
+            axis.text(0.5, 0.99, "one seed: no conclusion", transform=axis.transAxes, ha="center", va="top", weight="bold")
         axis.grid(alpha=0.25, axis="y")
     axes[0][0].set_ylabel(f"{what} score in % ({select})")
-    for seed, (colour, _, marker) in styles.items():
-        axes[0][0].plot([], [], marker, color=colour, label=f"seed {seed}")
-    axes[0][0].plot([], [], "-", color="#1b1b1b", linewidth=2.2, label="mean")
+    legend = {"one seed": {"color": "#999999", "linewidth": 0.8}, "mean": {"color": "#1b1b1b", "linewidth": 2.2}}
+    if any(axis.collections for axis in axes[0]):
+        text = "paired 95 % interval: a difference where it misses the dotted baseline"
+        legend[text] = {"color": "#1b1b1b", "marker": "|", "markersize": 12, "linestyle": ""}
     if any(row.collapsed for rows in panels for row in rows):
-        axes[0][0].plot([], [], "o", color="#1b1b1b", markerfacecolor="white", label="hollow: collapsed")
-    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
+        legend["hollow: collapsed"] = {"color": "#1b1b1b", "marker": "o", "markerfacecolor": "white", "linestyle": ""}
+    handles = [axes[0][0].plot([], [], label=label, **look)[0] for label, look in legend.items()]
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     return save(figure, folder / "comparison.png")
 
 
-def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str = "") -> Path:
+def plot_routes(summary: dict, path: Path, title: str = "") -> Path:
     """Where tokens go, from lab.vision.routes.summary: one row per modality, pictures first. Left: one bar per MoE layer,
-    divided into the experts' shares of first choices. Right: the most frequent pathways. `names`: names of the layers, in
-    order; None numbers them from 0."""
-    names = names or [f"layer {i}" for i in range(len(summary["layers"]))]
+    divided into the experts' shares of first choices. Right: the most frequent pathways. Below: how to read a path.
+    ValueError if no token was recorded."""
     if not summary["modalities"]:
         raise ValueError("no token's route was recorded")
-    if isinstance(names, str) or len(names) != len(summary["layers"]):
-        raise ValueError(f"names={names!r}: a list with one for each of {len(summary['layers'])} MoE layers is needed")
+    names = list(map(layer_name, summary["layers"]))
     percent = lambda share: f"{100 * share:.{1 if share >= 0.01 else 3}f}"  # noqa: E731
     modalities = [name for name in ("picture", "text") if name in summary["modalities"]]
     widths = [1.8 + 0.8 * len(names), 3.8 + 0.12 * len(names)]
-    size = (sum(widths) + 1.4, 3.1 * len(modalities))  # the legend stands to the right
+    size = (sum(widths) + 1.4, 3.1 * len(modalities) + 0.3)  # the legend stands to the right
     figure, axes = plt.subplots(len(modalities), 2, figsize=size, width_ratios=widths, squeeze=False)
     for (left, right), modality in zip(axes, modalities, strict=True):
         row, experts = summary["modalities"][modality], range(summary["num_experts"])
@@ -195,9 +259,20 @@ def plot_routes(summary: dict, names: list[str] | None, path: Path, title: str =
         right.set_title(f"{modality}: the most frequent paths, together {percent(sum(shares))} %", fontsize=10)
         right.locator_params(axis="x", nbins=5)
     figure.suptitle(title, fontsize=11)
+    example = summary["modalities"][modalities[0]]["pathways"][0]["path"]
+    figure.supxlabel(how_to_read(example, names), fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper", fontsize=9, handleheight=1.6)
     return save(figure, path)
+
+
+def how_to_read(path: list[int], names: list[str]) -> str:
+    """The caption of pathways, by the example of one."""
+    steps = [
+        f"expert {expert} in the {nth} MoE layer ({name})" for expert, nth, name in zip(path, ("first", "second"), names)
+    ]
+    more = ", and so on" * (len(path) > 2)
+    return f"{'-'.join(map(str, path))} is a path: the token's first choice is {', then '.join(steps)}{more}."
 
 
 def cut(mark: str, text: str, lines: int) -> list[str]:
@@ -209,39 +284,53 @@ def cut(mark: str, text: str, lines: int) -> list[str]:
 def plot_sheet(images_N3SS, rows: list[dict], path: Path) -> Path:
     """Test pictures (uint8, or floats in [0, 1]), each with its kind, question, the model's answer, and the expected answer
     if the model is wrong. rows: dicts with question, answer, expected, right, kind and optionally `image`, the picture's
-    number or None; without it, row i has picture i. Right and wrong differ in symbol, frame and colour. Long texts are
-    cut."""
+    number or None; without it, row i has picture i. `boxes`, optional: left, top, right, bottom of the answer and of the
+    expected answer relative to the picture's side, or None. The answer's box is drawn, and dotted the expected one if the
+    model is wrong. Right and wrong differ in symbol, frame and colour. Long texts are cut."""
     if not rows or not all("image" in row for row in rows) and len(images_N3SS) != len(rows):
         raise ValueError(f"{len(images_N3SS)} pictures for {len(rows)} rows: give each row a picture, or `image`")
     texts = []
     for row in rows:
         lines = [*cut("Q:", row["question"].replace("<image>", ""), 4), *cut("A:", row["answer"], 3)]
         texts.append(lines + ([] if row["right"] else cut("Right:", row["expected"], 3)))
-    columns = min(4, len(rows))
-    wide, head, side = 2.45, 0.4, 1.8  # inches: a cell's width, the height of its title, the side of its picture
-    deep = 0.25 + 0.172 * max(map(len, texts))  # the height of its text
-    tall = head + side + deep
-    shape = (-(-len(rows) // columns), columns)
-    figure, axes = plt.subplots(*shape, figsize=(wide * shape[1], tall * shape[0]), squeeze=False, layout="none")
+    columns = min(5, len(rows))
+    wide, head, side = 2.45, 0.3, 2.25  # inches: a cell's width, the height of its title, the side of its picture
+    deep = [0.2 + 0.16 * max(map(len, texts[i : i + columns])) for i in range(0, len(rows), columns)]  # of a row's texts
+    tall = [head + side + depth for depth in deep]
+    size = {"figsize": (wide * columns, sum(tall)), "height_ratios": tall}
+    figure, axes = plt.subplots(len(tall), columns, **size, squeeze=False, layout="none")
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.set_axis_off()
-    for number, (axis, row, lines) in enumerate(zip(axes.flat, rows, texts)):
-        number = row.get("image", number)
+    for i, (axis, row, lines) in enumerate(zip(axes.flat, rows, texts)):
+        number, depth, height = row.get("image", i), deep[i // columns], tall[i // columns]
         verdict, style, colour, width = MARKS[bool(row["right"])]
-        picture = axis.inset_axes([(wide - side) / 2 / wide, deep / tall, side / wide, side / tall])
+        picture = axis.inset_axes([(wide - side) / 2 / wide, depth / height, side / wide, side / height])
         if number is None:
             picture.text(0.5, 0.5, "no picture", fontsize=9, ha="center", va="center")
         else:
-            picture.imshow(np.asarray(images_N3SS[number]).transpose(1, 2, 0), interpolation="nearest")
+            image_SS3 = np.asarray(images_N3SS[number]).transpose(1, 2, 0)
+            picture.imshow(image_SS3, interpolation="nearest")
+            looks = [(style, colour), (":", "#1b1b1b")]
+            for box, (line, edge) in zip(row.get("boxes", ())[: 2 - bool(row["right"])], looks):
+                draw_box(picture, box, len(image_SS3), line, edge)
         picture.set(xticks=[], yticks=[])
         for spine in picture.spines.values():
             spine.set(visible=True, linestyle=style, color=colour, linewidth=width)
         title = f"{verdict} ({row['kind']})"
-        axis.text(0.5, (deep + side + 0.1) / tall, title, fontsize=10, weight="bold", ha="center")
-        text = {"fontsize": 9, "va": "top", "linespacing": 1.15, "clip_on": True}
-        axis.text(0.05, (deep - 0.08) / tall, "\n".join(lines), **text)
+        axis.text(0.5, (depth + side + 0.08) / height, title, fontsize=10, weight="bold", ha="center")
+        text = {"fontsize": 9, "va": "top", "linespacing": 1.1, "clip_on": True}
+        axis.text((wide - side) / 2 / wide, (depth - 0.07) / height, "\n".join(lines), **text)
     return save(figure, path)
+
+
+def draw_box(axis, box: tuple[float, float, float, float] | None, side: int, line, colour: str) -> None:
+    """A box on a picture of `side` pixels, on a white line, which is seen on every colour."""
+    if box is not None:
+        left, top, right, bottom = (side * edge - 0.5 for edge in box)
+        for style, width, edge in (("-", 4.5, "white"), (line, 2, colour)):
+            shape = {"fill": False, "linestyle": style, "linewidth": width, "edgecolor": edge}
+            axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, **shape))
 
 
 def draw_idea(path: Path) -> None:
@@ -336,28 +425,40 @@ def draw_push(path: Path) -> None:
 
 
 def draw_taps(path: Path) -> None:
-    """Draws an MoE layer from left to right, the backward from right to left, and the two taps where gradients are read."""
-    figure, axis = plt.subplots(figsize=(11, 3.3))
-    names = ["tokens x", "router:\nTop-K", "sort pairs\nby expert", "first\nlinear", "act", "last\nlinear", "times\nweight"]
-    names += ["add up", "main\nloss"]
-    for i, name in enumerate(names):
+    """Draws an MoE layer from left to right; below it the backward from right to left, with the two taps where gradients are
+    read, up to the push on the router's logits. No two lines cross."""
+    red, blue = "#d1495b", "#2e86ab"
+    figure, axis = plt.subplots(figsize=(11, 2.9))
+    forward = ["tokens x", "router:\nTop-K", "sort pairs\nby expert", "first\nlinear", "act", "last\nlinear"]
+    forward += ["times\nweight", "add up", "main\nloss"]
+    below = [(1.5, "both seen:\nflags, and a push\non the logits", blue), (5.25, "g1: one row\nper pair", red)]
+    below += [(8.25, "g2: one row\nper pair", red)]
+    boxes = [(1.5 * i, 1, name, "#1b1b1b") for i, name in enumerate(forward)] + [(x, -1, *rest) for x, *rest in below]
+    shown = []
+    for x, y, name, colour in boxes:
         shade = "#e8edf0" if "linear" in name else "white"
-        box = {"boxstyle": "round,pad=0.45", "facecolor": shade, "edgecolor": "#1b1b1b"}
-        axis.text(1.5 * i, 0, name, ha="center", va="center", fontsize=10, bbox=box)
-        if i:
-            arrow = {"arrowstyle": "-|>", "color": "#1b1b1b", "linewidth": 1.2}
-            axis.annotate("", xy=(1.5 * i - 0.5, 0), xytext=(1.5 * i - 1.0, 0), arrowprops=arrow)
-    back = {"arrowstyle": "-|>", "color": "#d1495b", "linewidth": 1.8, "linestyle": (0, (4, 2))}
-    axis.annotate("", xy=(4.7, -1.05), xytext=(12, -1.05), arrowprops=back)
-    axis.text(12, -1.3, "backward", color="#d1495b", fontsize=10, ha="right", va="top")
-    for x, name in ((8.25, "tap 2: g2,\none row per pair"), (5.25, "tap 1: g1,\none row per pair")):
-        axis.plot([x, x], [-1.05, 0.75], color="#d1495b", linewidth=1.2)
-        axis.plot(x, -1.05, "o", color="#d1495b")
-        axis.text(x, 0.82, name, color="#d1495b", ha="center", va="bottom", fontsize=10)
-    push = {"arrowstyle": "-|>", "color": "#2e86ab", "linewidth": 2.2, "connectionstyle": "arc3,rad=-0.25"}
-    axis.annotate("", xy=(1.6, -0.5), xytext=(4.7, -1.15), arrowprops=push)
-    axis.text(2.7, -1.75, "both seen: flags, and a push on the logits", color="#2e86ab", fontsize=10, ha="center", va="top")
-    axis.set(xlim=(-0.9, 12.8), ylim=(-2.2, 1.7))
+        box = {"boxstyle": "round,pad=0.45", "facecolor": shade, "edgecolor": colour, "linewidth": 1.3}
+        shown.append(axis.text(x, y, name, color=colour, ha="center", va="center", fontsize=10, bbox=box))
+
+    def arrow(start, end, **look):
+        ends = {f"patch{side}": shown[i].get_bbox_patch() for side, i in (("A", start), ("B", end))}
+        style = {"arrowstyle": "-|>", "color": "#1b1b1b", "linewidth": 1.3, "shrinkA": 2, "shrinkB": 2} | ends | look
+        axis.annotate("", xy=shown[end].get_position(), xytext=shown[start].get_position(), arrowprops=style)
+
+    for i in range(len(forward) - 1):
+        arrow(i, i + 1)
+    loss, push, g1, g2 = range(len(forward) - 1, len(boxes))
+    back = {"color": red, "linestyle": (0, (4, 2)), "linewidth": 1.8}
+    arrow(loss, g2, **back, connectionstyle="angle,angleA=-90,angleB=0,rad=0")
+    arrow(g2, g1, **back)
+    arrow(g1, push, **back)
+    arrow(push, 1, color=blue, linewidth=2.2)
+    axis.text(10.6, -0.9, "backward", color=red, fontsize=10, ha="center", va="bottom")
+    for x, name in ((8.25, "tap 2"), (5.25, "tap 1")):  # at the output of a linear
+        axis.plot([x, x], [1, -0.68], color=red, linewidth=1.4, linestyle=":")
+        axis.plot(x, 1, "o", color=red, markersize=6)
+        axis.text(x + 0.12, 0.15, name, color=red, fontsize=10, va="center")
+    axis.set(xlim=(-0.6, 12.5), ylim=(-1.5, 1.4))
     axis.axis("off")
     save(figure, path)
 
@@ -382,11 +483,16 @@ def main() -> None:
             parser.error(f"{missing[0]}: no results.json with a finished run; give a run's output folder")
         select = "best" if all(map(has_best, records)) else "last"
         if len(records) > 1:
-            say(plot_comparison(Path(os.path.commonpath([path.resolve() for path in args.folder])), records, select))
+            common = Path(os.path.commonpath([path.resolve() for path in args.folder]))
+            say(plot_comparison(common, merge(records), select))
         else:
             say(plot_run(folder, records[0]))
             if len({run["variant"] for run in records[0]["runs"]}) > 1:
                 say(plot_comparison(folder, records, select))
+            for run in records[0]["runs"]:
+                name = f"{run['variant']}-s{run['seed']}"
+                if run.get("routes") and (picture := folder / f"routes-{name}.png").is_file():
+                    say(plot_routes(run["routes"], picture, name))
 
 
 if __name__ == "__main__":

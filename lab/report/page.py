@@ -12,11 +12,11 @@
   examples     [{kind: "text" or "picture", gold, fields: [[name, first, end]], image: null or "data:image/png;base64,...",
                grid: null or [rows, columns], question: null or str}]. A field is a sentence. It has the tokens first to
                end - 1, counted from 0 in the example. What lies in no field is shown as a special token.
-  variants     [{name, loss: "none", "ce", "mse" or "reroute", select (the pairs that get it): "conflict", "random" (the
-               placebo) or "all", drawn: bool, by dice, without a router that learns, equal: bool, default false (a
-               token's experts have equal weights), beta, steps: [M], delta: null or the distance of a moment and its twin
-               in steps, loss_curve: [M] (null where it was not finite), answers: [M][example] of str, layers: one per
-               layer}]
+  variants     [{name, look: 0 to 4, how it is drawn, see lab.report.styles (default: its place here), loss: "none", "ce",
+               "mse" or "reroute", select (the pairs that get it): "conflict", "random" (the placebo) or "all", drawn: bool,
+               by dice, without a router that learns, equal: bool, default false (a token's experts have equal weights),
+               beta, steps: [M], delta: null or the distance of a moment and its twin in steps, loss_curve: [M] (null where
+               it was not finite), answers: [M][example] of str, layers: one per layer}]
 
 A layer of a variant. Loads, histogram and curves are those of the whole batch, also where fewer of its tokens are shown:
 
@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.moe.film import CONFLICT, UNKNOWN, read_film
+from lab.report.styles import looks_of
 from lab.run.cli import Parser, UserError, number, path, printable, run_main, say
 from lab.run.files import written
 from lab.run.runs import PAGE, read_record
@@ -143,6 +144,8 @@ def page_data(title: str, source: str, note: str, films: dict[str, tuple[dict, d
             data["variants"].append({"name": name} | variant_data(content, arrays, source, data["experts"], data["topK"]))
         except ValueError as error:
             raise UserError(f"{flag}: the film of {name} cannot be shown ({error}); remove it, or train again") from None
+    for variant, look in zip(data["variants"], looks_of(list(films)), strict=True):
+        variant["look"] = look
     return data
 
 

@@ -37,7 +37,8 @@ from transformers import DataCollatorWithPadding
 from lab.moe import baselines, moefication, probe
 from lab.moe.probe import Layer, error_of, mean_of
 from lab.report import page
-from lab.report.figures import STYLES, plt, save
+from lab.report.figures import plt, save
+from lab.report.styles import STYLES
 from lab.run.cli import Parser, UserError, number, path, run_main, say
 from lab.run.files import LIST, lock_list, write_json
 from lab.run.hub import Checkpoint

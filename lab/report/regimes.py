@@ -12,7 +12,8 @@ from statistics import mean, median
 
 from lab.bench.regimes import BETAS, FIRST_FRESH, read_record
 from lab.report.compare import Paired, layout, paired
-from lab.report.figures import STYLES, plt, save
+from lab.report.figures import plt, save
+from lab.report.styles import style_of
 from lab.run.cli import Parser, path, run_main, say
 
 NONE, RANDOM, FROZEN, ORACLE = ((name, None) for name in ("none", "random", "frozen", "oracle"))
@@ -102,7 +103,8 @@ def draw(runs: Runs, names: list[str], target: Path) -> Path:
     groups = {verdict: group for verdict, group in groups.items() if group}
     figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * max(2, len(groups)), 4.2), squeeze=False, sharex=True)
     for axis, (verdict, group) in zip(axes[0], groups.items()):
-        for variant, (colour, line, marker) in zip(DOSED, STYLES[1:]):
+        for variant in DOSED:
+            colour, line, marker = style_of(variant)
             middle = []
             for beta in BETAS:
                 points = [
@@ -112,9 +114,10 @@ def draw(runs: Runs, names: list[str], target: Path) -> Path:
                 middle.append([median(values) for values in zip(*points)])
             axis.plot(*zip(*middle), line, marker=marker, color=colour, markersize=8, label=variant)
         still = [(margin_ratio(runs, name, FROZEN), gap(runs, name, FROZEN).mean) for name in group]
-        axis.plot(*zip(*still), "+", color=STYLES[0][0], label="frozen router")
+        colour, _, marker = style_of("frozen")
+        axis.plot(*zip(*still), marker, color=colour, label="frozen router")
         dice = [gap(runs, name, RANDOM).mean for name in group]
-        axis.hlines(dice, 0, 0.05, STYLES[4][0], transform=axis.get_yaxis_transform(), label="random (no margin)")
+        axis.hlines(dice, 0, 0.05, *style_of("random")[:2], transform=axis.get_yaxis_transform(), label="random (no margin)")
         axis.axhline(0, color="#777777", linewidth=0.8)
         axis.set(xscale="log", xlabel="router margin / that of none", title=f"{PANELS[verdict]}: {len(group)} settings")
         axis.xaxis.set_major_formatter("{x:g}")

@@ -252,15 +252,21 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def overlap(one: str, other: str) -> float:
-    """Intersection over union of two boxes "x1 y1 x2 y2" or "[x1, y1, x2, y2]". 0 if a text is not a box."""
+def read_box(text: str) -> tuple[float, float, float, float] | None:
+    """The box of a text "x1 y1 x2 y2" or "[x1, y1, x2, y2]"; None if it is not one."""
     try:
-        plainer = (re.sub(r"[\[\](),]", " ", text.strip().removesuffix(".")) for text in (one, other))
-        (a, b, c, d), (e, f, g, h) = ([float(word) for word in text.split()] for text in plainer)
+        a, b, c, d = map(float, re.sub(r"[\[\](),]", " ", text.strip().removesuffix(".")).split())
     except ValueError:
+        return None
+    return (a, b, c, d) if a < c and b < d else None
+
+
+def overlap(one: str, other: str) -> float:
+    """Intersection over union of two boxes, see `read_box`. 0 if a text is not a box."""
+    boxes = read_box(one), read_box(other)
+    if None in boxes:
         return 0.0
-    if not (a < c and b < d and e < g and f < h):
-        return 0.0
+    (a, b, c, d), (e, f, g, h) = boxes
     shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
     return shared / ((c - a) * (d - b) + (g - e) * (h - f) - shared)
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lab.vision.instructions import IMAGE, Instruction, InstructionSet
+from lab.vision.instructions import IMAGE, Instruction, InstructionSet, plain, read_box
 
 # ---- 1. Scenes ----
 
@@ -268,6 +268,17 @@ def ask_relation(scene: Scene) -> Iterator[Ask]:
         (_, answer), (_, second) = sorted(ways, reverse=True)
         diagonal = one.cell % 2 != other.cell % 2 and one.cell // 2 != other.cell // 2
         yield Ask(f"where is {it} from {origin}?", answer, (one, other), (second,) if diagonal else ())
+
+
+def read_place(answer: str) -> tuple[float, float, float, float] | None:
+    """The box of an answer of `ask_place`, relative to the picture's side; a cell is a quarter of the picture. None if the
+    text names no place inside the picture."""
+    if (name := plain(answer)) in CELLS:
+        left, top = CELLS.index(name) % 2 / 2, CELLS.index(name) // 2 / 2
+        return left, top, left + 0.5, top + 0.5
+    box = read_box(answer)
+    inside = box is not None and min(box) >= 0 and max(box) <= BOX
+    return tuple(edge / BOX for edge in box) if inside else None
 
 
 def ask_place(scene: Scene, part: str) -> Iterator[Ask]:

@@ -440,7 +440,7 @@ def kill_before_routes_are_drawn(*, out, monkeypatch):
         entry = toy_lvlm.moe_stage
         context.setattr(toy_lvlm, "moe_stage", lambda *key: entry(*key) | {"routes": {"layers": [1]}})
         context.setattr(
-            toy_lvlm.figures, "plot_routes", lambda _, __, path, title: (drawn.append(path.name), runs.write_json(path, {}))
+            toy_lvlm.figures, "plot_routes", lambda _, path, title: (drawn.append(path.name), runs.write_json(path, {}))
         )
         with monkeypatch.context() as dying:
             dying.setattr(toy_lvlm.figures, "plot_run", lambda *_: (_ for _ in ()).throw(Killed))

@@ -194,7 +194,7 @@ def any_name_is_drawn(title, *, tmp_path):
         figures.plot_run(tmp_path, record)
         figures.plot_comparison(tmp_path, [record], "last")
         figures.plot_sheet(torch.zeros(1, 3, 8, 8), [row], tmp_path / "sheet.png")
-        figures.plot_routes(routes, [title], tmp_path / "routes.png", title)
+        figures.plot_routes(routes | {"layers": [title]}, tmp_path / "routes.png", title)
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
