@@ -235,7 +235,7 @@ def train(
     """
     args, accelerator, (steps, lr) = job.args, job.accelerator, job.plan(stage)
     what = "in stage III" if stage == "stage3" else STAGES[stage][-1]
-    job.print_line(f"{name.removesuffix(f'-s{job.seed}')}: {steps} steps of training {what}")
+    job.print_line(f"{options.label(name.removesuffix(f'-s{job.seed}'))}: {steps} steps of training {what}")
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -672,11 +672,12 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
         for variant in args.variants:
             name = f"{variant}-s{seed}"
             if entry := record.find(variant=variant, seed=seed):
-                job.print_line(f"{variant} is complete already")
+                job.print_line(f"{options.label(variant)} is complete already")
             else:
                 entry = moe_stage(job, variant)
                 record.add(entry)
-                job.print_line(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
+                right = f"{100 * entry['last']['score']:.1f} % right"
+                job.print_line(f"{options.label(variant)} answers {right} after stage III")
             if main_process:
                 if record.is_newer_than("curves.png"):
                     figures.plot_run(folder, record.record)

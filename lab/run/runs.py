@@ -100,7 +100,7 @@ def refuse_shards(accelerator: accelerate.Accelerator, why: str) -> None:
 
 def print_settings(args, device: torch.device, configs: list) -> None:
     """Prints what is compared and on which device. `configs`: an STGCConfig per entry of args.variants, None for `dense`."""
-    rows = [["variant", "conflict loss", "pairs", "passes", "gradients", "tau", "beta", "alpha", "looks at"]]
+    rows = [["variant", "conflict loss", "pairs", "passes", "gradients", "tau", "beta", "alpha", "conflicts at"]]
     for variant, own in zip(args.variants, configs, strict=True):
         if own is None:
             rows.append([options.label(variant), "no MoE", *["-"] * 7])
@@ -172,14 +172,18 @@ def check_folder(
         refuse_foreign(folder, names)
     if record is None or overwrite:
         return
-    read = (defaults | record["config"]).keys() - options.UNREAD
-    flags = other_flags(record, config, defaults, sorted(read - free))
+    flags = other_flags(record, config, defaults, [name for name in defaults | record["config"] if name not in free])
     if not resume:
-        other = other_flags(record, config, defaults, sorted(read))
+        other = other_flags(record, config, defaults, read_options(record, defaults))
         ways = "name another folder, or pass --overwrite to replace it" + " (--resume: to continue it)" * (not flags)
         raise UserError(f"--output-dir {folder} holds {f'a run with {other}' if other else 'this run already'}: {ways}")
     if flags:
         raise UserError(f"--resume: {folder} was started with {flags}; give the same, or name another --output-dir")
+
+
+def read_options(record: dict, defaults: dict) -> list[str]:
+    """The options that say what a folder holds. A free one that an older record does not know says nothing."""
+    return sorted((record["config"].keys() | defaults.keys() - options.FREE) - options.UNREAD)
 
 
 def finished(folder: Path, config: dict, defaults: dict, wanted: Iterable[dict]) -> dict | None:
@@ -187,7 +191,7 @@ def finished(folder: Path, config: dict, defaults: dict, wanted: Iterable[dict])
     `defaults`: see `other_flags`. Data and models are not compared: --resume does that."""
     if config["overwrite"] or config["resume"] or not (record := read_record(folder)):
         return None
-    changed = other_flags(record, config, defaults, (defaults | record["config"]).keys() - options.UNREAD)
+    changed = other_flags(record, config, defaults, read_options(record, defaults))
     return None if changed or not all(find_entry(record, **key) for key in wanted) else record
 
 

@@ -107,7 +107,7 @@ class Training:
         self.log = RunLog(folder / f"{name}.jsonl", steps, accelerator.is_main_process, self.at.step, self.at.lines, track)
         self.losses = [torch.tensor(value, device=accelerator.device) for value in self.at.losses]
         self.stop = StopSignal(accelerator)
-        self.began, self.args = (self.at.step, self.at.seconds), args
+        self.began, self.args, self.start = (self.at.step, self.at.seconds), args, time.perf_counter()
 
     def __enter__(self) -> "Training":
         self.at.tracker = self.start_tracker()
