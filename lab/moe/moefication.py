@@ -192,7 +192,8 @@ class MoESpec:
         what = "copies" if self.experts == "copy" else "parts"
         many = f"up to {self.max_experts} experts, any number per token" if self.router == "dynmoe" else f"Top-{self.top_k}"
         plain = "" if self.normalize else ", weights not normalised"
-        return f"MoE in layer {self.layers}: {self.num_experts} {what} of the FFN, {many}, {self.router} router{plain}"
+        where = f"layer{'s' * (',' in self.layers)} {self.layers}"
+        return f"MoE in {where}: {self.num_experts} {what} of the FFN, {many}, {self.router} router{plain}"
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

@@ -84,7 +84,8 @@ def add_run(parser: Parser, folder: str, films: str) -> None:
     parser.add_argument("--report-to", choices=["none", *TRACKERS], default="none", help=text)
     text = "keep a film of the training, and write inspect.html from it, tokens and experts moment by moment; default: {}"
     parser.add_argument("--film", action=BooleanOptionalAction, default=None, help=text.format(films))
-    parser.add_argument("--output-dir", type=path("new folder"), help=f"folder of the run; default: {folder}")
+    text = f"folder of the run; a finished one is shown; default: {folder}"
+    parser.add_argument("--output-dir", type=path("new folder"), help=text)
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir; finished runs are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
 

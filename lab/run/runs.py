@@ -63,10 +63,10 @@ def make_accelerator(device: str, precision: str, tracker: str = "none") -> acce
     trackers.check(tracker)
     try:
         # split_batches: --batch-size counts all processes together, so that N processes train as one does
-        options = {"mixed_precision": mixed, "dataloader_config": DataLoaderConfiguration(split_batches=True)}
+        how = {"mixed_precision": mixed, "dataloader_config": DataLoaderConfiguration(split_batches=True)}
         if tracker != "none":  # each run sets a folder of its own
-            options |= {"log_with": tracker, "project_config": ProjectConfiguration(logging_dir=".")}
-        return accelerate.Accelerator(cpu=on_cpu, **options)
+            how |= {"log_with": tracker, "project_config": ProjectConfiguration(logging_dir=".")}
+        return accelerate.Accelerator(cpu=on_cpu, **how)
     except ValueError as error:
         raise UserError(f"--precision {precision}: {error}") from None
 

@@ -26,12 +26,12 @@ def check(name: str) -> None:
         raise UserError(f"--report-to {name} needs another package: pip install {name}, or leave it out")
 
 
-def start(accelerator, folder: Path, name: str, config: dict, step: int, id: str | None) -> str | None:
-    """Starts the tracker of an accelerator on a training run, in the main process. Returns the id of the tracker's run, if
-    it has one. `step`, `id`: those of a stopped run that continues. Files that the tracker writes to the run folder are
+def start(accelerator, folder: Path, name: str, config: dict, step: int, ids: dict[str, str]) -> None:
+    """Starts the tracker of an accelerator on a training run, in the main process. `step`: of a stopped run that continues,
+    else 0. `ids`: trackers and their runs' ids; a new one is added. Files that the tracker writes to the run folder are
     listed there. UserError if it cannot start."""
     if not (accelerator.log_with and accelerator.is_main_process):
-        return None
+        return
     kind = str(accelerator.log_with[0])
     before = set((folder / kind).rglob("*"))
     accelerator.project_configuration.logging_dir = str(folder / kind)
@@ -40,17 +40,18 @@ def start(accelerator, folder: Path, name: str, config: dict, step: int, id: str
         options["purge_step"] = step + 1  # what a killed run wrote after its checkpoint
     if kind == "dvclive":
         options["dir"] = str(folder / kind / name)
-    if kind in IDS and id:
-        options |= IDS[kind][1](id)
+    if kind in IDS and kind in ids:
+        options |= IDS[kind][1](ids[kind])
     values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
     try:
         project = PROJECT if kind in NAMES else name
-        accelerator.init_trackers(project, None if step or kind == "tensorboard" else values, {kind: options})
+        accelerator.init_trackers(project, None if kind in ids or kind == "tensorboard" else values, {kind: options})
+        if kind in IDS:
+            ids[kind] = IDS[kind][0](accelerator.trackers[-1].tracker)
     except Exception as error:  # a tracker raises anything, such as for a missing key or server
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--report-to {kind} cannot start ({reason:.200}); set it up, or leave it out") from None
     claim(*sorted(path for path in {*(folder / kind).rglob("*")} - before if path.is_file()), made=True)
-    return IDS[kind][0](accelerator.trackers[-1].tracker) if kind in IDS else None
 
 
 def finish(accelerator: accelerate.Accelerator) -> None:

@@ -71,7 +71,7 @@ class Progress:
     lines: int = 0  # of the curve
     stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until it measures again
     kept: dict = field(default_factory=dict)  # the script's own values, as JSON: scores so far
-    tracker: str | None = None  # the id of the tracker's run
+    trackers: dict[str, str] = field(default_factory=dict)  # a tracker's name: the id of its run
 
 
 LONG, FIRST = 3600, 3  # seconds of a training on a CPU that are announced; steps that they are estimated from
@@ -102,7 +102,7 @@ class Training:
             stgc.numbers = [{key: torch.tensor(value) for key, value in numbers.items()} for numbers in self.at.stats]
         if film and self.resumed:
             film.load(self.at.step)
-        self.start_tracker = partial(trackers.start, accelerator, folder, name, vars(args), self.at.step, self.at.tracker)
+        self.start_tracker = partial(trackers.start, accelerator, folder, name, vars(args), self.at.step, self.at.trackers)
         track = accelerator.log if accelerator.log_with else None
         self.log = RunLog(folder / f"{name}.jsonl", steps, accelerator.is_main_process, self.at.step, self.at.lines, track)
         self.losses = [torch.tensor(value, device=accelerator.device) for value in self.at.losses]
@@ -110,7 +110,7 @@ class Training:
         self.began, self.args, self.start = (self.at.step, self.at.seconds), args, time.perf_counter()
 
     def __enter__(self) -> "Training":
-        self.at.tracker = self.start_tracker()
+        self.start_tracker()
         self.let_go = handle_signals(self.stop.on_signal)
         return self
 
