@@ -118,6 +118,7 @@ def test_a_long_training_on_a_cpu_is_announced_once(training, capsys, monkeypatc
         for _ in range(14):
             run.step_done(torch.tensor(1.0), 1)
         said = capsys.readouterr().out
+        run.at.step = 3  # as in the next run of the command
         run.say_how_long()
     if hours:
         assert said.count("note: ce-s0 takes") == 1 and hours in said and not capsys.readouterr().out
