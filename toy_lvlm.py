@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab.run import options
-from lab.run.cli import Parser, UserError, number, path, report, run_main, say
+from lab.run.cli import Parser, UserError, layout, number, path, report, run_main, say
 
 SAMPLED = ("embedding", "feature", "task")
 ROUTINGS = (*SAMPLED, "random")
@@ -66,7 +66,7 @@ def make_parser() -> Parser:
     parser.add_argument("--moe-from", choices=["stage1", "stage2"], default="stage2", help=text)
     text = "take the dense stages of a finished run, of the same data, seeds and flags, instead of training them"
     parser.add_argument("--stages-from", type=folder, metavar="RUN", help=text)
-    options.add_method(parser, beta=1.0, why_beta="the paper's is 1")
+    options.add_method(parser, beta=1.0, why_beta="the paper's 1 leaves about half of the margin here")
     # training
     for name, (steps, lr, lr_pretrained, what) in STAGES.items():
         parser.add_argument(f"--{name}-steps", type=number(int, 1), default=steps, help=f"steps of training {what}")
@@ -153,7 +153,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and error
 import math
 import random
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 import torch
 from torch.utils.data import DataLoader
@@ -164,7 +164,7 @@ from lab.moe import baselines, dynmoe, moefication
 from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
 from lab.run import runs
-from lab.run.hub import Checkpoint
+from lab.run.hub import Checkpoint, unknown_tokens
 from lab.run.training import MuonAdamW, Training
 from lab.vision import instructions, llava, lvlm, routes, scenes
 from lab.vision.instructions import KINDS, Collate, InstructionSet, Unpacked, encode, is_right, make_packs, shuffled
@@ -234,6 +234,8 @@ def train(
     `alike`: every process does the same work on whole batches, since a contrastive loss needs all pairs of a batch.
     """
     args, accelerator, (steps, lr) = job.args, job.accelerator, job.plan(stage)
+    what = "in stage III" if stage == "stage3" else STAGES[stage][-1]
+    job.print_line(f"{options.label(name.removesuffix(f'-s{job.seed}'))}: {steps} steps of training {what}")
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -553,6 +555,8 @@ def ask(args) -> None:
             raise UserError(f"--image: {error}") from None
     report(f"{folder}, {args.image or 'no picture'}")
     for question in questions(args):
+        if unknown := unknown_tokens(tokenizer, [tokenizer(question, add_special_tokens=False)["input_ids"]]):
+            report(f"warning: {unknown}")
         if instructions.IMAGE in question:
             report(f"note: {instructions.IMAGE} in a question is left out; a picture stands before it")
         say(lvlm.ask(model, tokenizer, card, pictures, question) or "(no answer)")
@@ -595,13 +599,13 @@ def summarize(record: dict) -> str:
             names = [name for name in ("score", *KINDS) if name in entry["scores"]]
             table = [[f"seed {entry['seed']}", *names]]
             table += [[label, *(f"{100 * own.get(name, 0):.1f}" for name in names)] for label, own in rows.items()]
-            lines += [compare.layout(table), ""]
+            lines += [layout(table), ""]
     lines.append(compare.comparison_table(record, "last"))
     for run in record["runs"]:
         for own in run["limited"]:
             how = f"capacity {own['capacity']:g}{', batch prioritized' if own['bpr'] else ''}"
             shares = f"{100 * own['scores']['score']:.1f} % right, {100 * own['dropped']:.1f} % of the pairs dropped"
-            lines.append(f"{run['variant']}, seed {run['seed']}, {how}: {shares}")
+            lines.append(f"{options.label(run['variant'])}, seed {run['seed']}, {how}: {shares}")
     return "\n".join(lines + compare.seeds_note(record))
 
 
@@ -622,11 +626,17 @@ def main(args) -> None:
     args.output_dir = str(folder)
     keys, stages = ([f"{one}-s{seed}" for one in own for seed in args.seeds] for own in (args.variants, STAGES))
     names, flags = runs.names_of(keys, runs.ENTRIES, stages=stages), (args.overwrite, args.resume)
-    check = partial(runs.check_folder, folder, vars(args), vars(make_parser().parse_args([])), FREE, *flags, names)
+    defaults, wanted = vars(make_parser().parse_args([])), product(args.variants, args.seeds)
+    wanted = [{"variant": variant, "seed": seed} for variant, seed in wanted]
+    if record := runs.finished(folder, vars(args), defaults, wanted):
+        return runs.say_finished(folder, summarize(record))
+    check = partial(runs.check_folder, folder, vars(args), defaults, FREE, *flags, names)
     check()
-    spec = lvlm.check_spec(args)
-    clip = lvlm.load_clip(args.clip) if args.clip else None
-    lm, tokenizer = lvlm.load_lm(args.lm) if args.lm else (None, None)
+    clip, lm = lvlm.find_parts(args)
+    spec, tokenizer = lvlm.check_spec(args, clip, lm), None
+    clip = lvlm.load_clip(*clip) if clip else None
+    if lm:
+        lm, tokenizer = lvlm.load_lm(*lm)
     problems = llava.Problems(args.max_bad)
     data = lvlm.load_data(args, clip, tokenizer, problems)
     made_from = digests(args, data)
@@ -657,18 +667,19 @@ def train_all(args, folder: Path, accelerator, data: lvlm.Data, spec, clip, lm, 
         say(problems.summary() or f"all {problems.total} entries are used unchanged")
     if main_process:
         training = f"{sizes['train']} instructions on {pictures['train_pictures']} pictures to train"
-        say(f"{record.record['name']}: {training}, {sizes['test']} on {pictures['test_pictures']} to test", spec)
+        say(f"{record.record['name']}: {training}, {sizes['test']} on {pictures['test_pictures']} to test", str(spec))
         runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         job = Job(args, seed, folder, record, accelerator, data, spec, clip, lm)
         for variant in args.variants:
             name = f"{variant}-s{seed}"
             if entry := record.find(variant=variant, seed=seed):
-                job.print_line(f"{variant} is complete already")
+                job.print_line(f"{options.label(variant)} is complete already")
             else:
                 entry = moe_stage(job, variant)
                 record.add(entry)
-                job.print_line(f"{variant} answers {100 * entry['last']['score']:.1f} % right after stage III")
+                right = f"{100 * entry['last']['score']:.1f} % right"
+                job.print_line(f"{options.label(variant)} answers {right} after stage III")
             if main_process:
                 if record.is_newer_than("curves.png"):
                     figures.plot_run(folder, record.record)

@@ -101,7 +101,7 @@ def test_equal_rates_choose_the_lowest():
 def test_last_selects_nothing_and_pairs_within_a_rate():
     table = comparison_table(several_rates(), "last")
     labels = [line.split("  ")[1] for line in table.splitlines()[2:]]
-    assert labels == ["none, lr 2e-05", "ce, lr 2e-05", "none, lr 3e-05", "ce, lr 3e-05", "ce, lr 5e-05"]
+    assert labels == ["baseline, lr 2e-05", "ce, lr 2e-05", "baseline, lr 3e-05", "ce, lr 3e-05", "ce, lr 5e-05"]
     assert row_of(table, "accuracy", "ce, lr 2e-05", "2")[:2] == ["62.0 ± 0.0", "+1.5 [-4.9, +7.9]"]
     assert row_of(table, "accuracy", "ce, lr 3e-05", "2")[:2] == ["75.0 ± 0.0", "+4.5 [-1.9, +10.9]"]
     assert row_of(table, "accuracy", "ce, lr 5e-05") == ["1", "99.0"]  # no baseline at this rate
@@ -124,9 +124,9 @@ def three_variants():
 
 def test_rows_difference_wins_and_collapses():
     table = comparison_table(record("qnli-12k", three_variants()))
-    assert [line.split()[1] for line in table.splitlines()[2:]] == ["dense", "none", "ce"]
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["dense", "baseline", "ce"]
     assert row_of(table, "accuracy", "dense") == ["3", "70.7 ± 7.5", "+2.0 [-0.5, +4.5]", "3 of 3", "no difference"]
-    assert row_of(table, "accuracy", "none") == ["3", "68.7 ± 7.1"]
+    assert row_of(table, "accuracy", "baseline") == ["3", "68.7 ± 7.1"]
     # gaps 1, 2, -3: mean 0, std sqrt(7), half 4.3027 * sqrt(7 / 3)
     ce = row_of(table, "accuracy", "ce")
     assert ce == ["3", "68.7 ± 4.9", "+0.0 [-6.6, +6.6]", "2 of 3", "no difference", "1 collapsed"]
@@ -155,7 +155,7 @@ def test_score_is_printed_where_it_is_no_metric():
         "accuracy_mm",
     ]
     assert metric_names(record("cola", [run("none", 0, -0.1, -0.1, matthews=-0.1)])) == ["matthews"]
-    assert row_of(comparison_table(mrpc), "f1", "none") == ["2", "90.0 ± 0.0"]
+    assert row_of(comparison_table(mrpc), "f1", "baseline") == ["2", "90.0 ± 0.0"]
 
 
 def measured_once():
@@ -173,7 +173,7 @@ def test_runs_without_a_best_epoch():
     assert table.splitlines()[0] == "toy-lvlm, in %, end of the run, nothing selected; seeds: 0 1 2"
     assert metric_names(measured_once()) == ["caption", "vqa", "score"]
     assert [row.label for row in select_rows(measured_once(), "last")] == ["none", "ce"]
-    assert row_of(table, "vqa", "none") == ["3", "50.0 ± 10.0"]
+    assert row_of(table, "vqa", "baseline") == ["3", "50.0 ± 10.0"]
     assert row_of(table, "score", "ce")[:3] == ["3", "62.0 ± 10.0", "+2.0"]
     with pytest.raises(ValueError, match="toy-lvlm has runs without a best epoch: use select='last'"):
         comparison_table(measured_once())
@@ -202,12 +202,12 @@ def test_papers_table_has_ours_below():
     assert lines[0].split() == ["row", "CoLA", "MRPC", "QNLI", "MNLI", "RTE", "Avg"]
     assert [line.split("  ")[0] for line in lines[1:7]] == [
         *(f"published: {name}" for name in PUBLISHED),
-        "ours: none",
+        "ours: baseline",
         "ours: ce",
     ]
-    none = row_of("\n".join(lines), "ours: none")
+    none = row_of("\n".join(lines), "ours: baseline")
     assert none == ["61.0 ± 1.4", "91.0 ± 1.4", "92.0 ± 1.4", "86.0 ± 1.4", "71.0 ± 1.4", "80.2"]
-    assert "- rte, bert: none (seeds: 2); ce (seeds: 2)" in lines
+    assert "- rte, bert: baseline (seeds: 2); ce (seeds: 2)" in lines
     assert "best epoch and best tried learning rate; ± is the sample std" in lines[9]
     last = paper_table(full_records(), "last")
     assert row_of(last, "ours: ce")[:2] == ["50.0 ± 0.0"] * 2 and "last epoch, nothing selected" in last
@@ -222,7 +222,7 @@ def test_partial_data_stands_in_no_published_column(partial):
     table = paper_table(records)
     assert row_of(table, "ours: ce") == ["61.0 ± 1.4", "91.0 ± 1.4", "-", "86.0 ± 1.4", "71.0 ± 1.4", "-"]
     inside, below = table.split("Other or partial data, not comparable with these columns:")
-    assert "92.0" not in inside and "none 92.0 ± 1.4 (seeds: 2); ce 92.0 ± 1.4 (seeds: 2)" in below
+    assert "92.0" not in inside and "baseline 92.0 ± 1.4 (seeds: 2); ce 92.0 ± 1.4 (seeds: 2)" in below
     assert "Other or partial" not in paper_table(full_records())
 
 
@@ -232,9 +232,9 @@ def test_papers_table_of_uneven_records():
     record_of(records, "rte")["runs"] += [run("mse", 0, 0.8, lr=3e-5, collapsed=True), run("none", 0, 0.1, lr=3e-5)]
     best = paper_table(records)
     assert row_of(best, "ours: mse") == ["-", "-", "-", "-", "80.0", "-"]
-    assert row_of(best, "ours: none")[1:] == ["-", "92.0 ± 1.4", "86.0 ± 1.4", "71.0 ± 1.4", "-"]
+    assert row_of(best, "ours: baseline")[1:] == ["-", "92.0 ± 1.4", "86.0 ± 1.4", "71.0 ± 1.4", "-"]
     assert "mse, lr 3e-05 (seeds: 1, collapsed: 1)" in best
-    assert row_of(paper_table(records, "last"), "ours: none, lr 3e-05") == ["-", "-", "-", "-", "50.0", "-"]
+    assert row_of(paper_table(records, "last"), "ours: baseline, lr 3e-05") == ["-", "-", "-", "-", "50.0", "-"]
     with pytest.raises(ValueError, match="several records are named rte: merge them"):
         paper_table([*records, record_of(records, "rte")])
 

@@ -198,11 +198,71 @@ def test_overwrite_replaces_a_run_and_nothing_else(words, tmp_path, pictures):
     mine = ["notes.txt", "holiday.png", "train-set.jsonl", "model-x-small.bin"]
     for name in mine:
         (out / name).write_text("mine")
-    with pytest.raises(UserError, match="--output-dir .* holds another run: name another folder, or pass --overwrite"):
-        run([*words, "--epochs", "1"])
+    with pytest.raises(UserError, match="--output-dir .* holds a run with --conflict-loss ce, --variants ce: name another"):
+        run([*words, "--epochs", "1", "--conflict-loss", "mse"])
     run([*words, "--epochs", "1", "--overwrite", "--conflict-loss", "mse"])
     ours = ["all_results.json", "curves.png", "mse-s0.jsonl", "results.json", "written.txt"]
     assert sorted(path.name for path in out.iterdir()) == sorted([*ours, *mine])
+
+
+def test_the_same_command_again(words, tmp_path, monkeypatch, capsys):
+    """Finished: its table again, and nothing else. Other options, or a run that is missing: one line."""
+    words, file = [*words, "--epochs", "1", "--variants", "none,ce"], tmp_path / "out" / "results.json"
+    run(words)
+    table, before = capsys.readouterr().out.split("\nrte-24, in %")[1].split("\nwritten")[0], file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(glue_moefy, "prepare", lambda *_: pytest.fail("something is loaded"))
+        run([*words, "--save-steps", "1"])  # which changes nothing
+    printed = capsys.readouterr().out
+    assert "holds this run, finished with the same options; nothing is trained (--overwrite" in printed and table in printed
+    for flags, message in {
+        "--beta 0.5": "holds a run with --beta 0.1: name another folder, or pass --overwrite to replace it$",
+        "--seeds 0 1": r"holds a run with --seeds 0: .*\(--resume: to continue it\)",
+        "--save-model": r"holds a run with --save-model False: .*\(--resume: to continue it\)",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run([*words, *flags.split()])
+    assert file.read_bytes() == before
+    run([*words, "--resume"])
+    assert capsys.readouterr().out.count("complete already") == 2
+    record = json.loads(before)
+    file.write_text(json.dumps(record | {"runs": record["runs"][:1]}))
+    with pytest.raises(UserError, match=r"holds this run already: .*\(--resume: to continue it\)"):
+        run(words)
+    run([*words, "--overwrite"])
+    assert len(json.loads(file.read_text())["runs"]) == 2 and "nothing is trained" not in capsys.readouterr().out
+
+
+def test_the_folder_says_what_it_holds(monkeypatch):
+    found = []
+    monkeypatch.setattr(glue_moefy, "finished", lambda args, name, folder: found.append(str(folder)))
+    monkeypatch.setattr(glue_moefy, "prepare", lambda *_: (_ for _ in ()).throw(UserError("")))
+    for flags in ("", "--conflict-loss none", "--conflict-loss mse", "--compare", "--variants none,ce"):
+        with pytest.raises(UserError):
+            run(["--task", "rte", "--toy", "--device", "cpu", *flags.split()])
+    assert found == [f"runs/toy-rte{ending}" for ending in ("", "-none", "-mse", "-compare", "-compare")]
+
+
+def test_the_screen_is_for_people(words, capsys):
+    """Settings as a table, no dumps of objects, no speeds; the baseline under its own name in every table."""
+    run([*words, "--epochs", "1", "--variants", "dense,none,ce-one", "--every", "3"])
+    printed = capsys.readouterr().out
+    assert not re.search(r"STGCConfig|MoESpec|samples/s", printed)
+    assert re.search(r"\nMoE in layer 1: 4 copies of the FFN, Top-2, cosine router; \d\.\d M parameters", printed)
+    assert re.search(r"\nvariant +conflict loss +pairs +passes +gradients +tau +beta +alpha +conflicts at\n", printed)
+    assert re.search(r"\ndense +no MoE +- +-", printed)
+    assert re.search(r"\nbaseline +none +- +two +bias +0 +- +0.01 +every step\n", printed)  # --log-steps 1
+    assert re.search(r"\nce-one +ce +conflict +one +bias +0 +0.1 +0.01 +every 3 steps\n", printed)
+    tables = printed.split("\nrte-24, in %")[1:]
+    assert len(tables) == 2 and all("\naccuracy  baseline " in table and "none" not in table for table in tables)
+    assert "\nbaseline: conflict ratio 0." in tables[1]
+
+
+def test_the_toy_says_what_it_does_first(monkeypatch, capsys):
+    monkeypatch.setattr(glue_moefy.toy, "pretrain", lambda *_: (types.SimpleNamespace(config=None), None))
+    monkeypatch.setattr(glue_moefy.toy, "make_pairs", lambda *_: {})
+    glue_moefy.toy_source()
+    assert capsys.readouterr().out == "pretraining a tiny BERT on generated sentences: 500 steps\n"
 
 
 def write_task(root: Path, name: str, rows: int = 16, dev: int = 6) -> None:
@@ -259,6 +319,9 @@ def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, p
     assert re.search(r"CoLA +MRPC +QNLI +MNLI +RTE +Avg", printed) and "82.8" in printed
     assert "rte-8" in printed.split("CoLA")[1]  # a part of the data: under its own name, below the columns
     assert (tmp_path / "out" / "comparison.png").exists()
+    run([*words, "--task", "all", "--data-dir", tmp_path / "data", "--epochs", "1", "--variants", "dense,none,ce"])
+    again = capsys.readouterr().out
+    assert again.count("nothing is trained") == 5 and again.split("CoLA")[1] == printed.split("CoLA")[1]
 
 
 @pytest.mark.slow
@@ -272,7 +335,7 @@ def test_variants_differ_in_the_method_alone(words, tmp_path, pictures, capsys, 
     assert losses[:-1] == [losses[0]] * 8 and losses[-1] == pytest.approx(losses[0], rel=1e-5)
     assert "conflict_ratio" not in first["dense"] and len({first[name]["conflict_ratio"] for name in names[:6]}) == 1
     printed = capsys.readouterr().out
-    assert "best epoch on dev" in printed and "last epoch, nothing selected" in printed and "minus none" in printed
+    assert "best epoch on dev" in printed and "last epoch, nothing selected" in printed and "minus baseline" in printed
     assert (tmp_path / "out" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -352,19 +415,6 @@ def test_a_tokenised_data_set_is_kept(words, data, model, monkeypatch):
     assert all(first[split]._fingerprint == again[split]._fingerprint for split in files)
     other = glue.tokenize(files, task, tokenizer, 12)
     assert first["train"]._fingerprint != other["train"]._fingerprint
-
-
-def test_tensorboard_is_optional(words, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="--report-to tensorboard needs another package: pip install tensorboard"):
-        run([*words, "--report-to", "tensorboard"])
-    written = []
-    fake = types.SimpleNamespace(
-        SummaryWriter=lambda folder: types.SimpleNamespace(add_scalar=lambda *a: written.append(a), close=lambda: None)
-    )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    run([*words, "--report-to", "tensorboard", "--overwrite"])
-    assert {"loss", "conflict_ratio", "eval_score"} <= {name for name, _, _ in written}
 
 
 def test_a_saved_run_predicts_and_is_inspected(words, tmp_path, capsys):

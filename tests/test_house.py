@@ -239,7 +239,7 @@ def test_an_old_record_is_compared_and_drawn(old):
     record = runs.read_record(old)
     assert "normalize" not in record["config"]  # a record of before that flag
     table = compare.comparison_table(record, "best")
-    assert [line.split()[1] for line in table.splitlines()[2:]] == ["none", "ce", "placebo"]
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["baseline", "ce", "placebo"]
     assert {row["variant"]: row["seeds"] for row in tables.score_rows(record)} == {"none": 3, "ce": 3, "placebo": 3}
     assert "toy-rte" in tables.results_table([record]) and "--toy" in tables.results_table([record])
     counts = {name: len(curves) for name, curves in figures.read_curves(old, record).items()}
@@ -272,7 +272,8 @@ def test_an_old_folder_is_continued(old, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "holds another run: name another folder, or pass --overwrite"),
+        ("--beta 0.5", "holds a run with --beta 0.1: name another folder, or pass --overwrite to replace it$"),
+        ("--seeds 0", r"holds a run with --seeds 0 1 2: .*\(--resume: to continue it\)"),
         ("--resume --beta 0.5", "was started with --beta 0.1; give the same"),
         ("--resume --no-normalize", "was started with --normalize True; give the same"),  # an option that the record lacks
     ],

@@ -75,6 +75,8 @@ def test_resume_in_two_processes(words, tmp_path, server):  # noqa: F811
         run([*command, "--output-dir", tmp_path / "cut", "--resume"])
     assert Launched(2, "glue_moefy.py", *command, "--output-dir", tmp_path / "cut", "--resume").wait().returncode == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    again = Launched(2, "glue_moefy.py", *command, "--output-dir", tmp_path / "cut").wait()
+    assert again.returncode == 0 and again.stdout.count("finished with the same options; nothing is trained") == 1
 
 
 def test_a_batch_that_cannot_be_shared(words, tmp_path, server):  # noqa: F811

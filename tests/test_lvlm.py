@@ -185,7 +185,7 @@ def test_the_film_changes_nothing_in_the_training(straight, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 10, 18])  # clip 1-3, text 4-5, I 6-7, II 8-10, ce 11-14, feature 15-18
-def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
+def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch, capsys, step):
     command, expected = straight
     with monkeypatch.context() as patch:
         kill_at(patch, step)
@@ -197,6 +197,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         kill_at(patch, 1)  # complete: nothing is trained
         run([*command, "--output-dir", tmp_path / "cut", "--resume"])
+        capsys.readouterr()
+        run([*command, "--output-dir", tmp_path / "cut"])
+    printed = capsys.readouterr().out
+    assert "finished with the same options; nothing is trained" in printed and "stage II" in printed
+    with pytest.raises(UserError, match="holds a run with --stage2-steps 3: name another folder"):
+        run([*command, "--stage2-steps", "5", "--output-dir", tmp_path / "cut"])
     with pytest.raises(UserError, match="was started with --stage2-steps 3"):
         run([*command, "--stage2-steps", "5", "--output-dir", tmp_path / "cut", "--resume"])
 
@@ -306,7 +312,7 @@ def test_all_stages_have_the_precision(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pretrained_parts(tmp_path):
+def test_pretrained_parts(tmp_path, monkeypatch):
     """Folders that save_pretrained wrote, with another picture size, no padding token and biases in no linear."""
     tokenizer = make_tokenizer(["what colour is it?", " red"])
     tokenizer.pad_token = None
@@ -321,7 +327,12 @@ def test_pretrained_parts(tmp_path):
     size = {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}
     CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "clip")
     command = [*SMALL, *STEPS[4:], "--conflict-loss", "none", "--clip", tmp_path / "clip", "--lm", tmp_path / "lm"]
+    looked = []
+    for name in ("find_clip", "find_lm"):
+        real = getattr(lvlm, name)
+        monkeypatch.setattr(lvlm, name, lambda path, real=real: (looked.append(Path(path).name), real(path))[1])
     run([*command, "--output-dir", tmp_path / "out"])
+    assert looked == ["clip", "lm"]  # each once
     assert [one["stage"] for one in read(tmp_path / "out")["stages"]] == ["stage1", "stage2"]
     model, _, card = lvlm.load(Checkpoint("--run", tmp_path / "out" / "model-none-s0"))
     assert card.size == 96 and card.image_tokens == 9 and model.config.text_config.hidden_size == 32
@@ -463,7 +474,9 @@ def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
     for variant in ("ce", "embedding", "feature", "task", "dense"):
         run(["--ask", "what colour is it?", "--image", tmp_path / "x.png", "--run", whole / f"model-{variant}-s0"])
     out = capsys.readouterr()
-    assert len(out.out.splitlines()) >= 4 and "model-dense-s0" in out.err
+    assert len(out.out.splitlines()) >= 4 and "model-dense-s0" in out.err and "unknown" not in out.err
+    run(["--ask", "what zyxw is it?", "--run", whole])
+    assert re.search(r"warning: \d of \d tokens are unknown to the model, which reads each as ", capsys.readouterr().err)
     monkeypatch.setattr(sys, "stdin", io.StringIO("where is it?\n\n<image> what?\n"))
     run(["--chat", "--run", whole])
     assert "model-task-s0, no picture" in capsys.readouterr().err  # the last run's

@@ -165,6 +165,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(cut, tmp_path, ca
     assert_same(whole, outcome(tmp_path / "cut"))
 
 
+def test_a_checkpoint_of_another_version_is_one_line(cut, tmp_path):
+    command, _, folder = cut
+    shutil.copytree(folder, tmp_path / "cut")
+    newest = sorted((tmp_path / "cut" / "checkpoints" / "ce-s0").iterdir())[-1] / "state.json"
+    state = json.loads(newest.read_text())
+    state["state"]["mood"] = 1
+    state["digest"] = runs.digest({key: value for key, value in state.items() if key != "digest"})
+    newest.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="--resume: the checkpoint of ce-s0 is of another version .*'mood'.*--overwrite"):
+        run([*command, "--output-dir", tmp_path / "cut", "--resume"])
+
+
 def test_checkpoints_hold_no_pickle(cut):
     names = {path.name for path in (cut[2] / "checkpoints").rglob("*") if path.is_file()}
     assert names == {"model.safetensors", "optimizer.safetensors", "random-0.safetensors", "state.json"}

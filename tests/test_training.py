@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lab.run import training as lab_training
 from lab.run.training import MuonAdamW, Training
 
 BETAS = (0.9, 0.98)
@@ -83,7 +84,7 @@ def training(tmp_path):
 
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    args = SimpleNamespace(log_steps=4, save_steps=None, resume=False, report_to="none")
+    args = SimpleNamespace(log_steps=4, save_steps=None, resume=False, seeds=[0, 1], variants=["none", "ce"], toy=False)
     model = make()
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -107,3 +108,29 @@ def test_the_last_line_repeats_no_statistics(training, capsys):
 
 def test_each_run_begins_with_a_fresh_loss_scale(training):
     assert training.grad_scale() == 65536.0
+
+
+@pytest.mark.parametrize("step, hours", [(1000.0, "about 3 hours on this CPU (11 steps of 1000.0 s"), (300.0, None)])
+def test_a_long_training_on_a_cpu_is_announced_once(training, capsys, monkeypatch, step, hours):
+    """From its first three steps. What is faster is named."""
+    monkeypatch.setattr(lab_training, "time", SimpleNamespace(perf_counter=lambda: training.start + 3 * step))
+    with training as run:
+        for _ in range(14):
+            run.step_done(torch.tensor(1.0), 1)
+        said = capsys.readouterr().out
+        run.at.step = 3  # as in the next run of the command
+        run.say_how_long()
+    if hours:
+        assert said.count("note: ce-s0 takes") == 1 and hours in said and not capsys.readouterr().out
+        assert said.endswith("; the command has 4 runs; faster: --toy, a small model, a GPU\n")
+    else:
+        assert not said
+
+
+def test_the_last_steps_of_a_resumed_run_are_not_long(training, capsys, monkeypatch):
+    monkeypatch.setattr(lab_training, "time", SimpleNamespace(perf_counter=lambda: training.start + 3000.0))
+    training.at.step, training.began = 9, (9, 0.0)
+    with training as run:
+        for _ in range(5):
+            run.step_done(torch.tensor(1.0), 1)
+    assert not capsys.readouterr().out

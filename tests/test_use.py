@@ -129,6 +129,7 @@ def test_every_format_keeps_its_rows_and_gets_the_models_probabilities(run, tmp_
     added = ["prediction", "probability_entailment", "probability_not_entailment"]
     assert [{name: row[name] for name in row if name not in added} for row in found] == rows
     assert all(list(row)[-3:] == added for row in found)
+    assert all(round(float(row[name]), 6) == float(row[name]) for row in found for name in added[1:]), "6 digits"
     probs = direct(run / "model-ce-s0", [(row["sentence1"], row["sentence2"]) for row in rows]).softmax(-1)
     assert len({round(p, 4) for p in probs[:, 0].tolist()}) > 8, "a wrong order would not show"
     torch.testing.assert_close(

@@ -188,6 +188,13 @@ class MoESpec:
         if self.router == "dynmoe" and (self.experts, self.normalize) != ("copy", True):
             raise ValueError("router='dynmoe' takes the mean of its experts: it needs experts='copy' and normalize=True")
 
+    def __str__(self) -> str:
+        what = "copies" if self.experts == "copy" else "parts"
+        many = f"up to {self.max_experts} experts, any number per token" if self.router == "dynmoe" else f"Top-{self.top_k}"
+        plain = "" if self.normalize else ", weights not normalised"
+        where = f"layer{'s' * (',' in self.layers)} {self.layers}"
+        return f"MoE in {where}: {self.num_experts} {what} of the FFN, {many}, {self.router} router{plain}"
+
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     """The layers named by "10", "1,3,5", "every-second" (1, 3, 5, ...) or "all", counted from 0, in order.

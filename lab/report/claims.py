@@ -26,13 +26,13 @@ from lab.report.verdicts import (
     gain_rows,
     header,
     join,
-    label,
     say_gap,
     sign_row,
     stat_row,
     verdict_of,
 )
 from lab.run.cli import Parser, UserError, path, run_main, say
+from lab.run.options import label
 from lab.run.runs import ROOT, read_lines, read_record
 from lab.text.tasks import TASKS
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from scipy.stats import ttest_1samp
 
 from lab.report.tables import spread
-from lab.run.cli import printable
+from lab.run.cli import layout, printable
+from lab.run.options import label
 
 BASELINE = "none"
 FIRST = ("dense", BASELINE)  # the rows at the top
@@ -132,14 +133,6 @@ def metric_names(record: dict) -> list[str]:
     return names + ["score"] * (not any(all(entry[name] == entry["score"] for entry in entries) for name in names))
 
 
-def layout(lines: list[list[str]]) -> str:
-    """Aligns cells in columns. The first line is the header. Empty columns are left out."""
-    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    lines = [list(line) for line in zip(*columns, strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
 def gap_to_baseline(row: Row, rows: list[Row], select: str, metric: str = "score") -> tuple[Row, Paired] | None:
     """The baseline's row, under `last` that of the same learning rate, and the difference from it; None without a shared
     seed."""
@@ -151,17 +144,17 @@ def gap_to_baseline(row: Row, rows: list[Row], select: str, metric: str = "score
 
 
 def comparison_table(record: dict, select: str = "best") -> str:
-    """Per metric and variant, in %: mean ± sample standard deviation, difference from `none`, seeds won, verdict.
+    """Per metric and variant, in %: mean ± sample standard deviation, difference from the baseline, seeds won, verdict.
 
-    The line above the table names the selection. Differences need `none`, another variant and a shared seed; otherwise they
-    are left out.
+    The line above the table names the selection. Differences need the baseline, another variant and a shared seed;
+    otherwise they are left out.
     """
     rows = select_rows(record, select)
-    lines = [["metric", "variant", "seeds", "mean ± std", f"minus {BASELINE} [95 %]", "won", "verdict", "collapsed"]]
+    lines = [["metric", "variant", "seeds", "mean ± std", f"minus {label(BASELINE)} [95 %]", "won", "verdict", "collapsed"]]
     for metric in metric_names(record):
         for row in rows:
             values = row.of(metric)
-            line = [metric, row.label, str(len(values)), spread(list(values.values())), "", "", ""]
+            line = [metric, label(row.label), str(len(values)), spread(list(values.values())), "", "", ""]
             if found := gap_to_baseline(row, rows, select, metric):
                 _, gap = found
                 interval = "" if gap.low is None else f" [{gap.low:+.1f}, {gap.high:+.1f}]"
@@ -201,7 +194,7 @@ def paper_table(records: list[dict], select: str = "best") -> str:
         for row in select_rows(record, select):
             scores = list(row.of("score").values())
             count = f"seeds: {len(scores)}" + (f", collapsed: {len(row.collapsed)}" if row.collapsed else "")
-            texts.append(f"{row.label}{'' if whole else ' ' + spread(scores)} ({count})")
+            texts.append(f"{label(row.label)}{'' if whole else ' ' + spread(scores)} ({count})")
             if whole:
                 ours.setdefault(row.variant if select == "best" else row.label, {})[name] = scores
         notes[whole].append(f"- {name}, {printable(config.get('model', 'model not recorded'))}: {'; '.join(texts)}")
@@ -210,7 +203,7 @@ def paper_table(records: list[dict], select: str = "best") -> str:
     for name in in_order(ours):
         cells = [spread(ours[name][task]) if task in ours[name] else "-" for task in COLUMNS]
         average = "-" if "-" in cells else f"{mean(mean(scores) for scores in ours[name].values()):.1f}"
-        lines.append([f"ours: {name}", *cells, average])
+        lines.append([f"ours: {label(name)}", *cells, average])
     how = "best epoch and best tried learning rate" if select == "best" else "last epoch, nothing selected, so lower by that"
     text = [layout(lines), ""]
     text += ["Published: BERT-large, best epoch and learning rate on dev; a std published there is the population one."]

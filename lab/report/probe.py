@@ -83,7 +83,9 @@ def find_models(run: Path, record: dict) -> list[Saved]:
         if "task" in record["config"]:
             return use.load_saved(run / name, "RUN")[0]
         model = lvlm.load(Checkpoint("RUN", run / name, again="train again"))[0]
-        return model if seed is None else moefication.moefy(model, replace(lvlm.check_spec(args), seed=seed))
+        if seed is None:
+            return model
+        return moefication.moefy(model, replace(lvlm.check_spec(args, *lvlm.find_parts(args)), seed=seed))
 
     for entry in record.get("stages", []):
         if entry["stage"] in ("stage1", "stage2"):
@@ -117,7 +119,8 @@ def load_pictures(record: dict, model: Path) -> Material:
     """The training data of a run of toy_lvlm.py, with the tokenizer of its model."""
     args = argparse.Namespace(**record["config"])
     tokenizer = lvlm.load(Checkpoint("RUN", model, again="train again"))[1]
-    data = lvlm.load_data(args, lvlm.load_clip(args.clip) if args.clip else None, tokenizer, llava.Problems(args.max_bad))
+    clip = lvlm.load_clip(*lvlm.find_clip(args.clip)) if args.clip else None
+    data = lvlm.load_data(args, clip, tokenizer, llava.Problems(args.max_bad))
     check_digest(record, "the data to train", digest_of(data.train.images_N3SS, data.train.instructions))
     packs = make_packs(data.train, data.encoded, data.image_id, args.max_length)
     collate, groups = Collate(data.train, packs, data.pixels, data.pad_id), {}

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import stgc
 from lab.bench import measure
 from lab.report import regimes
-from lab.report.compare import layout
 from lab.report.grader import load_oracle
 from lab.report.records import RESULTS
+from lab.run.cli import layout
+from lab.run.options import label
 from stgc import MoELayer
 from stgc_plus import STGC, Experts, STGCConfig
 
@@ -68,11 +69,11 @@ def compare_margins() -> Iterator[str]:
             how = STGC(model, STGCConfig(**fields)), torch.optim.AdamW(model.parameters(), 5e-3)
             model.fit(*how, STEPS, keys=())
             found.setdefault(name, []).append(model.fit(*how, 25, keys=("router_margin",)))
-    rows, recorded = [["variant", "margin", "of none's", "recorded", "main loss"]], recorded_margins()
+    rows, recorded = [["variant", "margin", "of baseline's", "recorded", "main loss"]], recorded_margins()
     base = torch.tensor(found["none"]).mean(0)[0]
     for name, own in found.items():
         margin, loss = torch.tensor(own).mean(0).tolist()
-        rows.append([name, f"{margin:.4f}", f"{margin / base:.3f}", recorded.get(name, ""), f"{loss:.3f}"])
+        rows.append([label(name), f"{margin:.4f}", f"{margin / base:.3f}", recorded.get(name, ""), f"{loss:.3f}"])
     yield f"2. The router's margin after {STEPS + 25} steps of stgc.Demo, beta 1, mean of {SEEDS} seeds. Recorded: the"
     yield "   median of the settings in results/regimes.json."
     yield from layout(rows).split("\n")

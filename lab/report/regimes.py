@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import mean, median
 
 from lab.bench.regimes import BETAS, FIRST_FRESH, read_record
-from lab.report.compare import Paired, layout, paired
+from lab.report.compare import Paired, paired
 from lab.report.figures import plt, save
 from lab.report.styles import style_of
-from lab.run.cli import Parser, path, run_main, say
+from lab.run.cli import Parser, layout, path, run_main, say
 
 NONE, RANDOM, FROZEN, ORACLE = ((name, None) for name in ("none", "random", "frozen", "oracle"))
 DOSED = ("ce", "placebo", "flat")

@@ -6,6 +6,7 @@ from statistics import mean, median, stdev
 
 from lab.report.records import merge
 from lab.run.cli import UserError
+from lab.run.options import label
 from lab.run.reading import read_json
 from lab.vision.instructions import KINDS
 
@@ -54,7 +55,7 @@ def results_table(records: list[dict]) -> str:
             router = "" if row["variant"] == "dense" else f", {config['router']} router"
             beta = "" if row["variant"] in ("dense", "none") else f", beta {config['beta']:g}"
             name = f"{record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
-            cells = [name, f"{row['label']}{router}{beta}", spread(row["best"]), spread(row["last"])]
+            cells = [name, f"{label(row['label'])}{router}{beta}", spread(row["best"]), spread(row["last"])]
             cells += [row["conflict_ratio"], row["consistency"], f"{row['collapsed']} of {row['seeds']}"]
             (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(f"| {' | '.join(cells)} |")
         commands += record["command"]
@@ -105,9 +106,9 @@ def lvlm_table(records: list[dict]) -> str:
             f"blind: {how}": [stage["blind"][how] for stage in stages] for how in (stages or [{"blind": {}}])[0]["blind"]
         }
         for run in record["runs"]:
-            rows.setdefault(f"stage III, {run['variant']}", []).append(run["last"] | run["where"])
-        for label, scores in ((label, scores) for label, scores in rows.items() if scores):
+            rows.setdefault(f"stage III, {label(run['variant'])}", []).append(run["last"] | run["where"])
+        for model, scores in ((model, scores) for model, scores in rows.items() if scores):
             cells = [spread([100 * own[name] for own in scores]) if name in scores[0] else "-" for name in names]
             folders = ", ".join(dict.fromkeys(record["folders"]))
-            lines.append(f"| {folders} | {label} | {len(scores)} | {' | '.join(cells)} |")
+            lines.append(f"| {folders} | {model} | {len(scores)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", folded([command for record in merge(records) for command in record["command"]])])

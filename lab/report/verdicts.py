@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lab.report.compare import Paired, paired
 from lab.report.tables import spread
+from lab.run.options import label
 
 # ---- 1. Verdicts ----
 
@@ -117,7 +118,7 @@ class Setting:
     def table(self) -> Iterator[str]:
         """Markdown: every variant's scores, what its training reached, and its paired differences."""
         heads = ["variant", "seeds", "best", "last", "dev loss", "training loss", "margin at the end"]
-        yield from header(*heads, *(f"minus {name}" for name in ("none", "placebo", "random")))
+        yield from header(*heads, *(f"minus {label(name)}" for name in ("none", "placebo", "random")))
         for name in self.variants:
             cells = [label(name), str(len(self.runs(name)))]
             cells += [spread([*self.scores(name, select).values()]) for select in ("best", "last")]
@@ -132,7 +133,7 @@ class Setting:
     def notes(self) -> Iterator[str]:
         for first, again in self.record["repeated"]:
             gap = 100 * (again["last"]["score"] - first["last"]["score"])
-            names = f"{first['variant']}, seed {first['seed']}"
+            names = f"{label(first['variant'])}, seed {first['seed']}"
             yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap:+.1f} points."
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
         yield f"Commits: {', '.join(commits)}."
@@ -140,10 +141,6 @@ class Setting:
 
 def header(*names: str) -> list[str]:
     return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-
-
-def label(variant: str) -> str:
-    return "none (baseline)" if variant == "none" else variant
 
 
 # ---- 3. Rows ----

@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from pathlib import Path
 
 BAD_INPUT, FAILED, CLOSED_PIPE = 2, 1, 141  # exit codes; for a signal 128 + its number
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-LONGEST = 400  # characters of a line that reports a failure
+LONGEST, LONG_WORD = 400, 80  # characters of a line that reports a failure, and of a word in one that is too long
+GRACE = 3  # seconds that another process waits for process 0 to report the same failure
 CONTINUE = "the same command with --resume continues"
 
 
@@ -44,13 +46,24 @@ def say(*lines: str) -> None:
         print(*map(printable, lines), sep="\n")
 
 
-def report(line: str) -> None:
-    """Prints a line on stderr, from one process, and without the middle of a very long one."""
-    line, half = printable(line), LONGEST // 2
+def report(line: str, process: str = "0") -> None:
+    """Prints a line on stderr, from one process. A very long one loses the middle of its long names, so that the reason and
+    the fix stay, and its own middle only if it is still too long."""
+    line, half, ends = printable(line), LONGEST // 2, LONG_WORD // 2
+    if len(line) > LONGEST:
+        line = re.sub(rf"\S{{{LONG_WORD},}}", lambda word: f"{word[0][:ends]}...{word[0][-ends:]}", line)
     line = line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
     with suppress(OSError, RuntimeError):  # a closed pipe; a signal that came while a line was printed
-        if sys.stderr and os.environ.get("RANK", "0") == "0":
+        if sys.stderr and os.environ.get("RANK", "0") == process:
             print(line, file=sys.stderr)
+
+
+def layout(lines: list[list[str]]) -> str:
+    """Aligns cells in columns. The first line is the header. Empty columns are left out."""
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    lines = [list(line) for line in zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,8 +137,9 @@ def handle_signals(handler: Callable) -> Callable[[], object]:
 
 def run_main(prog: str, main: Callable, resumes: bool = True):
     """Runs a script's main, or a part of it such as the parsing of its options, and returns the result. Bad input, failures,
-    signals and a closed pipe become an exit code and at most one line on stderr, from one process. Signals do so from then
-    on, also between two parts. `resumes`: the script trains, and the same command with --resume continues."""
+    signals and a closed pipe become an exit code and at most one line on stderr, from process 0, or from another one if that
+    fails alone. Signals do so from then on, also between two parts. `resumes`: the script trains, and the same command with
+    --resume continues."""
     at_work, line = True, None
 
     def on_signal(number, _):
@@ -167,6 +181,10 @@ def run_main(prog: str, main: Callable, resumes: bool = True):
         at_work = False
     if line:
         report(f"{prog}: {line}")
+        rank = os.environ.get("RANK", "0")
+        if rank != "0" and code in (BAD_INPUT, FAILED):
+            time.sleep(GRACE)  # the launcher ends this process meanwhile, if process 0 has failed too
+            report(f"{prog}: process {rank}: {line}", rank)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()

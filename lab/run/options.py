@@ -18,6 +18,9 @@ COMPARED = ["none", "ce", "placebo"]
 METHOD = ("conflict_loss", "select", "passes", "gradients")  # the flags that a variant's name replaces
 # options that may differ when a run is resumed
 FREE = {*"seeds variants compare lrs resume overwrite output_dir save_steps save_model report_to film".split()}
+# those that may differ when a finished run is only shown again
+UNREAD = {*"resume overwrite output_dir save_steps report_to".split()}
+TRACKERS = "aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wandb".split()  # that accelerate knows
 # flags that use a trained model, and train nothing
 USES = {"inspect", "html", "seed", "predict", "run", "output", "ask", "chat", "image"}
 # options that older records do not have, with their defaults
@@ -67,7 +70,8 @@ def add_method(parser: Parser, beta: float, why_beta: str) -> None:
     parser.add_argument("--passes", choices=["two", "one"], default="two", help="two: the paper's; one: no extra backward")
     parser.add_argument("--gradients", choices=["bias", "weight"], default="bias", help="token gradients to compare")
     parser.add_argument("--tau", type=number(float, -1.001, 1.001), default=0.0, help="a pair conflicts below this cosine")
-    parser.add_argument("--beta", type=number(float, 0), default=beta, help=f"weight of the conflict loss; {why_beta}")
+    text = f"weight of the conflict loss: the larger, the less the router prefers any expert (its margin); {why_beta}"
+    parser.add_argument("--beta", type=number(float, 0), default=beta, help=text)
     parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the balance loss")
     parser.add_argument("--every", type=number(int, 1), default=1, help="look for conflicts at every k-th step")
 
@@ -77,10 +81,12 @@ def add_run(parser: Parser, folder: str, films: str) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
     parser.add_argument("--log-steps", type=number(int, 1), default=10, help="write a line of the curve at every n-th step")
     parser.add_argument("--save-steps", type=number(int, 1), help="also write a checkpoint at every n-th step")
-    parser.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="also log to this tracker")
+    text = "also log to this tracker, which needs its package; --resume stays in the same run of mlflow, tensorboard, wandb"
+    parser.add_argument("--report-to", choices=["none", *TRACKERS], default="none", help=text)
     text = "keep a film of the training, and write inspect.html from it, tokens and experts moment by moment; default: {}"
     parser.add_argument("--film", action=BooleanOptionalAction, default=None, help=text.format(films))
-    parser.add_argument("--output-dir", type=path("new folder"), help=f"folder of the run; default: {folder}")
+    text = f"folder of the run; a finished one is shown; default: {folder}"
+    parser.add_argument("--output-dir", type=path("new folder"), help=text)
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir; finished runs are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
 
@@ -175,6 +181,11 @@ def variant_name(args) -> str:
     if control and name != "none":
         name = control if name == "ce" else f"{control}-{name}"
     return name + ("-one" if args.passes == "one" else "") + ("-weight" if args.gradients == "weight" else "")
+
+
+def label(variant: str) -> str:
+    """How tables on the screen call a variant: the baseline's name in records and flags, `none`, says little there."""
+    return re.sub(r"^none\b", "baseline", variant)
 
 
 def variant_options(name: str, args) -> dict | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import accelerate
 import psutil
 import torch
-from accelerate.utils import DataLoaderConfiguration, gather_object
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm.auto import tqdm
 
 import lab
-from lab.run.cli import Interrupted, RunFailed, UserError, report, say
+from lab.run import options, trackers
+from lab.run.cli import Interrupted, RunFailed, UserError, layout, report, say
 from lab.run.files import RECORD, claim, lock_list, read_list, refuse_foreign, remove, sync, write_json, written
 from lab.run.reading import check_kinds, parse_json, read_json
 
@@ -44,8 +45,9 @@ CHECKPOINTS, STAGES, ENTRIES, PAGE = "checkpoints", "stages", "entries.json", "i
 # ---- 1. Device ----
 
 
-def make_accelerator(device: str, precision: str) -> accelerate.Accelerator:
-    """An accelerator for `device` (auto, cpu, cuda, mps) and `precision` (fp32, bf16, fp16). UserError if they don't fit."""
+def make_accelerator(device: str, precision: str, tracker: str = "none") -> accelerate.Accelerator:
+    """An accelerator for `device` (auto, cpu, cuda, mps), `precision` (fp32, bf16, fp16) and `tracker`, see --report-to.
+    UserError if they don't fit."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device != "auto" and not available[device]:
         found = ", ".join(name for name, there in available.items() if there)
@@ -58,10 +60,13 @@ def make_accelerator(device: str, precision: str) -> accelerate.Accelerator:
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     if on_cpu:
         keep_freed_memory()
+    trackers.check(tracker)
     try:
         # split_batches: --batch-size counts all processes together, so that N processes train as one does
-        loaders = DataLoaderConfiguration(split_batches=True)
-        return accelerate.Accelerator(cpu=on_cpu, mixed_precision=mixed, dataloader_config=loaders)
+        how = {"mixed_precision": mixed, "dataloader_config": DataLoaderConfiguration(split_batches=True)}
+        if tracker != "none":  # each run sets a folder of its own
+            how |= {"log_with": tracker, "project_config": ProjectConfiguration(logging_dir=".")}
+        return accelerate.Accelerator(cpu=on_cpu, **how)
     except ValueError as error:
         raise UserError(f"--precision {precision}: {error}") from None
 
@@ -80,11 +85,9 @@ def keep_freed_memory() -> None:
 
 def start(args) -> accelerate.Accelerator:
     """The accelerator for a script's flags. UserError if the flags do not fit."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.report_to)
     if args.batch_size % accelerator.num_processes:
         raise UserError(f"--batch-size {args.batch_size}: {accelerator.num_processes} processes share it; use a multiple")
-    if args.report_to == "tensorboard":
-        summary_writer_class()
     return accelerator
 
 
@@ -97,9 +100,18 @@ def refuse_shards(accelerator: accelerate.Accelerator, why: str) -> None:
 
 def print_settings(args, device: torch.device, configs: list) -> None:
     """Prints what is compared and on which device. `configs`: an STGCConfig per entry of args.variants, None for `dense`."""
-    for variant, config in zip(args.variants, configs, strict=True):
-        say(f"{variant}: {config or 'the dense model, no MoE'}")
-    say(f"device={device} precision={args.precision} threads={torch.get_num_threads()} seeds={args.seeds}")
+    rows = [["variant", "conflict loss", "pairs", "passes", "gradients", "tau", "beta", "alpha", "conflicts at"]]
+    for variant, own in zip(args.variants, configs, strict=True):
+        if own is None:
+            rows.append([options.label(variant), "no MoE", *["-"] * 7])
+            continue
+        often = "every step" if own.every == 1 else f"every {own.every} steps"
+        pairs, beta = ("-", "-") if own.conflict_loss == "none" else (own.select, f"{own.beta:g}")
+        how = [own.conflict_loss, pairs, own.passes, own.gradients, f"{own.tau:g}", beta, f"{own.alpha:g}", often]
+        rows.append([options.label(variant), *how])
+    say("", *layout(rows).split("\n"), "")
+    seeds = " ".join(map(str, args.seeds))
+    say(f"seeds {seeds}; device {device}, precision {args.precision}, threads {torch.get_num_threads()}")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -160,11 +172,37 @@ def check_folder(
         refuse_foreign(folder, names)
     if record is None or overwrite:
         return
+    flags = other_flags(record, config, defaults, [name for name in defaults | record["config"] if name not in free])
     if not resume:
-        ways = "name another folder, or pass --overwrite to replace it (--resume: to continue it)"
-        raise UserError(f"--output-dir {folder} holds another run: {ways}")
-    if flags := other_flags(record, config, defaults, [name for name in defaults | record["config"] if name not in free]):
+        other = other_flags(record, config, defaults, read_options(record, defaults))
+        ways = "name another folder, or pass --overwrite to replace it" + " (--resume: to continue it)" * (not flags)
+        raise UserError(f"--output-dir {folder} holds {f'a run with {other}' if other else 'this run already'}: {ways}")
+    if flags:
         raise UserError(f"--resume: {folder} was started with {flags}; give the same, or name another --output-dir")
+
+
+def read_options(record: dict, defaults: dict) -> list[str]:
+    """The options that say what a folder holds. A free one that an older record does not know says nothing."""
+    return sorted((record["config"].keys() | defaults.keys() - options.FREE) - options.UNREAD)
+
+
+def finished(folder: Path, config: dict, defaults: dict, wanted: Iterable[dict]) -> dict | None:
+    """The record of a folder where a command of these options has trained all `wanted` runs (variant, seed, lr), else None.
+    `defaults`: see `other_flags`. Data and models are not compared: --resume does that."""
+    if config["overwrite"] or config["resume"] or not (record := read_record(folder)):
+        return None
+    changed = other_flags(record, config, defaults, read_options(record, defaults))
+    return None if changed or not all(find_entry(record, **key) for key in wanted) else record
+
+
+def say_finished(folder: Path, table: str) -> None:
+    ways = "--overwrite trains anew, another --output-dir trains beside it"
+    say(f"{folder} holds this run, finished with the same options; nothing is trained ({ways})", "", *table.split("\n"))
+
+
+def find_entry(record: dict, to: str = "runs", **key) -> dict | None:
+    """The entry of a finished run (variant, seed, lr), or of a finished stage (`to="stages"`). None if there is none."""
+    return next((one for one in record.get(to, []) if all(one.get(name) == value for name, value in key.items())), None)
 
 
 def other_flags(record: dict, config: dict, defaults: dict, names: Iterable[str]) -> str:
@@ -172,7 +210,8 @@ def other_flags(record: dict, config: dict, defaults: dict, names: Iterable[str]
     the record does not know, because it is newer, counts as made with its value in `defaults`."""
     before = defaults | record["config"]
     other = [name for name in names if before.get(name) != json.loads(json.dumps(config.get(name)))]
-    return ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in other)
+    text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else value  # noqa: E731
+    return ", ".join(f"--{name.replace('_', '-')} {text(before.get(name))}" for name in other)
 
 
 def names_of(runs: Iterable[str], *more: str, stages: Iterable[str] = ()) -> list[str]:
@@ -296,9 +335,8 @@ class RunFolder:
             say(f"note: resumed with {', '.join(other)}: the weights may differ in the last digits")
 
     def find(self, to: str = "runs", **key) -> dict | None:
-        """The entry of a finished run (variant, seed, lr), or of a finished stage (`to="stages"`). None if there is none."""
-        entries = self.record.get(to, [])
-        return next((one for one in entries if all(one.get(name) == value for name, value in key.items())), None)
+        """See `find_entry`."""
+        return find_entry(self.record, to, **key)
 
     def add(self, entry: dict, to: str = "runs") -> None:
         """Adds an entry and writes the record."""
@@ -346,10 +384,12 @@ class RunLog:
     """The log of one run: a progress bar on stderr, if that is a terminal, and a curve as JSON lines.
 
     A resumed run keeps the first `kept` lines of its curve and continues at `step`. RunFailed if the lines are missing.
-    `board`: a folder for TensorBoard. Only the main process writes.
+    `track` gets the numbers of each line, and their step. Only the main process writes.
     """
 
-    def __init__(self, path: Path, steps: int, main: bool = True, step: int = 0, kept: int = 0, board: Path | None = None):
+    def __init__(
+        self, path: Path, steps: int, main: bool = True, step: int = 0, kept: int = 0, track: Callable | None = None
+    ):
         self.lines: list[dict] = read_lines(path, kept) if main and kept else []
         self.file = None
         if main:
@@ -358,12 +398,7 @@ class RunLog:
             self.file = open(path, "a")
         hidden = None if main else True  # None: off if stderr is not a terminal
         self.bar = tqdm(total=steps, initial=step, desc=path.stem, dynamic_ncols=True, disable=hidden)
-        self.board = None
-        if board and main:
-            before = set(board.glob("*"))
-            self.board = summary_writer_class()(str(board))
-            claim(*sorted({*board.glob("*")} - before), made=True)
-        self.main = main
+        self.main, self.track = main, track
 
     def step(self, line: dict | None = None, **shown: float) -> None:
         """Counts one training step. `line` is written to the curve, `shown` is printed next to the bar."""
@@ -378,9 +413,8 @@ class RunLog:
         if self.file:
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
-        for name, value in line.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, line["step"])
+        if self.track:
+            self.track({name: value for name, value in line.items() if isinstance(value, float)}, line["step"])
 
     def sync(self) -> None:
         """Waits until the curve is on the disk, as a checkpoint counts on its lines."""
@@ -401,9 +435,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        for file in (self.file, self.board):
-            if file:
-                file.close()
+        if self.file:
+            self.file.close()
 
 
 def read_lines(path: Path, count: int | None = None) -> list[dict]:
@@ -421,15 +454,6 @@ def read_lines(path: Path, count: int | None = None) -> list[dict]:
     if count and len(lines) < count:
         raise RunFailed(f"the curve {path} has {len(lines)} lines, its checkpoint {count}; start again with --overwrite")
     return lines
-
-
-def summary_writer_class():
-    """TensorBoard's writer. UserError if that optional package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--report-to tensorboard needs another package: pip install tensorboard, or leave it out") from None
-    return SummaryWriter
 
 
 def stats_line(stats: list[dict]) -> dict:

@@ -18,12 +18,14 @@ that the order of the batches in an epoch depends on the epoch alone.
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lab.run.cli import CONTINUE, Interrupted, RunFailed, handle_signals
+from lab.run import trackers
+from lab.run.cli import CONTINUE, Interrupted, RunFailed, UserError, handle_signals, say
 from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
 
@@ -69,11 +71,15 @@ class Progress:
     lines: int = 0  # of the curve
     stats: list[dict] = field(default_factory=list)  # what STGC.stats() repeats until it measures again
     kept: dict = field(default_factory=dict)  # the script's own values, as JSON: scores so far
+    trackers: dict[str, str] = field(default_factory=dict)  # a tracker's name: the id of its run
+
+
+LONG, FIRST = 3600, 3  # seconds of a training on a CPU that are announced; steps that they are estimated from
 
 
 class Training:
     """One run of `steps` steps in total, see the module. It reads these flags of lab.run.options.add_run from `args`:
-    log_steps, save_steps, report_to, resume. It also writes a checkpoint after each epoch. `film`: a lab.moe.film.Film."""
+    log_steps, save_steps, resume. It also writes a checkpoint after each epoch. `film`: a lab.moe.film.Film."""
 
     def __init__(
         self, args, folder: Path, name: str, accelerator, model, optimizer, schedule, steps: int, stgc=None, film=None
@@ -84,26 +90,34 @@ class Training:
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         if accelerator.scaler:  # all runs of a process share it: reset it for each run
             accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
-        board = folder / "tensorboard" / name if args.report_to == "tensorboard" else None
         self.checkpoints = Checkpoints(folder / CHECKPOINTS / name, accelerator, model, optimizer, schedule)
         saved = self.checkpoints.load() if args.resume else None
-        self.at, self.resumed = Progress(**(saved or {})), saved is not None
+        try:
+            self.at, self.resumed = Progress(**(saved or {})), saved is not None
+        except TypeError as error:
+            fault = f"the checkpoint of {name} is of another version of this project ({error})"
+            raise UserError(f"--resume: {fault}; continue with that version, or start again with --overwrite") from None
         if stgc and self.resumed:
             stgc.step = self.at.step
             stgc.numbers = [{key: torch.tensor(value) for key, value in numbers.items()} for numbers in self.at.stats]
         if film and self.resumed:
             film.load(self.at.step)
-        self.log = RunLog(folder / f"{name}.jsonl", steps, accelerator.is_main_process, self.at.step, self.at.lines, board)
+        self.start_tracker = partial(trackers.start, accelerator, folder, name, vars(args), self.at.step, self.at.trackers)
+        track = accelerator.log if accelerator.log_with else None
+        self.log = RunLog(folder / f"{name}.jsonl", steps, accelerator.is_main_process, self.at.step, self.at.lines, track)
         self.losses = [torch.tensor(value, device=accelerator.device) for value in self.at.losses]
         self.stop = StopSignal(accelerator)
+        self.began, self.args, self.start = (self.at.step, self.at.seconds), args, time.perf_counter()
 
     def __enter__(self) -> "Training":
+        self.start_tracker()
         self.let_go = handle_signals(self.stop.on_signal)
         return self
 
     def __exit__(self, *error) -> None:
         self.let_go()
         self.log.close()
+        trackers.finish(self.accelerator)
         if self.stgc:
             self.stgc.detach()
 
@@ -142,6 +156,8 @@ class Training:
             self.log.step(line, loss=line["loss"], **shown)
         else:
             self.log.step()
+        if at.step == self.began[0] + FIRST:
+            self.say_how_long()
         stopped = self.stop.should_stop(at.step)
         if stopped or (self.save_steps and at.step % self.save_steps == 0):
             at.seconds += time.perf_counter() - self.start
@@ -149,6 +165,20 @@ class Training:
             self.start = time.perf_counter()
         if stopped:
             raise Interrupted(f"{self.name} is saved at step {at.step}; {CONTINUE} there", stopped)
+
+    def say_how_long(self) -> None:
+        """Says once a command how long a training on a CPU takes, if that is long, and what is faster."""
+        seconds = (self.at.seconds + time.perf_counter() - self.start - self.began[1]) / FIRST  # of a step
+        left = seconds * (self.steps - self.at.step)
+        if left < LONG or self.accelerator.device.type != "cpu" or getattr(self.accelerator, "said_how_long", False):
+            return
+        self.accelerator.said_how_long = True
+        long = f"{left / 3600:.0f} hours" if left < 72 * 3600 else f"{left / 86400:.0f} days"
+        count = len(self.args.seeds) * len(self.args.variants) * len(getattr(self.args, "lrs", None) or [1])
+        rest = f"{self.steps - self.at.step} steps of {seconds:.1f} s, without evaluations"
+        toy = "--toy, " if getattr(self.args, "toy", None) is False else ""
+        ways = f"the command has {count} run{'s' * (count > 1)}; faster: {toy}a small model, a GPU"
+        say(f"note: {self.name} takes about {long} on this CPU ({rest}); {ways}")
 
     def epoch_done(self, scores: dict | None = None, **shown) -> None:
         """Writes the epoch's scores to the curve and, with `shown`, to the terminal. Then starts the next epoch."""

@@ -169,7 +169,10 @@ def replace_words(batch: dict, other: dict) -> dict:
     return {**batch, "input_ids": mixed, "labels": (mixed != ids).long().masked_fill(~judged, -100)}
 
 
-def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = 500, seed: int = 0):
+STEPS = 500  # of the pretraining
+
+
+def pretrain(splits: DatasetDict, columns: tuple[str, str], steps: int = STEPS, seed: int = 0):
     """Pretrains a tiny BERT briefly with replaced-token detection, ELECTRA's objective. The texts are generated pairs whose
     second sentence follows from the first; none is in `splits`. Replacements come from pairs with the same two lengths.
     Returns the classifier, whose head is not trained yet, and the tokenizer."""

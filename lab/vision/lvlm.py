@@ -219,8 +219,7 @@ def find_clip(name: str) -> tuple[Checkpoint, PreTrainedConfig]:
     return checkpoint, config
 
 
-def load_clip(name: str) -> CLIPModel:
-    checkpoint, config = find_clip(name)
+def load_clip(checkpoint: Checkpoint, config: PreTrainedConfig) -> CLIPModel:
     return checkpoint.model("the CLIP", CLIPModel, config, dtype=torch.float32)
 
 
@@ -290,9 +289,8 @@ def find_lm(name: str) -> tuple[Checkpoint, PreTrainedConfig]:
     return checkpoint, config
 
 
-def load_lm(name: str) -> tuple[PreTrainedModel, object]:
+def load_lm(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[PreTrainedModel, object]:
     """A pretrained decoder and its tokenizer, to which `<image>` is added, and a padding token if it has none. UserError."""
-    checkpoint, config = find_lm(name)
     tokenizer = checkpoint.tokenizer(config, added=(EOS, PAD, IMAGE))
     lm = checkpoint.model("the language model", AutoModelForCausalLM, config, dtype=torch.float32)
     if tokenizer.eos_token_id is None:
@@ -348,10 +346,18 @@ def split_matrices(model: PreTrainedModel, trained: Sequence[nn.Parameter]) -> t
     return [p for p in trained if id(p) in linear], [p for p in trained if id(p) not in linear]
 
 
-def check_spec(args) -> moefication.MoESpec:
-    """The MoE spec for the language model, before any weights are fetched. UserError."""
-    text = find_lm(args.lm)[1] if args.lm else LlamaConfig(**SMALL)
-    vision = {"vision_config": find_clip(args.clip)[1].vision_config} if args.clip else {}
+Part = tuple[Checkpoint, PreTrainedConfig] | None  # a pretrained one, or None: it is trained
+
+
+def find_parts(args) -> tuple[Part, Part]:
+    """The CLIP and the language model of the flags, before any weights are fetched. UserError."""
+    return find_clip(args.clip) if args.clip else None, find_lm(args.lm) if args.lm else None
+
+
+def check_spec(args, clip: Part, lm: Part) -> moefication.MoESpec:
+    """The MoE spec for the language model. UserError."""
+    text = lm[1] if lm else LlamaConfig(**SMALL)
+    vision = {"vision_config": clip[1].vision_config} if clip else {}
     return moefication.spec_of(LlavaConfig(text_config=text, **vision), "--lm", **spec_options(args))
 
 

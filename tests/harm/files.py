@@ -312,7 +312,7 @@ def two_started_at_once(*, done, out, monkeypatch):
 
     monkeypatch.setattr(runs, "claim_folder", claim)
     before = tree(done[1] / "done")
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds this run already"):
         start([*done[0], "--output-dir", out])
     assert tree(out) == before
 

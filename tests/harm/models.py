@@ -286,9 +286,9 @@ def old_run(root):
 
 
 def parts(root):
-    lm, tokenizer = lvlm.load_lm(str(root / "lm"))
+    lm, tokenizer = lvlm.load_lm(*lvlm.find_lm(str(root / "lm")))
     assert isinstance(lm, LlamaForCausalLM) and len(tokenizer) == lm.config.vocab_size == 277
-    assert isinstance(lvlm.load_clip(str(root / "clip")), CLIPModel)
+    assert isinstance(lvlm.load_clip(*lvlm.find_clip(str(root / "clip"))), CLIPModel)
     nothing_ran(root)
 
 

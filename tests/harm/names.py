@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ import glue_moefy
 import toy_lvlm
 from lab.report import figures
 from lab.run import cli
-from lab.run.cli import printable, run_main, say
+from lab.run.cli import RunFailed, UserError, printable, run_main, say
 from lab.vision import llava
 
 LONG, RAW = "x" * 300, "\udcff"  # a name that the system refuses, and a byte that is not UTF-8
@@ -137,10 +138,34 @@ def one_process_speaks(*, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+def another_process_fails_alone(*, capsys, monkeypatch, handlers):
+    """It says so, but only after process 0 had the time to say the same, whose launcher then ends all."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+
+    def fail(error):
+        raise error
+
+    for rank, error, said in (
+        ("0", RunFailed("the loss is nan"), "p: stopped: the loss is nan\n"),
+        ("1", RunFailed("the loss is nan"), "p: process 1: stopped: the loss is nan\n"),
+        ("2", UserError("--x: no"), "p: process 2: error: --x: no\n"),
+        ("1", KeyboardInterrupt(), ""),  # process 0 has it too
+    ):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            run_main("p", partial(fail, error))
+        assert capsys.readouterr().err == said
+    assert waited == [cli.GRACE] * 2
+
+
 def a_line_is_not_longer_than_a_screen(*, capsys):
     cli.report(f"--run {LONG * 20}: what is wrong; what to do")
     line = capsys.readouterr().err
     assert len(line) < cli.LONGEST + 10 and line.startswith("--run xx") and line.endswith("what is wrong; what to do\n")
+    cli.report(f"--model: {LONG * 2} cannot be loaded (a reason); remove {LONG * 2}/name and run the command again")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"--model: x+\.\.\.x+ cannot be loaded \(a reason\); remove x+\.\.\.x+/name and .* again\n", line)
 
 
 def nothing_else_prints():
@@ -388,6 +413,7 @@ CASES = {
         ("a\tb\x00", r"a\tb\x00"),
     ],
     one_process_speaks: ONCE,
+    another_process_fails_alone: ONCE,
     a_line_is_not_longer_than_a_screen: ONCE,
     nothing_else_prints: ONCE,
     every_encoding_can_say_everything: ["ascii", "cp1252", "utf-8", "latin-1"],
