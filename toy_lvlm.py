@@ -164,7 +164,7 @@ from lab.moe import baselines, dynmoe, moefication
 from lab.moe.film import Film, evenly
 from lab.report import compare, figures, page
 from lab.run import runs
-from lab.run.hub import Checkpoint, unknown_tokens
+from lab.run.hub import Checkpoint
 from lab.run.training import MuonAdamW, Training
 from lab.vision import instructions, llava, lvlm, routes, scenes
 from lab.vision.instructions import KINDS, Collate, InstructionSet, Unpacked, encode, is_right, make_packs, shuffled
@@ -555,8 +555,8 @@ def ask(args) -> None:
             raise UserError(f"--image: {error}") from None
     report(f"{folder}, {args.image or 'no picture'}")
     for question in questions(args):
-        if unknown := unknown_tokens(tokenizer, [tokenizer(question, add_special_tokens=False)["input_ids"]]):
-            report(f"warning: {unknown}")
+        if words := instructions.unknown_words(tokenizer, question.replace(instructions.IMAGE, " ")):
+            report(f"warning: words that are unknown to the model: {', '.join(words)}")
         if instructions.IMAGE in question:
             report(f"note: {instructions.IMAGE} in a question is left out; a picture stands before it")
         say(lvlm.ask(model, tokenizer, card, pictures, question) or "(no answer)")

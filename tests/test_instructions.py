@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from lab.vision.instructions import (
     IGNORED,
@@ -19,6 +26,7 @@ from lab.vision.instructions import (
     overlap,
     score,
     shuffled,
+    unknown_words,
 )
 
 TEXTS = ["what colour is the circle?", " red", " blue", "where is it?", " 12 4 20 7", "a large red circle."]
@@ -173,3 +181,17 @@ def test_scores_and_the_majority():
     assert list(found)[0] == "score" and found["score"] == pytest.approx(2 / 3)
     assert found["vqa"] == 0.5 and found["ocr"] == 1 and found["vqa, clean"] == 1 and found["cluttered"] == 0
     assert found["vqa colour"] == 0.5 and not any(name.endswith((",", " ")) or not name for name in found)
+
+
+def test_unknown_words_of_a_question():
+    """A small tokenizer has every frequent word as one token; a large one spells many, and may have an unknown token."""
+    small = make_tokenizer(["what colour is it?", " red"] * 9)
+    assert unknown_words(small, "what zyxw is it, Red 12 red?") == ["zyxw", "Red"]
+    assert unknown_words(small, "colour red") == []  # one at the start, one with a space before it, in training
+    words = {f"w{i}": i for i in range(2000)} | {"[UNK]": 2000, "red": 2001}
+    large = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    large.pre_tokenizer = pre_tokenizers.Whitespace()
+    large = PreTrainedTokenizerFast(tokenizer_object=large, unk_token="[UNK]")
+    assert unknown_words(large, "red zyxw zyxw") == ["zyxw"]
+    small.add_tokens([f"<{i}>" for i in range(2000)])
+    assert unknown_words(small, "what zyxw") == []

@@ -235,12 +235,6 @@ def first_position(config: PreTrainedConfig) -> int:
     return (config.pad_token_id or 0) + 1 if isinstance(config, alike) else 0
 
 
-def unknown_tokens(tokenizer, ids: list[list[int]]) -> str:
-    """How many tokens of some texts the model does not know; '' if it knows all."""
-    total, lost = sum(map(len, ids)), sum(own.count(tokenizer.unk_token_id) for own in ids)
-    return f"{lost} of {total} tokens are unknown to the model, which reads each as {tokenizer.unk_token}" if lost else ""
-
-
 def misfit(config: PreTrainedConfig, tokenizer, num_texts: int) -> str:
     """Why a BERT-like model cannot read what its tokenizer makes of so many texts and of padding; '' if it can."""
     if tokenizer.pad_token_id is None:

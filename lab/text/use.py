@@ -28,7 +28,7 @@ from lab.moe.baselines import CosineRouter
 from lab.moe.film import Shown, look_at
 from lab.run.cli import UserError, printable
 from lab.run.files import write_json, written
-from lab.run.hub import Checkpoint, count_positions, misfit, unknown_tokens
+from lab.run.hub import Checkpoint, count_positions, misfit
 from lab.text.tables import load_rows, write_rows
 from stgc import MoELayer, Verdict
 from stgc_plus import STGC, STGCConfig
@@ -164,9 +164,11 @@ def predict(run: str | Path, file: str | Path, output: str | Path | None = None,
     except OSError as error:
         raise UserError(f"--output {target} cannot be written ({error.strerror}): name another file") from error
     blank = sum(not all(text.strip() for text in texts) for texts in zip(*sentences))
+    ids = [one for row in encoded["input_ids"] for one in row]
+    lost = ids.count(tokenizer.unk_token_id)
     said = f"written: {printable(target)}, {len(rows)} rows" + (f", {blank} of them with an empty sentence" if blank else "")
-    unknown = unknown_tokens(tokenizer, encoded["input_ids"])
-    return said + f"\nwarning: {unknown}" * bool(unknown)
+    unknown = f"{lost} of {len(ids)} tokens are unknown to the model, which reads each as {tokenizer.unk_token}"
+    return said + (f"\nwarning: {unknown}" if lost else "")
 
 
 # ---- 4. Inspect ----

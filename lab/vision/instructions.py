@@ -53,6 +53,9 @@ PAD, EOS = "<pad>", "<eos>"
 IGNORED = -100  # a label that has no loss
 
 
+VOCABULARY = 1024  # tokens of a small model
+
+
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the texts: any text can be encoded, a frequent word is one token, so is a
     digit."""
@@ -62,8 +65,20 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [PAD, EOS, IMAGE, USER, ASSISTANT]
     options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, **options))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, **options))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def unknown_words(tokenizer, text: str) -> list[str]:
+    """The words of a text that a tokenizer of `make_tokenizer` has to spell. A large one spells words that its model knows,
+    too: then only those with an unknown token count."""
+    small, unknown = len(tokenizer) <= VOCABULARY, tokenizer.unk_token_id
+
+    def is_known(word: str) -> bool:
+        spelled = [tokenizer(start + word, add_special_tokens=False)["input_ids"] for start in ("", " ")]
+        return min(map(len, spelled)) == 1 if small else unknown is None or unknown not in spelled[1]
+
+    return [word for word in dict.fromkeys(re.findall(r"[^\W\d_]+", text)) if not is_known(word)]
 
 
 def tokenize(texts: Sequence[Sequence[str]], tokenizer) -> list[list[int]]:
