@@ -151,8 +151,8 @@ def test_the_front_page_is_short():
 
 def test_a_log_is_shown_whole(tmp_path):
     path = tmp_path / "log-x.txt"
-    path.write_text("$ python x.py\none\n\ntwo\n# 3 s\n")
-    assert readme.log_block(path) == "```text\none\n\ntwo\n```\n\n(3 s)"
+    path.write_text("$ python x.py\none\n\ntask=1\ntask=2\ntwo\n# 3 s\n")
+    assert readme.log_block(path) == "```text\none\n\n...\ntwo\n```\n\n(3 s)"
     path.write_text("one\ntwo\n")
     with pytest.raises(UserError, match="record it again"):
         readme.log_block(path)

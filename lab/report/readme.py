@@ -1,6 +1,7 @@
 """README.md and docs/results.md: `python -m lab.report` writes their tables and logs again, from results/, between marks."""
 
 import re
+from itertools import groupby
 from pathlib import Path
 
 from lab.report import claims
@@ -15,11 +16,12 @@ LOGS = ("toy", "quick", "tests")  # results/log-<name>.txt: `$ command`, what it
 
 
 def log_block(path: Path) -> str:
-    """Markdown: what a command printed, and below how long it took. UserError for a damaged log."""
+    """Markdown: what a command printed, its epochs as "...", and below how long it took. UserError for a damaged log."""
     lines = path.read_text(encoding="utf-8").splitlines()
     if len(lines) < 3 or not lines[0].startswith("$ ") or not lines[-1].startswith("# "):
         raise UserError(f"{path}: a log begins with `$ command` and ends with `# time`; record it again")
-    return "\n".join(["```text", *lines[1:-1], "```", "", f"({lines[-1][2:]})"])
+    shown = [key for key, _ in groupby("..." if line.startswith("task=") else line for line in lines[1:-1])]
+    return "\n".join(["```text", *shown, "```", "", f"({lines[-1][2:]})"])
 
 
 def costs_sentence(path: Path) -> str:
