@@ -32,11 +32,16 @@ QUICK = DATA | LVLM | FILMS
 CASES = QUICK | FILES | MODELS | NAMES | ODD | HUB  # kind -> its rows, with names or without
 
 
+def word(value) -> str:
+    """The same in each process: a function has an address."""
+    return f"{getattr(value, '__name__', value)!s:.30}"
+
+
 def named(rows: dict | list) -> list[tuple[str, tuple]]:
     """Rows with their names, which those in a list get from their values. A row of one value needs no tuple."""
     names, rows = (rows.keys(), rows.values()) if isinstance(rows, dict) else (None, rows)
     rows = [row if isinstance(row, tuple) else (row,) for row in rows]
-    return list(zip(names or ["-".join(f"{value!s:.30}" for value in row) for row in rows], rows))
+    return list(zip(names or ["-".join(map(word, row)) for row in rows], rows))
 
 
 def table():
