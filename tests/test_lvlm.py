@@ -472,10 +472,10 @@ def test_data_without_pictures(tmp_path):
 def test_ask_and_chat(whole, tmp_path, capsys, monkeypatch):
     Image.new("RGBA", (90, 50), (255, 0, 0, 128)).save(tmp_path / "x.png")
     for variant in ("ce", "embedding", "feature", "task", "dense"):
-        run(["--ask", "what colour is it?", "--image", tmp_path / "x.png", "--run", whole / f"model-{variant}-s0"])
+        run(["--ask", "what colour is the circle?", "--image", tmp_path / "x.png", "--run", whole / f"model-{variant}-s0"])
     out = capsys.readouterr()
     assert len(out.out.splitlines()) >= 4 and "model-dense-s0" in out.err and "unknown" not in out.err
-    run(["--ask", "what zyxw is it?", "--run", whole])
+    run(["--ask", "what zyxw is the circle?", "--run", whole])
     assert "warning: words that are unknown to the model: zyxw\n" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.StringIO("where is it?\n\n<image> what?\n"))
     run(["--chat", "--run", whole])
