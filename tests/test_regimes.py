@@ -66,7 +66,7 @@ def test_the_variants_of_a_seed_share_data_and_start():
         for _ in regimes.fit(model, train, variant, beta, 1, 5, routers_alone=False):
             pass
         seen[variant, beta] = inputs
-    assert len(seen) == 16
+    assert len(seen) == 19
     for inputs in seen.values():
         assert len(inputs) == 6 and all(map(torch.equal, inputs, seen["none", None]))
     assert not torch.equal(*seen["none", None][1:3])
@@ -212,7 +212,7 @@ def test_a_stopped_search_continues(tmp_path, monkeypatch):
         search(monkeypatch, tmp_path / "part.json", *words)
     part = json.loads((tmp_path / "part.json").read_text())
     assert part["runs"] == whole["runs"][:5]
-    left[0] = 11  # the rest, and no more
+    left[0] = 14  # the rest, and no more
     del part["settings"]["few-wrong-20"]["normalize"]  # as in a record of before that option
     (tmp_path / "part.json").write_text(json.dumps(part))
     part = search(monkeypatch, tmp_path / "part.json", *words, "--resume")
@@ -265,11 +265,11 @@ def invented(tmp_path, monkeypatch):
 def test_hits_run_again_on_fresh_seeds(invented):
     _, record = invented
     keys = [tuple(run[:4]) for run in record["runs"]]
-    wanted = [(name, *one, seed) for name, count in (("weak", 16), ("trained-weak", 19)) for seed in range(4)
+    wanted = [(name, *one, seed) for name, count in (("weak", 19), ("trained-weak", 22)) for seed in range(4)
               for one in regimes.variants_of(regimes.SETTINGS[name])[:count]]  # fmt: skip
     again = [("none", None), ("random", None), ("ce", 1.0), ("placebo", 1.0), ("flat", 1.0)]
     fresh = [(name, *one, 1000 + seed) for name in ("weak", "trained-weak") for seed in range(3) for one in again]
-    assert sorted(keys, key=str) == sorted(wanted + fresh, key=str) and len(wanted) == 4 * 35
+    assert sorted(keys, key=str) == sorted(wanted + fresh, key=str) and len(wanted) == 4 * 41
     assert ("trained-weak", "long", 0.1, 3) in keys and ("weak", "long", 0.1, 3) not in keys
 
 

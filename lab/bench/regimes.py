@@ -11,7 +11,8 @@ input holds the content, and a mark of the task under noise. The variants of a s
   random    experts drawn by dice         placebo   on as many random pairs
   frozen    the router stays as it was    flat      on all pairs
   oracle    each task has its own experts long      on pairs whose gradient is longer than average (experts trained before)
-                                          ce-one    as ce; both losses reach the router alone, as in one pass
+                                          ce-one    as ce; both losses reach the router alone, as in one pass;
+                                                    placebo-one: its own placebo
 
 Held-out examples have right labels. Half of them choose the best checkpoint; the scores are of the other half. Margin and
 moved are means over layers. Margin: p_K - p_(K+1) in the last step. Moved: the share of 512 held-out tokens whose first
@@ -188,14 +189,15 @@ class LongSTGC(stgc_plus.STGC):
     step_type = LongStep
 
 
-SELECT = {"ce": "conflict", "placebo": "random", "flat": "all", "long": "conflict", "ce-one": "conflict"}  # with a beta
+SELECT = {"ce": "conflict", "placebo": "random", "flat": "all", "long": "conflict"}  # the variants with a beta
+SELECT |= {"ce-one": "conflict", "placebo-one": "random"}
 
 
 def fit(model: Model, train: Examples, variant: str, beta: float | None, seed: int, steps: int, routers_alone: bool):
     """Trains. Yields after each step: its number, from 1; the main loss; the STGC object."""
     config = {"conflict_loss": "none", "every": 0}
     if variant in SELECT:
-        config = {"beta": beta, "select": SELECT[variant], "seed": seed, "router_only": variant == "ce-one"}
+        config = {"beta": beta, "select": SELECT[variant], "seed": seed, "router_only": variant.endswith("-one")}
     stgc = (LongSTGC if variant == "long" else stgc_plus.STGC)(model, stgc_plus.STGCConfig(**config))
     routers = [parameter for layer in model.layers for parameter in layer.router.parameters()]
     others = [parameter for parameter in model.parameters() if all(parameter is not router for router in routers)]

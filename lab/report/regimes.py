@@ -18,7 +18,8 @@ from lab.run.cli import Parser, layout, path, run_main, say
 
 NONE, RANDOM, FROZEN, ORACLE = ((name, None) for name in ("none", "random", "frozen", "oracle"))
 DOSED = ("ce", "placebo", "flat")
-MORE = ("ce-one",)  # newer: a record may lack it
+MORE = ("ce-one", "placebo-one")  # newer: a record may lack them
+CONTROL = {"ce-one": "placebo-one"}  # the placebo of a variant, if it is not `placebo`
 PANELS = {  # the verdict of random - none -> title
     "better": "random beats none",
     "no difference": "random as good as none",
@@ -69,7 +70,7 @@ def summary_table(runs: Runs, names: list[str]) -> str:
         variant, beta = own
         row = [variant, "" if beta is None else f"{beta:g}"]
         row += [f"{median(gap(runs, name, own, key=key).mean for name in names):+.1f}" for key in KEYS]
-        for other in (NONE, ("placebo", beta), ("flat", beta), RANDOM):
+        for other in (NONE, (CONTROL.get(variant, "placebo"), beta), ("flat", beta), RANDOM):
             verdicts = [gap(runs, name, own, other).verdict for name in names if own != other and (name, *other) in runs]
             row.append(f"{verdicts.count('better')}+ {verdicts.count('worse')}-" if verdicts else "")
         learned = own not in (RANDOM, ORACLE)
@@ -86,7 +87,7 @@ def settings_table(runs: Runs, names: list[str], pairs: list[tuple[tuple, tuple]
     for name in names:
         row = [name, f"{100 * average(runs, name, NONE, key, fresh):.1f}"]
         for own, other in pairs:
-            one = gap(runs, name, own, other, key, fresh) if (name, *own) in runs else None
+            one = gap(runs, name, own, other, key, fresh) if {(name, *own), (name, *other)} <= runs.keys() else None
             interval = f" [{one.low:+.1f}, {one.high:+.1f}]" if one and one.low is not None else ""
             row.append(f"{one.mean:+.1f}{interval}" if one else "")
         rows.append(row)
@@ -137,7 +138,9 @@ def main() -> None:
         parser.error(f"{file}: no setting has runs of all variants; continue it: python -m lab.bench.regimes --resume")
     tables = {"medians over the settings; at the last step better and worse": summary_table(runs, names)}
     against_none = [(own, NONE) for own in (RANDOM, FROZEN, ORACLE, *(("ce", beta) for beta in BETAS))]
-    against_placebo = [((variant, beta), ("placebo", beta)) for variant in ("ce", "long", *MORE) for beta in BETAS]
+    against_placebo = [
+        ((variant, beta), (CONTROL.get(variant, "placebo"), beta)) for variant in ("ce", "long", "ce-one") for beta in BETAS
+    ]
     for key, when in KEYS.items():
         tables[f"minus none, {when}"] = settings_table(runs, names, against_none, key)
         tables[f"minus the placebo, {when}"] = settings_table(runs, names, against_placebo, key)
