@@ -142,6 +142,23 @@ def test_what_no_setting_can_judge_is_not_testable():
     assert verdicts_of(*poor, setting(4, 500)) == {NOT_RUN}
 
 
+def test_a_baseline_is_the_same_at_any_beta():
+    """A dose that was run without a baseline is compared with that of another beta; other settings lend none."""
+    margins = {"none": [0.01, 0.008], "ce": [0.01, 0.002]}
+
+    def record(beta, lr=1e-4, **scores):
+        one = a_record(**scores)
+        runs = [run | {"router_margin": margins[run["variant"]]} for run in one["runs"]]
+        return one | {"runs": runs, "config": one["config"] | {"beta": beta, "lr": lr}}
+
+    whole, dose = record(0.1, none=NONE, ce=NONE), record(0.01, ce=plus(1, 2, 1, 2, 1))
+    for parts in ([whole, dose], [dose, whole]):
+        settings = {setting.record["config"]["beta"]: setting for setting in claims.usable(parts)}
+        assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(1.4)
+        assert claims.margin_of(settings[0.01], "ce") == pytest.approx(0.25)
+    assert [setting.record["config"]["lr"] for setting in claims.usable([whole, record(0.01, lr=1.0, ce=NONE)])] == [1e-4]
+
+
 def test_rows_of_curves(tmp_path):
     """Loads, losses and conflicts per layer come from the curves; the signs decide."""
 
