@@ -17,29 +17,35 @@ def gap(low, high, seeds=10):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "c", "routing", "verdict"),
+    ("a", "placebo", "flat", "c", "routing", "verdict"),
     [
-        ((-1, 3), [(-1, 1)], (-1, 1), None, "inconclusive"),  # holds 0 and the paper's 2
-        ((-2, 1), [(-1, 1)], (-1, 1), None, "not reproduced"),
-        ((-3, -1), [(-1, 1)], (-1, 1), (1, 2), "not reproduced"),
-        ((0.5, 1.5), [(0.1, 1)], (-1, 1), None, "smaller than the paper's"),
-        ((1, 3), [(0.1, 1), (0.2, 1)], (-1, 1), (0.1, 1), "reproduced"),
-        ((1, 3), [(0.1, 1), (-0.2, 1)], (-1, 1), None, "a gain, the selection undecided"),
-        ((1, 3), [(-1, 1)], (0.5, 2), None, "the control does as well"),
-        ((1, 3), [(-1, 1)], (-0.5, 2), None, "a gain, the selection undecided"),
-        ((1, 3), [], None, None, "a gain, the selection undecided"),
-        ((1, 3), [(0.1, 1)], (-1, 1), (-0.5, 1), NO_ROUTING),
-        ((1, 3), [(0.1, 1)], (-1, 1), (-2, -1), NO_ROUTING),
-        (None, [], None, None, NOT_RUN),
+        ((-1, 3), (-1, 1), None, (-1, 1), None, "inconclusive"),  # holds 0 and the paper's 2
+        ((-2, 1), (-1, 1), None, (-1, 1), None, "not reproduced"),
+        ((-3, -1), (-1, 1), None, (-1, 1), (1, 2), "not reproduced"),
+        ((0.5, 1.5), (0.1, 1), None, (-1, 1), None, "smaller than the paper's"),
+        ((1, 3), (0.1, 1), (0.2, 1), (-1, 1), (0.1, 1), "reproduced"),
+        ((1, 3), (0.1, 1), None, (-1, 1), None, "reproduced"),
+        ((1, 3), (0.1, 1), (-0.2, 1), (-1, 1), None, "a gain, the selection undecided"),
+        ((1, 3), None, (0.2, 1), None, None, "a gain, the selection undecided"),  # without a placebo
+        ((1, 3), (-1, 1), None, (0.5, 2), None, "the control does as well"),
+        ((1, 3), (0.1, 1), (-1, 1), (0.5, 2), None, "a gain, the selection undecided"),  # c is the placebo's alone
+        ((1, 3), (-1, 1), None, (-0.5, 2), None, "a gain, the selection undecided"),
+        ((1, 3), None, None, None, None, "a gain, the selection undecided"),
+        ((1, 3), (0.1, 1), None, (-1, 1), (-0.5, 1), NO_ROUTING),
+        ((1, 3), (0.1, 1), None, (-1, 1), (-2, -1), NO_ROUTING),
+        (None, None, None, None, None, NOT_RUN),
     ],
 )
-def test_verdicts(a, b, c, routing, verdict):
-    gaps = [side and gap(*side) for side in (a, c, routing)]
-    assert judge(gaps[0], [gap(*one) for one in b], gaps[1], 2.0, gaps[2]) == verdict
+def test_verdicts(a, placebo, flat, c, routing, verdict):
+    gaps = [side and gap(*side) for side in (a, placebo, flat, c)]
+    assert judge(*gaps, 2.0, routing and gap(*routing)) == verdict
 
 
-def test_one_seed_is_no_verdict():
-    assert judge(Paired(3.0, None, None, 1, 0, 1), [], None, 2.0) == "not run: one seed"
+def test_without_an_interval_there_is_no_verdict():
+    one, three = Paired(3.0, None, None, 1, 0, 1), Paired(3.0, None, None, 3, 0, 3)
+    assert judge(one, None, None, None, 2.0) == "not run: one seed"
+    assert judge(three, None, None, None, 2.0) == "not run: no spread"
+    assert judge(gap(1, 3), one, None, gap(0.5, 2), 2.0) == "a gain, the selection undecided"
 
 
 def test_the_page_is_what_the_records_say():
@@ -50,7 +56,7 @@ def test_the_page_is_what_the_records_say():
 def a_record(seeds=range(5), **scores):
     """A record of CoLA with variants whose scores are given per seed."""
     runs = [run(name, seed, own[seed] / 100, own[seed] / 100) for name, own in scores.items() for seed in seeds[: len(own)]]
-    config = {"model": "m", "num_experts": 8, "top_k": 2, "router": "cosine", "beta": 0.1, "epochs": 3}
+    config = {"seeds": [*seeds], "model": "m", "num_experts": 8, "top_k": 2, "router": "cosine", "beta": 0.1, "epochs": 3}
     data = {"train": 8551, "dev": 1043, "source": "folder"}
     return {"name": "cola", "command": "x", "commit": "abc", "config": config, "data": data, "runs": runs, "dirty": False}
 
@@ -62,9 +68,9 @@ def test_rows_of_a_setting():
     assert (
         row.where == "table 12"
         and row.here.startswith("+2.9 [+2.6, +3.2], half width 0.3, 5 seeds")
-        and row.verdict == "reproduced"
+        and row.verdict == "reproduced (dice not run)"
     )
-    assert [other.verdict for other in others] == [NOT_RUN] * 4 and len(setting.intervals) == 6
+    assert [other.verdict for other in others] == [NOT_RUN] * 4 and len(setting.intervals) == 3  # best and last are equal
     random = a_record(none=none, ce=ce, placebo=none, random=[10, 12, 11, 14, 10])
     (row, *_) = claims.glue_rows([Setting(records.merge([random])[0])])
     assert row.verdict == NO_ROUTING and "minus random +2.7" in row.here
@@ -130,7 +136,8 @@ def test_what_no_setting_can_judge_is_not_testable():
     def setting(lead, steps):
         scores = {"none": plus(*[lead] * 4, lead + 0.1), "random": NONE}
         record = a_picture_record(scores, stage3_steps=steps)
-        return record | {"stages": [{"seed": seed, "scores": {"score": score / 100}} for seed, score in enumerate(NONE)]}
+        stages = [{"stage": "stage2", "seed": seed, "scores": {"score": score / 100}} for seed, score in enumerate(NONE)]
+        return record | {"stages": stages}
 
     def verdicts_of(*sides):
         settings = [Setting(one) for one in records.merge([*sides])]
@@ -138,25 +145,44 @@ def test_what_no_setting_can_judge_is_not_testable():
 
     poor = [setting(2, steps) for steps in (100, 200, 300, 400)]
     assert verdicts_of(*poor[:3]) == {NOT_RUN}
-    assert verdicts_of(*poor) == {"not testable here: routing matters in none of 4 settings"}
+    assert verdicts_of(*poor) == {"not testable here: no usable setting in 4 tries (5, 5, 5, 5 seeds)"}
     assert verdicts_of(*poor, setting(4, 500)) == {NOT_RUN}
 
 
 def test_a_baseline_is_the_same_at_any_beta():
-    """A dose that was run without a baseline is compared with that of another beta; other settings lend none."""
-    margins = {"none": [0.01, 0.008], "ce": [0.01, 0.002]}
+    """A dose that was run without a baseline is compared with that of another beta, of the same commit if there is one;
+    other settings lend none."""
 
-    def record(beta, lr=1e-4, **scores):
-        one = a_record(**scores)
-        runs = [run | {"router_margin": margins[run["variant"]]} for run in one["runs"]]
+    def record(beta, commit, lr=1e-4, **scores):
+        margins, one = {"none": [0.01, 0.008], "ce": [0.01, 0.002]}, a_record(**scores)
+        runs = [run | {"router_margin": margins[run["variant"]], "commit": commit} for run in one["runs"]]
         return one | {"runs": runs, "config": one["config"] | {"beta": beta, "lr": lr}}
 
-    whole, dose = record(0.1, none=NONE, ce=NONE), record(0.01, ce=plus(1, 2, 1, 2, 1))
-    for parts in ([whole, dose], [dose, whole]):
+    whole, again = record(0.1, "a", none=NONE, ce=NONE), record(0.1, "b", none=plus(1, 1, 1, 1, 1.5))
+    dose = record(0.01, "b", ce=plus(1, 2, 1, 2, 1))
+    for parts, mean in (([whole, dose], 1.4), ([dose, whole], 1.4), ([whole, again, dose], 0.3)):
         settings = {setting.record["config"]["beta"]: setting for setting in claims.usable(parts)}
-        assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(1.4)
+        assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(mean)
         assert claims.margin_of(settings[0.01], "ce") == pytest.approx(0.25)
-    assert [setting.record["config"]["lr"] for setting in claims.usable([whole, record(0.01, lr=1.0, ce=NONE)])] == [1e-4]
+        assert settings[0.01].borrows and not settings[0.1].borrows
+    others = claims.usable([whole, record(0.01, "a", lr=1.0, ce=NONE)])
+    assert [setting.record["config"]["lr"] for setting in others] == [1e-4]
+
+
+def test_the_best_learning_rate_counts_as_in_the_papers_table():
+    record = a_record(none=NONE, ce=NONE)
+    runs = record["runs"]
+    record["runs"] = [own | {"lr": lr, "best": {"score": own["best"]["score"] + lr}} for own in runs for lr in (0.1, 0.2)]
+    record["runs"].append(record["runs"][0] | {"lr": 0.3, "best": {"score": 1.0}})  # one seed alone
+    assert {run["lr"] for run in Setting(records.merge([record])[0]).runs("none")} == {0.2}
+
+
+def test_a_placebo_that_does_as_well_is_said():
+    setting, row = Setting(records.merge([a_record(none=NONE, ce=NONE)])[0]), claims.Row("figure 5", "x", "y")
+    for beyond, verdict in ((None, "reproduced"), (gap(-3, -1), "reproduced"), (gap(-1, 1), "the control does as well")):
+        assert claims.sign_row(row, gap(-3, -1), -1, setting, beyond=beyond).verdict == verdict
+    assert claims.sign_row(row, gap(1, 3), -1, setting).verdict == "not reproduced"
+    assert claims.sign_row(row, gap(-1, 3), -1, setting).verdict == "inconclusive"
 
 
 def test_rows_of_curves(tmp_path):
@@ -173,6 +199,7 @@ def test_rows_of_curves(tmp_path):
     for one in record["runs"]:
         curve(one["seed"], one["variant"], 0.5 if one["variant"] == "ce" else 0.6 + one["seed"] / 100, 1.0)
         one["curve"] = tmp_path / f"{one['variant']}-s{one['seed']}.jsonl"
+    record["config"]["moe_layers"] = "1,3"
     rows = {row.where: row for row in claims.curve_rows([Setting(records.merge([record])[0])])}
     assert rows["figure 4"].verdict == "reproduced" and rows["figure 6"].verdict == "not reproduced"
     assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced"
@@ -181,17 +208,20 @@ def test_rows_of_curves(tmp_path):
 
 def test_rows_of_saved_models():
     """Reliability has no verdict; confusing tokens and harm have one each, by the predicate that the row names."""
-    assert [row.verdict for row in claims.saved_rows([])] == [NOT_RUN] * 3
+    assert [row.verdict for row in claims.saved_rows([])] == [NOT_RUN] * 4
     one = {"model": "m", "loss": 0.5, "kappa": 0.1, "error": 0.02, "triples": 16, "command": "x"}
     one["confusing"] = {"pairs": 9, "own": 8.0, "other": 5.0, "rest": -1.0}
+    one["about"] = {"sentence": [0.5, 0.1]}
+
+    arms = ("no conflicting", "no random")
 
     def found(gap, **confusing):
-        harm = {"sizes": [0.1, 0.2], "fresh": {"no conflicting": {"minus_all": [[0.0, 0.0], gap]}}}
+        harm = {"sizes": [0.1, 0.2], "fresh": {arm: {"minus_all": [[0.0, 0.0], gap]} for arm in arms}}
         probes = [one | {"harm": harm, "confusing": one["confusing"] | confusing}]
         return [row.verdict for row in claims.saved_rows([{"name": "lvlm", "probes": probes}])]
 
-    assert found([-0.03, 0.01]) == ["measured", "reproduced", "reproduced"]
-    assert found([-0.03, 0.02], other=3.0) == ["measured", "not reproduced", "not reproduced"]
+    assert found([-0.03, 0.01]) == ["measured", "measured", "reproduced", "reproduced"]
+    assert found([-0.03, 0.02], other=3.0) == ["measured", "measured", "not reproduced", "not reproduced"]
 
 
 def test_somebodys_record(tmp_path):
@@ -209,13 +239,15 @@ def test_somebodys_record(tmp_path):
     assert (
         len(lines) == 3
         and lines[2].startswith("table 12")
-        and lines[2].endswith("(paper +2.3): a gain, the selection undecided")
+        and lines[2].endswith("(paper +2.3): a gain, the selection undecided (dice not run)")
     )
     for wrong, message in (
         ({"dirty": True}, "commit them"),
         ({"made_from": None}, "has no made_from"),
         ({"runs": whole["runs"][:-1]}, "ce and none differ in seeds 4; finish the run"),
         ({"runs": whole["runs"][:5]}, "compares nothing with the baseline"),
+        ({"config": whole["config"] | {"variants": ["none", "ce", "placebo"]}}, "placebo, seeds 0, 1, 2, 3, 4 is missing"),
+        ({"config": whole["config"] | {"variants": ["ce"], "seeds": [0, 7]}}, "ce, seed 7 is missing; finish it"),
     ):
         with pytest.raises(UserError, match=message):
             found(whole | wrong)

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
+from lab.bench.regimes import find_hits
 from lab.report import regimes
 from lab.report.compare import COLUMNS, PUBLISHED, Paired, paired
 from lab.report.records import RESULTS, key_of, merge, read_all
@@ -28,13 +29,14 @@ from lab.report.verdicts import (
     join,
     say_gap,
     sign_row,
-    stat_row,
     verdict_of,
 )
 from lab.run.cli import Parser, UserError, path, run_main, say
 from lab.run.options import label
 from lab.run.runs import ROOT, read_lines, read_record
 from lab.text.tasks import TASKS
+
+NOT_TESTABLE = "not testable here"
 
 # ---- 1. Claims ----
 
@@ -44,7 +46,8 @@ def glue_rows(settings: list[Setting]) -> list[Row]:
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
     found = []
     for i, (name, title) in enumerate(COLUMNS.items()):
-        own = [s for s in settings if s.record["name"] == name and s.record["data"]["train"] == TASKS[name].rows]
+        own = [s for s in settings if s.record["name"] == name and not s.borrows]
+        own = [s for s in own if s.record["data"]["train"] == TASKS[name].rows]
         found += gain_rows(Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}"), own)
     return found
 
@@ -88,7 +91,8 @@ def judge_untestable(rows: list[Row], settings: list[Setting]) -> list[Row]:
     tried = [setting for setting in pictures_of(settings) if setting.gap("none", "random")]
     if len(tried) < 4 or any(map(is_usable, tried)):
         return rows
-    verdict = f"not testable here: routing matters in none of {len(tried)} settings"
+    seeds = ", ".join(str(setting.gap("none", "random").seeds) for setting in tried)
+    verdict = f"{NOT_TESTABLE}: no usable setting in {len(tried)} tries ({seeds} seeds)"
     return [replace(row, verdict=verdict) if row.verdict == NOT_RUN else row for row in rows]
 
 
@@ -161,24 +165,33 @@ def curve_rows(settings: list[Setting]) -> list[Row]:
     for where, key, name in (("figure 4", "balance_loss", "balance"), ("figure 6", "conflict_loss", "conflict")):
         claim = f"the {name} loss falls in training (reproduced: its last tenth lies below its first in most runs)"
         row = Row(where, claim, "it falls")
-        for setting in whole:
-            ends = [pair for run in setting.runs("ce") if (pair := ends_of(run, key))]
-            first, last = (spread([*side], 3) for side in zip(*ends)) if ends else ("-", "-")
-            verdict = verdict_of(mean(last < first for first, last in ends) > 0.5) if ends else NOT_RUN
-            found.append(replace(row, here=f"{first} to {last}", verdict=verdict, setting=setting))
-        found += [] if whole else [row]
+        found += [falling_row(row, key, setting) for setting in whole] or [row]
     claim = "STGC evens the loads (reproduced: the busiest expert's share, first MoE layer, lies below the baseline's)"
     row = Row("figure 5", claim, "more even")
-    gaps = [gap_of(*(ends_by_seed(s, variant, "load", 0) for variant in ("none", "ce"))) for s in whole]
-    found += [sign_row(row, gap, -1, s, " % of the pairs") for gap, s in zip(gaps, whole)] or [row]
+    for setting in whole:
+        none, ce, placebo = (ends_by_seed(setting, variant, "load", 0) for variant in ("none", "ce", "placebo"))
+        found.append(sign_row(row, gap_of(none, ce), -1, setting, " % of the pairs", gap_of(placebo, ce)))
+    found += [] if whole else [row]
     claim = "conflicts remain in shallow layers (reproduced: the first MoE layer's ratio minus the last one's lies above 0)"
     row, rows = Row("figure 9", claim, "shallow"), []
     for setting in whole:
-        first, last = (ends_by_seed(setting, "ce", "conflict_ratio", layer) for layer in (0, -1))
-        if first and first != last:  # it has several MoE layers
-            more = f" % of the pairs: {spread([*first.values()])} and {spread([*last.values()])}"
-            rows.append(sign_row(row, gap_of(last, first), 1, setting, more))
+        if setting.record["config"]["moe_layers"].isdecimal():  # one MoE layer
+            continue
+        sides = {v: [ends_by_seed(setting, v, "conflict_ratio", layer) for layer in (0, -1)] for v in ("ce", "none")}
+        texts = [f"{label(v)} {' and '.join(spread([*side.values()]) for side in both)}" for v, both in sides.items()]
+        first, last = sides["ce"]
+        rows.append(sign_row(row, gap_of(last, first), 1, setting, f" % of the pairs ({'; '.join(texts)})"))
     return found + (rows or [row])
+
+
+def falling_row(row: Row, key: str, setting: Setting) -> Row:
+    ends = {v: [pair for run in setting.runs(v) if (pair := ends_of(run, key))] for v in ("ce", "placebo")}
+    if not ends["ce"]:
+        return replace(row, setting=setting)
+    texts = {v: " to ".join(spread([*side], 3) for side in zip(*own)) for v, own in ends.items() if own}
+    fall, same = (bool(ends[v]) and mean(last < first for first, last in ends[v]) > 0.5 for v in ("ce", "placebo"))
+    verdict = "the control does as well" if fall and same else verdict_of(fall)
+    return replace(row, here="; ".join(f"{v} {text}" for v, text in texts.items()), verdict=verdict, setting=setting)
 
 
 def ends_of(run: dict, key: str, layer: int | None = None) -> tuple[float, float] | None:
@@ -198,55 +211,76 @@ def ends_by_seed(setting: Setting, variant: str, key: str, layer: int) -> dict[i
 
 
 def probe_rows(settings: list[Setting]) -> list[Row]:
-    """Figure 7, table 13 and section 6.1: from the probe of each film, at its last moment."""
-    runs = [run for setting in settings for run in setting.measured() if run.get("probe")]
-    command = runs[0]["command"] if runs else ""
-
-    def ends(key: str, variant: str | None = None) -> list[float]:
-        chosen = [run for run in runs if variant in (None, run["variant"])]
-        layers = [layer for run in chosen for layer in run["probe"][-1]["layers"]]
-        return [layer[key] for layer in layers if layer.get(key) is not None]
-
+    """Figure 7, table 13 and section 6.1: from the probe of each film, at its last moment, setting by setting."""
     claim = "similarities by biases and by whole weights correlate (reproduced: above 0.9 in most layers)"
-    row = Row("sec. 6.1", claim, "> 0.9")
-    found = [stat_row(row, ends("bias_weight"), lambda values: mean(x > 0.9 for x in values) > 0.5, 2, command)]
-    for variant, paper in (("none", "0.265"), ("ce", "0.356")):
-        claim = f"cosines of an expert's features and gradients correlate, {label(variant)} (reproduced: above 0)"
-        row = Row("table 13", claim, paper)
-        found.append(stat_row(row, ends("feature_gradient", variant), lambda values: mean(values) > 0, 2, command))
-    shares = []
-    for run in runs:
-        for first, last in zip(*(run["probe"][which]["layers"] for which in (0, -1))):
-            shares.append([sum(own["histogram"][:10]) / max(1, sum(own["histogram"])) for own in (first, last)])
-    claim = "fewer similarities below 0 after training than before (reproduced: in most layers)"
-    row = Row("figure 7", claim, "a shift to the right")
-    if shares:
-        before, after = (spread([*side], 2) for side in zip(*shares))
-        verdict = verdict_of(mean(last < first for first, last in shares) > 0.5)
-        row = replace(row, here=f"share below 0: {before} before, {after} after", verdict=verdict, command=command)
-    return [*found, row]
+    correlate = Row("sec. 6.1", claim, "> 0.9")
+    claim = "STGC raises the correlation of an expert's features and gradients (reproduced: ce minus baseline above 0)"
+    rises = Row("table 13", claim, "0.265 to 0.356")
+    claim = "STGC leaves fewer similarities below 0 than before training (reproduced: in most layers)"
+    shift = Row("figure 7", claim, "a shift to the right")
+    found: dict[str, list[Row]] = {row.where: [] for row in (correlate, rises, shift)}
+    for setting in settings:
+        runs = {run["curve"]: run for run in setting.measured() if run.get("probe") and not run.get("lent")}
+        values = probed([*runs.values()], "bias_weight")
+        if values:
+            here = f"{spread(values, 2)}, {len(values)} layer{'s' * (len(values) > 1)}"
+            verdict = verdict_of(mean(value > 0.9 for value in values) > 0.5)
+            found["sec. 6.1"].append(replace(correlate, here=here, verdict=verdict, setting=setting))
+        sides = {}
+        for name in ("none", "ce", "placebo"):
+            own = [run for run in setting.measured(name) if run.get("probe")]
+            sides[name] = {run["seed"]: values[0] for run in own if (values := probed([run], "feature_gradient"))}
+        if gap := gap_of(sides["none"], sides["ce"]):
+            more = "; ".join(f"{label(name)} {spread([*own.values()], 2)}" for name, own in sides.items() if own)
+            row = sign_row(rises, gap, 1, setting, f": {more}", gap_of(sides["placebo"], sides["ce"]))
+            found["table 13"].append(replace(row, here=more) if gap.low is None else row)
+        shares = [share for run in runs.values() if run["variant"] == "ce" for share in shares_below(run)]
+        if shares:
+            before, after = (spread([*side], 2) for side in zip(*shares))
+            verdict = verdict_of(mean(last < first for first, last in shares) > 0.5)
+            row = replace(shift, here=f"share below 0: {before} before, {after} after", verdict=verdict, setting=setting)
+            found["figure 7"].append(row)
+    return [row for first in (correlate, rises, shift) for row in found[first.where] or [first]]
+
+
+def probed(runs: list[dict], key: str) -> list[float]:
+    """A value of every MoE layer at the last moment of the runs' films."""
+    layers = [layer for run in runs for layer in run["probe"][-1]["layers"]]
+    return [layer[key] for layer in layers if layer.get(key) is not None]
+
+
+def shares_below(run: dict) -> list[tuple[float, float]]:
+    """Of each MoE layer: the share of similarities below 0 at the first and the last moment."""
+    sides = [[layer["histogram"] for layer in run["probe"][which]["layers"]] for which in (0, -1)]
+    return [*zip(*([sum(one[:10]) / max(1, sum(one)) for one in side] for side in sides))]
 
 
 def saved_rows(records: list[dict]) -> list[Row]:
     """Table 14 and section 6.6, and how reliable the flags are: from lab.report.probe on saved models."""
     probes = [(record["name"], one) for record in records for one in record.get("probes", [])]
     new = Row("new", "other batches give the same flags (kappa: agreement beyond chance)", "not asked")
+    about = Row("new", "what the flags are about: the share of their variance that is explained", "not asked")
     claim = "confusing tokens: logits on the own label, the other's, the rest (reproduced: the second nearer to the first)"
     confusing = Row("table 14", claim, "23.5, 14.6, -0.7")
     claim = "without the conflicting pairs a step lowers a fresh loss more than with all (reproduced: the loss lies below)"
     harm = Row("sec. 6.6", claim, "0.25 - 0.20")
-    found = [] if probes else [new, confusing, harm]
+    found = [] if probes else [new, about, confusing, harm]
     for name, one in sorted(probes, key=lambda pair: (pair[0], -pair[1]["loss"])):
         where, command = f"{name}, {one['model']}, main loss {one['loss']:.2f}", one["command"]
         here = f"{one['kappa']:.2f} ± {one['error']:.2f}, {one['triples']} triples; {where}"
         found.append(replace(new, here=here, verdict="measured", command=command))
+        if shares := one.get("about"):
+            here = ", ".join(f"{name} {share:.2f} (chance {chance:.2f})" for name, (share, chance) in shares.items())
+            found.append(replace(about, here=f"{here}; {where}", verdict="measured", command=command))
         if logits := one.get("confusing"):
             own, other, rest = (logits[key] for key in ("own", "other", "rest"))
-            here, verdict = f"{own:.1f}, {other:.1f}, {rest:.1f}; {where}", verdict_of(own - other < other - rest)
+            here = f"{own:.1f}, {other:.1f}, {rest:.1f}, {logits['pairs']:,.0f} pairs; {where}"
+            verdict = verdict_of(own - other < other - rest)
             found.append(replace(confusing, here=here, verdict=verdict, command=command))
         if arms := one.get("harm"):
-            gap, error = arms["fresh"]["no conflicting"]["minus_all"][1]
-            here = f"{gap:+.4f} ± {error:.4f} at an update of {arms['sizes'][1]:g}; {where}"
+            (gap, error), (dice, _) = (arms["fresh"][arm]["minus_all"][1] for arm in ("no conflicting", "no random"))
+            here = f"{gap:+.4f} ± {error:.4f} (standard error) at an update of {arms['sizes'][1]:g}; "
+            here += f"without as many random pairs {dice:+.4f}; {where}"
             found.append(replace(harm, here=here, verdict=verdict_of(gap + 2 * error < 0), command=command))
     return found
 
@@ -260,12 +294,12 @@ def bench_rows() -> list[Row]:
         own = next(one for key, one in record["variants"].items() if one and "two passes" in key and "weight" not in key)
         low, ratio, high = (100 * (value - 1) for value in (own["interval"][0], own["ratio"], own["interval"][1]))
         here = f"{ratio:+.1f} % [{low:+.1f}, {high:+.1f}], two passes, {name}"
-        found.append(replace(row, here=here, verdict=verdict_of(ratio <= 21.7), command=record["command"]))
+        found.append(replace(row, here=here, verdict=verdict_of(ratio <= 21.3), command=record["command"]))
     return found
 
 
 OUT_OF_REACH = [
-    Row("table 2", "gains with StableLM, Phi-2, Vicuna, SigLIP", "+0.6 to +0.8", "-", "not testable here: too large"),
+    Row("table 2", "gains with StableLM, Phi-2, Vicuna, SigLIP", "+0.6 to +0.8", "-", f"{NOT_TESTABLE}: too large"),
 ]
 ALONE = {  # of the conflict loss alone: what is measured -> the direction in the paper
     "conflict_ratio": ("the conflict ratio falls", -1),
@@ -282,7 +316,8 @@ def alone_rows() -> list[Row]:
             own = changes(record, part, "ce", lambda layers, key=key: mean(layer[key] for layer in layers))
             placebo = changes(record, part, "placebo", lambda layers, key=key: mean(layer[key] for layer in layers))
             row = Row("figures 3, 8", f"the conflict loss alone trains {part}: {claim}", "yes")
-            found.append(alone_row(row, record, own, placebo, sign))
+            flat = changes(record, part, "flat", lambda layers, key=key: mean(layer[key] for layer in layers))
+            found.append(alone_row(row, record, own, placebo, sign, flat))
         deeper = [
             changes(record, "everything", arm, lambda layers: layers[-1]["consistency"] - layers[0]["consistency"])
             for arm in ("ce", "placebo")
@@ -299,22 +334,24 @@ def changes(record: dict, part: str, arm: str, value: Callable) -> dict[int, flo
     return {row["seed"]: value(row["curve"][-1]["layers"]) - value(row["curve"][0]["layers"]) for row in rows}
 
 
-def alone_row(row: Row, record: dict, own: dict[int, float], placebo: dict[int, float], sign: int) -> Row:
-    """Reproduced: the change has the paper's sign, and lies beyond the placebo's."""
+def alone_row(row: Row, record: dict, own: dict, placebo: dict, sign: int, flat: dict | None = None) -> Row:
+    """Reproduced: the change has the paper's sign, and lies beyond the placebo's. Changes: by seed."""
     gaps = [gap_of(dict.fromkeys(own, 0.0), own), gap_of(placebo, own)]
     if any(gap is None or gap.low is None for gap in gaps):
         return row
     (low, high), (beyond, _) = (sorted((sign * gap.low, sign * gap.high)) for gap in gaps)
     verdict = "not reproduced" if high < 0 else "inconclusive" if low <= 0 else "the control does as well"
     verdict = "reproduced" if low > 0 and beyond > 0 else verdict
-    here = f"{say_gap(gaps[0], 3)}; minus placebo {say_gap(gaps[1], 3)}; {record['model']}"
+    here = f"{say_gap(gaps[0], 3)}; minus placebo {say_gap(gaps[1], 3)}; "
+    here += f"minus flat {say_gap(gap_of(flat, own), 3)}; " if flat else ""
+    here += f"{record['run']}, {record['model']}"
     return replace(row, here=here, verdict=verdict, command=record["command"])
 
 
 def routing_rows(settings: list[Setting]) -> list[Row]:
     """The positive control: dice instead of the router."""
     row = Row("new", "routing matters (measured: the baseline minus routing by dice)", "not asked")
-    gaps = [(setting, setting.gap("none", "random")) for setting in settings]
+    gaps = [(setting, setting.gap("none", "random")) for setting in settings if not setting.borrows]
     found = [(setting, gap) for setting, gap in gaps if gap]
     return [replace(row, here=say_gap(gap), verdict="measured", setting=setting) for setting, gap in found] or [row]
 
@@ -332,11 +369,15 @@ def router_rows(settings: list[Setting]) -> list[Row]:
 
 
 def margin_of(setting: Setting, variant: str) -> float | None:
-    """The router's margin at the end of training, as a share of the baseline's."""
-    base, own = (
-        [run["router_margin"][1] for run in setting.measured(name) if run.get("router_margin")] for name in ("none", variant)
-    )
-    return mean(own) / mean(base) if base and own else None
+    """The router's margin at the end of training, as a share of the baseline's of the same seed, if possible of the same
+    commit: mean over seeds."""
+    ratios = {}
+    for run in setting.measured(variant):
+        bases = [one for one in setting.measured("none") if one["seed"] == run["seed"] and one.get("router_margin")]
+        bases = [one for one in bases if one["commit"] == run["commit"]] or bases
+        if bases and run.get("router_margin"):
+            ratios.setdefault(run["seed"], run["router_margin"][1] / bases[0]["router_margin"][1])
+    return mean(ratios.values()) if ratios else None
 
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
@@ -349,8 +390,8 @@ def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
 
 HEAD = """# The paper, claim by claim
 
-`python -m lab.report.claims` writes this page from the records in `results/`. All models here are small, 1,500 to 31 million
-parameters, each on one kind of data. Nothing here says what happens at 1.6 billion.
+`python -m lab.report.claims` writes this page from the records in `results/`. All models here are small, a few thousand to
+31 million parameters, each on one kind of data. Nothing here says what happens at 1.6 billion.
 """
 LOSS = """The conflict loss lowers a token's score on the expert where it conflicts. It never says where the token shall go,
 and it does not rest when a token has moved: a flag depends on the mean gradient of the batch, up to half of the pairs are
@@ -367,21 +408,23 @@ RULE = """A score is compared by paired 95 % t-intervals over the seeds: a = var
 - flat), c = placebo - baseline; g is the paper's gain. *Inconclusive*: a holds 0 and g. *Not reproduced*: a ends below g,
 and begins at or below 0. *Smaller than the paper's*: a lies above 0 and below g. *Reproduced*: a lies above 0 and reaches g,
 and b lies above 0. *The control does as well*: a and c lie above 0, and b holds 0. *Routing does not matter here*:
-baseline - random holds 0 or lies below, so no routing can show a gain; then no other verdict is given. Best epochs are
+baseline - random holds 0 or lies below, so no score can judge a routing; then no other verdict is given. Best epochs are
 chosen on dev, as in the paper's source; the last epoch stands beside them. A claim without a gain names its predicate."""
 
 
 def usable(records: list[dict]) -> list[Setting]:
     """The settings that compare something with the baseline, real data first. One that was run without a baseline has that
-    of another beta, which means nothing to it."""
+    of another beta, and dice, which know no beta."""
     found = [Setting(record) for record in merge(records)]
     keys = [key_of(setting.record | {"config": setting.record["config"] | {"beta": None}}) for setting in found]
-    bases = {key: setting.record for key, setting in zip(keys, found) if "none" in setting.variants}
+    bases = {key: setting for key, setting in zip(keys, found) if "none" in setting.variants}
     for key, setting in zip(keys, found):
         if "none" not in setting.variants and key in bases:
-            for part in ("runs", "repeated"):
-                own = [run for run in bases[key][part] if (run if part == "runs" else run[0])["variant"] == "none"]
-                setting.record[part] = [*own, *setting.record[part]]
+            commits, lent = {run["commit"] for run in setting.record["runs"]}, {}
+            pool = [run for run in bases[key].measured() if run["variant"] in ("none", "random")]
+            for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, if there is one
+                lent[run["variant"], run["seed"], run["lr"]] = run | {"lent": True}
+            setting.record["runs"] = [*lent.values(), *setting.record["runs"]]
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
 
@@ -392,20 +435,23 @@ class Search:
 
     settings: int
     matters: int  # where the learned router beats dice
-    hits: dict[float, int]  # beta -> settings where ce beats both the baseline and the placebo
+    hits: dict[float, int]  # beta -> settings where ce beats both the baseline and the placebo, last step or best checkpoint
     change: dict[float, float]  # beta -> median change of accuracy by ce where routing matters, in points
     margin: dict[float, float]  # beta -> median of the router's margin, of the baseline's
 
 
 def read_search() -> Search:
+    """Without the settings where levelling the router also shrinks the layer's output: one expert whose weight is not 1."""
     runs = regimes.runs_of(record := regimes.read_record(RESULTS / "regimes.json"))
-    names = regimes.settings_of(record, runs)
+    shrinks = {name for name, own in record["settings"].items() if own["top_k"] == 1 and not own.get("normalize")}
+    names = [name for name in regimes.settings_of(record, runs) if name not in shrinks]
     matters = [name for name in names if regimes.gap(runs, name, ("random", None)).verdict == "worse"]
     found = Search(len(names), len(matters), {}, {}, {})
+    seeds = sorted({run[3] for run in record["runs"] if run[3] < regimes.FIRST_FRESH})
+    hits = find_hits([run for run in record["runs"] if run[0] in names], names, seeds)
     for beta in regimes.BETAS:
-        own, control = ("ce", beta), ("placebo", beta)
-        pairs = [(regimes.gap(runs, name, own), regimes.gap(runs, name, own, control)) for name in names]
-        found.hits[beta] = sum(none.verdict == placebo.verdict == "better" for none, placebo in pairs)
+        own = ("ce", beta)
+        found.hits[beta] = sum(at == beta for _, at in hits)
         found.change[beta] = median(regimes.gap(runs, name, own).mean for name in matters)
         found.margin[beta] = regimes.median_margin(runs, names, own)
     return found
@@ -419,21 +465,24 @@ def sentences(settings: list[Setting], records: list[dict], search: Search) -> I
         return [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
 
     seeds = max(gap.seeds for _, gap in known("ce", "none"))
-    texts = [f"{s.record['name']} {say_gap(gap)}" for s, gap in known("ce", "none") if gap.seeds == seeds]
-    yield f"With {seeds} paired seeds STGC differs from its baseline by {' and '.join(texts)} points."
+    own = [(setting, gap) for setting, gap in known("ce", "none") if gap.seeds == seeds]
+    texts = [f"{setting.record['name']} {say_gap(gap)}" for setting, gap in own]
+    none = all(gap.low <= 0 <= gap.high for _, gap in own)
+    more = "; all contain 0, so no difference is shown" if none else ""
+    yield f"STGC minus its baseline, {seeds} paired seeds, in points: {', '.join(texts)}{more}."
     gaps, hits = [gap for _, gap in known("ce", "placebo")], max(search.hits.values())
     above = sum(gap.low > 0 for gap in gaps)
     text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
-    text += f", and placebo and baseline at any one beta in {hits} of {search.settings} synthetic ones"
-    yield text + (": no gain comes from which pairs it chooses." if not above and not hits else ".")
+    text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
+    yield text + (": that its choice of pairs helps is not shown." if not above and not hits else ".")
     gaps = [gap for _, gap in known("none", "random")]
     text = f"The learned router beats experts drawn by dice in {sum(gap.low > 0 for gap in gaps)} of {len(gaps)} trained"
-    yield f"{text} settings and in {search.matters} of {search.settings} synthetic ones; elsewhere no routing can gain."
+    yield f"{text} settings and in {search.matters} of {search.settings} synthetic ones; no score can judge it elsewhere."
     texts = []
     for name, own in probes_of(records).items():
-        ends = max(own, key=loss_of), min(own, key=loss_of)
-        texts.append(f"{name} " + ", ".join(f"{one['kappa']:.2f} at a main loss of {one['loss']:.2f}" for one in ends))
-    yield f"Other batches give the same flags, beyond chance (kappa), ever less as a model learns: {'; '.join(texts)}."
+        points = [f"{one['kappa']:.2f} at {one['loss']:.2f}" for one in sorted(own, key=loss_of, reverse=True)]
+        texts.append(f"{name} {', '.join(points)}")
+    yield f"Agreement of the flags by other batches beyond chance (kappa), at a main loss: {'; '.join(texts)}."
     strong, weak = max(search.margin), min(search.margin)
     text = f"The loss levels the router: at beta {strong:g} its margin is {search.margin[strong]:.2f} of the baseline's, "
     text += f"at {weak:g} {search.margin[weak]:.2f}; where routing matters, accuracy moves by {search.change[strong]:+.1f} "
@@ -480,16 +529,19 @@ def render(records: list[dict]) -> str:
     lines += ["", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", ""]
     lines += ["In the trained settings (S1, ...: see the end):", "", *router_table(settings, tags), ""]
     table = [*header("in the paper", "claim", "paper", "here", "verdict", "settings or command"), *join(rows, tags)]
-    done = sum(not row.verdict.startswith(NOT_RUN) for row in rows)
-    lines += [f"## The claims: {len(rows)} rows, {done} measured", "", RULE, "", *table, ""]
-    count = sum(len(setting.intervals) for setting in settings)
-    lines += [f"{count} intervals of scores were computed; of twenty, one misses by chance. No correction is made.", ""]
+    missing = [sum(row.verdict.startswith(what) for row in rows) for what in (NOT_RUN, NOT_TESTABLE)]
+    title = f"{len(rows) - sum(missing)} measured, {missing[0]} not run, {missing[1]} not testable"
+    lines += [f"## The claims, setting by setting: {title}", "", RULE, "", *table, ""]
     lines += ["![kappa of the flags by other batches, over the main loss](../results/probe.png)", "", "## The settings", ""]
+    at = len(lines)
     for setting in settings:
         tag = tags[id(setting)]
         commands = [f"    {one}" for one in setting.record["command"]]
         lines += [f'<a id="{tag.lower()}"></a>', ""]
         lines += fold(f"{tag}: {setting.title}", [*setting.table(), "", *setting.notes(), "", *commands])
+    count = sum(len(setting.intervals) for setting in settings)  # now that all tables have asked for theirs
+    text = f"{count} intervals of scores were computed, besides those of figures and of the search; of twenty, one misses by"
+    lines[at:at] = [f"{text} chance. No correction is made.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -510,12 +562,13 @@ def front(records: list[dict]) -> Iterator[str]:
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("other batches give the same flags")
     pairs = [(max(own, key=loss_of), min(own, key=loss_of)) for own in probes_of(records).values()]
-    here = "; ".join(f"kappa {young['kappa']:.2f} at first, {old['kappa']:.2f} later" for young, old in pairs)
+    here = "; ".join(f"kappa {young['kappa']:.2f}, once trained {old['kappa']:.2f}" for young, old in pairs)
+    here += f" ({', '.join(probes_of(records))})"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
-    row = most("similarities by biases")
+    row = most("similarities by biases")  # of the setting with the most seeds
     found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})"))
     row = most("without the conflicting pairs")
-    here = "; ".join(one.here.partition(" at ")[0] for one in rows if one.claim == row.claim)
+    here = "loss " + "; ".join(one.here.partition(" (")[0] for one in rows if one.claim == row.claim)
     found.append(replace(row, claim=f"without conflicting pairs a step lowers a fresh loss more ({row.where})", here=here))
     row = most("the loss leaves the router its preferences")
     here = ", ".join(f"{ratio:.2f} of it at beta {beta:g}" for beta, ratio in search.margin.items())
@@ -541,7 +594,13 @@ def check(folder: Path) -> list[str]:
     if record.get("dirty") is not False:
         raise UserError(f"--check {folder}: it was made by changed files (dirty); commit them, and train again")
     (setting,) = [Setting(one) for one in merge([record])]
-    seeds = {variant: {run["seed"] for run in setting.runs(variant)} for variant in setting.variants}
+    config = record["config"]
+    wanted, seeds = {variant: {*config.get("seeds", [])} for variant in config.get("variants") or []}, {}
+    for variant in {*wanted, *setting.variants}:
+        seeds[variant] = {run["seed"] for run in setting.runs(variant)}
+        if lacking := wanted.get(variant, set()) - seeds[variant]:
+            what = f"{variant}, seed{'s' * (len(lacking) > 1)} {', '.join(map(str, sorted(lacking)))}"
+            raise UserError(f"--check {folder}: it is not finished, {what} is missing; finish it with --resume")
     if "none" not in seeds or len(seeds) < 2:
         raise UserError(f"--check {folder}: it compares nothing with the baseline; train with --variants none,ce,placebo")
     for variant, own in seeds.items():

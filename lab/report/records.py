@@ -33,6 +33,28 @@ def key_of(record: dict) -> str:
     return json.dumps([record["name"], record.get("data"), config], sort_keys=True)
 
 
+USUAL = {  # options that a title names where they differ from these
+    "moe_layers": ("2", "every-second"),
+    "experts": ("copy",),
+    "train": ("moe",),
+    "moe_from": ("stage2",),
+    "normalize": (True,),
+    "tau": (0.0,),
+    "alpha": (0.01,),
+    "scenes": (12000,),
+    "stage3_steps": (100,),
+    "stage3_lr": (None, 5e-4),
+    "lr": (None, 1e-4, 2e-4),
+}
+
+
+def unusual(record: dict) -> list[str]:
+    """What a title says of a record's options, such as "experts split"."""
+    config = record["config"]
+    odd = {key: config[key] for key, usual in USUAL.items() if config.get(key, usual[0]) not in usual}
+    return [f"{key.replace('_', ' ')} {value}" for key, value in odd.items()]
+
+
 def merge(records: list[dict]) -> list[dict]:
     """One record per experiment, with the runs, stages, probes, commands and folders of its parts. A run that occurs
     again, such as the baseline's at a newer commit, is under `repeated`: a list of [first run, run]."""
@@ -44,8 +66,9 @@ def merge(records: list[dict]) -> list[dict]:
         for run in record["runs"]:
             before = first.get((run["variant"], run["seed"], run.get("lr")))
             (one["repeated"] if before else one["runs"]).append([before, run] if before else run)
-        for key in ("stages", "probes"):
-            one[key] = one[key] + [part for part in record.get(key, []) if part not in one[key]]
+        known = {(stage["stage"], stage["seed"]) for stage in one["stages"]}  # a stage that runs share counts once
+        one["stages"] = one["stages"] + [s for s in record.get("stages", []) if (s["stage"], s["seed"]) not in known]
+        one["probes"] = [*one["probes"], *record.get("probes", [])]
         one["command"] = [*one["command"], record["command"]]
         one["folders"] = [*one["folders"], record.get("folder", record["name"])]
     return list(merged.values())

@@ -4,7 +4,7 @@ stay in the table."""
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from lab.report.records import merge
+from lab.report.records import merge, unusual
 from lab.run.cli import UserError
 from lab.run.options import label
 from lab.run.reading import read_json
@@ -54,7 +54,7 @@ def results_table(records: list[dict]) -> str:
         for row in rows:
             router = "" if row["variant"] == "dense" else f", {config['router']} router"
             beta = "" if row["variant"] in ("dense", "none") else f", beta {config['beta']:g}"
-            name = f"{record['name']}, {config['epochs']} epoch{'s' * (config['epochs'] > 1)}"
+            name = ", ".join([record["name"], f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}", *unusual(record)])
             cells = [name, f"{label(row['label'])}{router}{beta}", spread(row["best"]), spread(row["last"])]
             cells += [row["conflict_ratio"], row["consistency"], f"{row['collapsed']} of {row['seeds']}"]
             (shown if len(rows) > 1 and not record["name"].startswith("toy") else hidden).append(f"| {' | '.join(cells)} |")

@@ -7,8 +7,10 @@ controls (the placebo and flat, where they were run), c = placebo - baseline, an
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 
 from lab.report.compare import Paired, paired
+from lab.report.records import unusual
 from lab.report.tables import spread
 from lab.run.options import label
 
@@ -18,11 +20,22 @@ NOT_RUN = "not run"
 NO_ROUTING = "routing does not matter here"
 
 
-def judge(a: Paired | None, b: list[Paired], c: Paired | None, gain: float, routing: Paired | None = None) -> str:
-    """The verdict on a gain, in points. `routing`: baseline - random, the positive control: where it holds 0 or lies below,
-    no routing can show anything. The first rule that fits decides."""
+CONTROLS = {  # variant -> its placebo and the same loss on all pairs
+    "ce": ("placebo", "flat"),
+    "mse": ("placebo-mse", "flat-mse"),
+    "reroute": ("placebo-reroute", None),
+    "ce-one": ("placebo-one", "flat-one"),
+}
+
+
+Gap = Paired | None
+
+
+def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = None) -> str:
+    """The verdict on a gain, in points; `placebo` and `flat` are the two b. `routing`: baseline - random, the positive
+    control: where it holds 0 or lies below, no score can judge a routing. The first rule that fits decides."""
     if a is None or a.low is None:
-        return f"{NOT_RUN}: one seed" if a else NOT_RUN
+        return NOT_RUN if a is None else f"{NOT_RUN}: {'one seed' if a.seeds == 1 else 'no spread'}"
     if routing and routing.low is not None and routing.low <= 0:
         return NO_ROUTING
     if a.low <= 0 <= a.high and a.low <= gain <= a.high:
@@ -31,11 +44,16 @@ def judge(a: Paired | None, b: list[Paired], c: Paired | None, gain: float, rout
         return "not reproduced"
     if a.low > 0 and a.high < gain:
         return "smaller than the paper's"
-    if a.low > 0 and a.high >= gain and b and all(one.low is not None and one.low > 0 for one in b):
+    if a.low > 0 and a.high >= gain and is_above(placebo) and (flat is None or is_above(flat)):
         return "reproduced"
-    if a.low > 0 and c and c.low is not None and c.low > 0 and any(one.low is None or one.low <= 0 <= one.high for one in b):
+    if a.low > 0 and is_above(c) and placebo and placebo.low is not None and placebo.low <= 0 <= placebo.high:
         return "the control does as well"
     return "a gain, the selection undecided" if a.low > 0 else "inconclusive"
+
+
+def is_above(gap: Paired | None) -> bool:
+    """Whether an interval is known and lies above 0."""
+    return gap is not None and gap.low is not None and gap.low > 0
 
 
 def say_gap(gap: Paired | None, digits: int = 1) -> str:
@@ -43,24 +61,12 @@ def say_gap(gap: Paired | None, digits: int = 1) -> str:
     if gap is None:
         return "-"
     show = lambda value: f"{value:+.{digits}f}"  # noqa: E731
-    return show(gap.mean) + (f" [{show(gap.low)}, {show(gap.high)}]" if gap.low is not None else " (one seed)")
+    if gap.low is None:
+        return f"{show(gap.mean)} ({'one seed' if gap.seeds == 1 else f'{gap.seeds} seeds, no spread'})"
+    return f"{show(gap.mean)} [{show(gap.low)}, {show(gap.high)}]"
 
 
 # ---- 2. Settings ----
-
-
-USUAL = {  # options that a title names where they differ from this
-    "moe_layers": ("2", "every-second"),
-    "experts": ("copy",),
-    "train": ("moe",),
-    "moe_from": ("stage2",),
-    "normalize": (True,),
-    "tau": (0.0,),
-    "alpha": (0.01,),
-    "scenes": (12000,),
-    "stage3_steps": (100,),
-    "stage3_lr": (None, 5e-4),
-}
 
 
 @dataclass
@@ -79,14 +85,22 @@ class Setting:
         config, name = self.record["config"], self.record["name"]
         parts = [name, Path(config["model"]).name] if "model" in config and not config.get("toy") else [name]
         parts += [f"{config['num_experts']}Top{config['top_k']}, {config['router']} router, beta {config['beta']:g}"]
-        odd = {key: config[key] for key, usual in USUAL.items() if config.get(key, usual[0]) not in usual}
-        return ", ".join([*parts, *(f"{key.replace('_', ' ')} {value}" for key, value in odd.items())])
+        epochs = [f"{config['epochs']} epochs"] if "epochs" in config else []
+        return ", ".join([*parts, *epochs, *unusual(self.record)])
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its baseline is that of another beta."""
+        return any(run.get("lent") for run in self.record["runs"])
 
     def runs(self, variant: str) -> list[dict]:
-        """Of the lowest learning rate, if there are several."""
-        found = [run for run in self.record["runs"] if run["variant"] == variant]
-        rates = sorted({run["lr"] for run in found})
-        return [run for run in found if run["lr"] == rates[0]] if rates else []
+        """Of the learning rate with the most seeds, then with the best mean score on dev, as the paper's rows are made."""
+        rates: dict[float, list[dict]] = {}
+        for run in self.record["runs"]:
+            if run["variant"] == variant:
+                rates.setdefault(run["lr"], []).append(run)
+        mean_of = lambda runs: mean((run.get("best") or run["last"])["score"] for run in runs)  # noqa: E731
+        return max(rates.values(), key=lambda runs: (len(runs), mean_of(runs), -runs[0]["lr"])) if rates else []
 
     def measured(self, variant: str | None = None) -> list[dict]:
         """All runs, also those that were repeated: for what older runs did not record."""
@@ -104,16 +118,16 @@ class Setting:
         if not sides[0].keys() & sides[1].keys():
             return None
         found = paired(*sides)
-        self.intervals |= {(*sorted((one, other)), select)} if found.low is not None else set()
+        again = select == "last" and sides == (self.scores(other), self.scores(one))  # the same interval
+        self.intervals |= {(*sorted((one, other)), select)} if found.low is not None and not again else set()
         return found
 
     def verdict(self, gain: float, one: str = "ce", other: str = "none", select: str = "best") -> str:
-        placebo = "placebo" if one == "ce" else f"placebo-{one}"
-        controls = [self.gap(one, name, select) for name in (placebo, one.replace("ce", "flat"))]
-        against = self.gap("none", "random", select)
-        return judge(
-            self.gap(one, other, select), [b for b in controls if b], self.gap(placebo, other, select), gain, against
-        )
+        placebo, flat = CONTROLS[one]
+        both = [name and self.gap(one, name, select) for name in (placebo, flat)]
+        c, routing = self.gap(placebo, other, select), self.gap("none", "random", select)
+        verdict = judge(self.gap(one, other, select), *both, c, gain, routing)
+        return verdict if routing or verdict.startswith(NOT_RUN) else f"{verdict} (dice not run)"
 
     def table(self) -> Iterator[str]:
         """Markdown: every variant's scores, what its training reached, and its paired differences."""
@@ -126,7 +140,8 @@ class Setting:
             for key in ("loss", "router_margin"):
                 ends = [run[key][1] for run in self.measured(name) if run.get(key)]
                 ends = [] if (name, key) == ("random", "router_margin") else ends
-                cells.append(spread(ends, 3 if key == "loss" else 4) if ends else "-")
+                few = f" ({len(ends)} run{'s' * (len(ends) > 1)})" if len(ends) != len(self.runs(name)) else ""
+                cells.append(spread(ends, 3 if key == "loss" else 4) + few if ends else "-")
             cells += [say_gap(self.gap(name, other) if name != other else None) for other in ("none", "placebo", "random")]
             yield f"| {' | '.join(cells)} |"
 
@@ -136,7 +151,7 @@ class Setting:
             names = f"{label(first['variant'])}, seed {first['seed']}"
             yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap:+.1f} points."
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
-        yield f"Commits: {', '.join(commits)}."
+        yield f"Commits: {', '.join(commits)}. Between two commits the machine may have been another one, too."
 
 
 def header(*names: str) -> list[str]:
@@ -170,18 +185,26 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
         here = f"{say_gap(gap)}{half}, {gap.seeds} seed{'s' * (gap.seeds > 1)}; last epoch {say_gap(last)}"
         controls = [(name, setting.gap(one, name)) for name in ("placebo", "flat", "random") if name in setting.variants]
         here += "".join(f"; minus {name} {say_gap(control)}" for name, control in controls)
+        if dice := setting.gap("none", "random"):
+            here += f"; baseline minus random {say_gap(dice)}, {dice.seeds} seed{'s' * (dice.seeds > 1)}"
         verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
         verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
     return found or [row]
 
 
-def sign_row(row: Row, gap: Paired | None, sign: int, setting: Setting, more: str = "") -> Row:
-    """A difference that shall lie above 0 (sign 1) or below it (-1)."""
+def sign_row(row: Row, gap: Paired | None, sign: int, setting: Setting, more: str = "", beyond: Paired | None = None) -> Row:
+    """A difference that shall lie above 0 (sign 1) or below it (-1). `beyond`: the same of the variant minus its placebo; a
+    difference that this does not share is the control's, too."""
     if gap is None or gap.low is None:
-        return replace(row, here=say_gap(gap), verdict=f"{NOT_RUN}: one seed" if gap else NOT_RUN, setting=setting)
+        verdict = judge(gap, None, None, None, 0.0)
+        return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
     low, high = sorted((sign * gap.low, sign * gap.high))
     verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
+    if beyond:
+        more += f"; minus placebo {say_gap(beyond)}"
+        ends = sorted((sign * beyond.low, sign * beyond.high)) if beyond.low is not None else [0, 0]
+        verdict = "the control does as well" if verdict == "reproduced" and ends[0] <= 0 else verdict
     return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
 
 

@@ -46,12 +46,17 @@ def say(*lines: str) -> None:
         print(*map(printable, lines), sep="\n")
 
 
+def cut(name: str) -> str:
+    """A very long name without its middle."""
+    return name if len(name) <= LONG_WORD else f"{name[: LONG_WORD // 2]}...{name[-LONG_WORD // 2 :]}"
+
+
 def report(line: str, process: str = "0") -> None:
     """Prints a line on stderr, from one process. A very long one loses the middle of its long names, so that the reason and
     the fix stay, and its own middle only if it is still too long."""
-    line, half, ends = printable(line), LONGEST // 2, LONG_WORD // 2
+    line, half = printable(line), LONGEST // 2
     if len(line) > LONGEST:
-        line = re.sub(rf"\S{{{LONG_WORD},}}", lambda word: f"{word[0][:ends]}...{word[0][-ends:]}", line)
+        line = re.sub(r"\S+", lambda word: cut(word[0]), line)
     line = line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
     with suppress(OSError, RuntimeError):  # a closed pipe; a signal that came while a line was printed
         if sys.stderr and os.environ.get("RANK", "0") == process:
@@ -123,7 +128,7 @@ def path(kind: str) -> Callable[[str], str]:
         if not text or name.startswith("~"):
             reason = "there is no such user" if text else "the name is empty"
         if reason:
-            raise argparse.ArgumentTypeError(f"{text!r:.80}: {reason}; name another {what}, or leave the flag out")
+            raise argparse.ArgumentTypeError(f"{cut(repr(text))}: {reason}; name another {what}, or leave the flag out")
         return name
 
     return parse

@@ -242,6 +242,7 @@ def captions_that_are_cut_are_counted(length, cut):
 def picture_word_in_a_question(question, said, *, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lvlm, "load", lambda saved: (torch.nn.Linear(1, 1), None, CARD))
     monkeypatch.setattr(lvlm, "ask", lambda *_: "an answer")
+    monkeypatch.setattr(toy_lvlm.instructions, "unknown_words", lambda *_: [])
     (tmp_path / lvlm.CARD).touch()
     toy_lvlm.main(toy_lvlm.parse(["--ask", question, "--run", str(tmp_path), "--device", "cpu"]))
     out, err = capsys.readouterr()
