@@ -565,8 +565,14 @@ def front(records: list[dict]) -> Iterator[str]:
     here = "; ".join(f"kappa {young['kappa']:.2f}, once trained {old['kappa']:.2f}" for young, old in pairs)
     here += f" ({', '.join(probes_of(records))})"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
-    row = most("similarities by biases")  # of the setting with the most seeds
-    found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})"))
+    row = most("similarities by biases")
+    own = [one for one in rows if one.claim == row.claim and one.setting]
+    parts: dict[str, list[str]] = {}
+    for one in own:
+        parts.setdefault(one.setting.record["name"], []).append(one.here.partition(",")[0])
+    here = "; ".join(f"{name} {', '.join(values)}" for name, values in parts.items())
+    verdict = " / ".join(dict.fromkeys(one.verdict for one in own)) or row.verdict
+    found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})", here=here, verdict=verdict))
     row = most("without the conflicting pairs")
     here = "loss " + "; ".join(one.here.partition(" (")[0] for one in rows if one.claim == row.claim)
     found.append(replace(row, claim=f"without conflicting pairs a step lowers a fresh loss more ({row.where})", here=here))
