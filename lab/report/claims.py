@@ -532,8 +532,8 @@ def render(records: list[dict]) -> str:
     for beta in search.margin:
         cells = [f"{beta:g}", f"{search.margin[beta]:.2f}", f"{search.change[beta]:+.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{search.hits[beta]} of {search.settings}'])} |")
-    text = "With both losses held to the router, as in one pass, accuracy at beta {:g} is better than with two passes in {} of "
-    text += "{} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
+    text = "With both losses held to the router, as in one pass, accuracy at beta {:g} is better than with two passes in "
+    text += "{} of {} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
     (better, worse), (above, below) = search.one["ce"], search.one["placebo-one"]
     lines += ["", text.format(max(search.margin), better, search.settings, worse, above, below)]
     lines += ["", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", ""]
