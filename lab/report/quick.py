@@ -112,7 +112,7 @@ def compare_passes() -> Iterator[str]:
     for name in ("two", "one"):
         low, high = rows[name]["interval"]
         yield f"   {name} pass{'es' * (name == 'two')}: {rows[name]['ratio']:.2f}x [{low:.2f}, {high:.2f}]"
-    yield "   Recorded, of larger models: docs/costs.md."
+    yield "   (Of this tiny net, where overhead rules. Recorded, of larger models: docs/costs.md.)"
 
 
 def measure_all() -> Iterator[str]:

@@ -100,14 +100,15 @@ def refuse_shards(accelerator: accelerate.Accelerator, why: str) -> None:
 
 def print_settings(args, device: torch.device, configs: list) -> None:
     """Prints what is compared and on which device. `configs`: an STGCConfig per entry of args.variants, None for `dense`."""
-    rows = [["variant", "conflict loss", "pairs", "passes", "gradients", "tau", "beta", "alpha", "conflicts at"]]
+    rows = [["variant", "conflict loss", "pairs", "passes", "gradients", "tau", "beta", "alpha", "conflicts measured at"]]
     for variant, own in zip(args.variants, configs, strict=True):
         if own is None:
             rows.append([options.label(variant), "no MoE", *["-"] * 7])
             continue
         often = "every step" if own.every == 1 else f"every {own.every} steps"
         pairs, beta = ("-", "-") if own.conflict_loss == "none" else (own.select, f"{own.beta:g}")
-        how = [own.conflict_loss, pairs, own.passes, own.gradients, f"{own.tau:g}", beta, f"{own.alpha:g}", often]
+        passes, gradients = ("-", "-") if own.conflict_loss == "none" else (own.passes, own.gradients)
+        how = [own.conflict_loss, pairs, passes, gradients, f"{own.tau:g}", beta, f"{own.alpha:g}", often]
         rows.append([options.label(variant), *how])
     say("", *layout(rows).split("\n"), "")
     seeds = " ".join(map(str, args.seeds))
