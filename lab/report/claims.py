@@ -403,8 +403,8 @@ one not chosen) shrinks as beta grows, and tokens keep changing experts: *moved*
 expert differs a twentieth of the training later.
 
 That restless routing is a regulariser, as routing by dice is: it may help where a model overfits few noisy data, and it
-costs where experts have learnt different things. The placebo, the same loss on as many pairs drawn by dice, does the same to the
-router; so does the loss on all pairs (flat). What is STGC's own is therefore the difference to these two, not to the
+costs where experts have learnt different things. The placebo, the same loss on as many pairs drawn by dice, does the same to
+the router; so does the loss on all pairs (flat). What is STGC's own is therefore the difference to these two, not to the
 baseline. In small synthetic settings (`results/regimes.json`), medians:"""
 RULE = """A score is compared by paired 95 % t-intervals over the seeds. The first rule that fits gives the verdict:
 
