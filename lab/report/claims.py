@@ -589,10 +589,11 @@ def front(records: list[dict]) -> Iterator[str]:
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, list[float]] = {}
     for one in own:
-        parts.setdefault(one.setting.record["name"], []).append(one.here.partition(",")[0])
-    here = "; ".join(f"{name} {', '.join(values)}" for name, values in parts.items())
+        runs = [run for run in one.setting.measured() if run.get("probe") and not run.get("lent")]
+        parts.setdefault(one.setting.record["name"], []).extend(probed(runs, "bias_weight"))
+    here = "; ".join(f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in parts.items())
     verdict = " / ".join(dict.fromkeys(one.verdict for one in own)) or row.verdict
     found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})", here=here, verdict=verdict))
     row = most("without the conflicting pairs")
