@@ -235,7 +235,8 @@ def describe(run: str | Path, seed: int | None = None, look: Callable | None = N
     """A text for the terminal: the last moment of each variant's film, by example, then by token, then by expert."""
     data, parts = collect(run, seed, look), []
     intro = f"  {len(data['examples'])} examples of a batch; conflicts are relative to its mean gradients"
-    parts.append("\n".join([data["title"], *(f"  {note}" for note in data["notes"]), intro]))
+    marks = "  A row: the token, then its experts; ! s: it conflicts there, its cosine with the mean is s; -: not judged"
+    parts.append("\n".join([data["title"], *(f"  {note}" for note in data["notes"]), intro, marks]))
     for variant in data["variants"]:
         when = f", after step {variant['steps'][-1]}" * (data["source"] == "film")
         for layer, name in zip(variant["layers"], data["layers"]):
