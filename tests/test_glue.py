@@ -585,7 +585,7 @@ def test_every_flag_is_read():
 
 
 def test_method_defaults_are_those_of_the_config():
-    """The flags repeat them, as --help must answer without importing torch. beta alone differs: README, "What came out"."""
+    """The flags repeat them, as --help must answer without importing torch. beta alone differs: docs/guide.md."""
     args = glue_moefy.make_parser().parse_args(["--task", "rte"])
     config = STGCConfig()
     assert (args.beta, config.beta) == (0.1, 1.0)

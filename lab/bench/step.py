@@ -5,7 +5,7 @@
   python -m lab.bench --moe-layers all         every layer MoE instead of one in the middle
   python -m lab.bench --all --device cuda      all that a GPU is measured by: see `--all --help`
   python -m lab.bench --model mixtral          transformers' own model, mid-size, with and without stgc_hf; or olmoe
-  python -m lab.bench --model olmoe --output results/bench-olmoe.json     writes the record that README shows
+  python -m lab.bench --model olmoe --output results/bench-olmoe.json     writes the record that docs/costs.md shows
 
 A step is forward, losses, backward and AdamW. All variants take turns within each round, so that other load on the machine
 affects all of them. The result is the median over rounds of the ratio to the base in the same round, and its interval. The

@@ -1,1 +1,1 @@
-"""Recorded runs: comparison, figures, and README's tables."""
+"""Recorded runs: comparison, figures, claims, and the tables of README and docs/."""

@@ -3,7 +3,7 @@
   python -m lab.report.figures FOLDER              draws a run's figures again
   python -m lab.report.figures FOLDER FOLDER ...   several runs side by side: comparison.png in their common parent folder;
                                                    parts of one experiment, such as other seeds, become one
-  python -m lab.report.figures --idea FILE.png     the picture of README.md, which shows no run
+  python -m lab.report.figures --idea FILE.png     the picture of the method, which shows no run
   python -m lab.report.figures --tutorial FOLDER   the pictures of tutorial.md, which show no run
 
 A variant looks the same in all of them, see lab.report.styles.
@@ -467,7 +467,7 @@ def main() -> None:
     parser = Parser(prog="lab.report.figures", description=__doc__)
     wanted = "a run's output folder, or several; --idea: a PNG; --tutorial: a folder to write"
     parser.add_argument("folder", type=Path, nargs="+", help=wanted)
-    parser.add_argument("--idea", action="store_true", help="draw the README's picture of the method instead")
+    parser.add_argument("--idea", action="store_true", help="draw the picture of the method instead")
     parser.add_argument("--tutorial", action="store_true", help="draw the tutorial's pictures instead")
     args = parser.parse_args()
     folder = args.folder[0]
