@@ -300,7 +300,8 @@ def environment(device: torch.device) -> dict:
 
 
 class RunFolder:
-    """The record of one command: `results.json`, with one entry per run. Its format: docs/guide.md, "The record of a run"."""
+    """The record of one command: `results.json`, with one entry per run. Its format: docs/guide.md, "The record of a run".
+    """
 
     def __init__(self, folder: Path, name: str, config: dict, data: dict, accelerator, made_from: dict | None = None):
         """`made_from`: digests of the data and of the models, by their names for the user. Others than before: UserError."""
