@@ -479,7 +479,7 @@ def sentences(settings: list[Setting], records: list[dict], search: Search) -> I
     """Five sentences that a busy reader can quote."""
 
     def known(one: str, other: str) -> list[tuple[Setting, Paired]]:
-        gaps = [(setting, setting.gap(one, other)) for setting in settings]
+        gaps = [(setting, setting.gap(one, other)) for setting in settings if not setting.borrows]
         return [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
 
     seeds = max(gap.seeds for _, gap in known("ce", "none"))
