@@ -4,8 +4,7 @@
   python -m lab.report.claims --quick          measures three claims anew, beside their records: a minute on two cores
   python -m lab.report.claims --check FOLDER   checks somebody's record of a run, and prints it as rows of the page
 
-A verdict on a score follows from paired 95 % t-intervals over the seeds: a = variant - its baseline, b = variant - its
-controls (the placebo and flat, where they were run), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
+The rule of a verdict is lab.report.verdicts.judge.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,15 +17,15 @@ from lab.bench.regimes import find_hits
 from lab.report import regimes
 from lab.report.compare import COLUMNS, PUBLISHED, Paired, paired
 from lab.report.records import RESULTS, key_of, merge, read_all
-from lab.report.tables import fold, read_bench, spread
+from lab.report.tables import fold, header, read_bench, spread
 from lab.report.verdicts import (
     NO_ROUTING,
     NOT_RUN,
     Row,
     Setting,
     gain_rows,
-    header,
     join,
+    no_lead,
     say_gap,
     sign_row,
     verdict_of,
@@ -151,7 +150,7 @@ def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> R
     routing = own[best].gap("none", "random")
     if len(known) < len(gaps):
         verdict = f"{NOT_RUN}: one seed"
-    elif routing and routing.low is not None and routing.low <= 0:
+    elif no_lead(routing):
         verdict = NO_ROUTING
     else:
         above, below = all(gap.low > 0 for gap in known), any(gap.high < 0 for gap in known)
@@ -220,8 +219,8 @@ def probe_rows(settings: list[Setting]) -> list[Row]:
     shift = Row("figure 7", claim, "a shift to the right")
     found: dict[str, list[Row]] = {row.where: [] for row in (correlate, rises, shift)}
     for setting in settings:
-        runs = {run["curve"]: run for run in setting.measured() if run.get("probe") and not run.get("lent")}
-        values = probed([*runs.values()], "bias_weight")
+        runs = filmed(setting)
+        values = probed(runs, "bias_weight")
         if values:
             here = f"{spread(values, 2)}, {len(values)} layer{'s' * (len(values) > 1)}"
             verdict = verdict_of(mean(value > 0.9 for value in values) > 0.5)
@@ -234,13 +233,18 @@ def probe_rows(settings: list[Setting]) -> list[Row]:
             more = "; ".join(f"{label(name)} {spread([*own.values()], 2)}" for name, own in sides.items() if own)
             row = sign_row(rises, gap, 1, setting, f": {more}", gap_of(sides["placebo"], sides["ce"]))
             found["table 13"].append(replace(row, here=more) if gap.low is None else row)
-        shares = [share for run in runs.values() if run["variant"] == "ce" for share in shares_below(run)]
+        shares = [share for run in runs if run["variant"] == "ce" for share in shares_below(run)]
         if shares:
             before, after = (spread([*side], 2) for side in zip(*shares))
             verdict = verdict_of(mean(last < first for first, last in shares) > 0.5)
             row = replace(shift, here=f"share below 0: {before} before, {after} after", verdict=verdict, setting=setting)
             found["figure 7"].append(row)
     return [row for first in (correlate, rises, shift) for row in found[first.where] or [first]]
+
+
+def filmed(setting: Setting) -> list[dict]:
+    """The setting's own runs that have a probe."""
+    return [run for run in setting.measured() if run.get("probe") and not run.get("lent")]
 
 
 def probed(runs: list[dict], key: str) -> list[float]:
@@ -591,8 +595,7 @@ def front(records: list[dict]) -> Iterator[str]:
     own = [one for one in rows if one.claim == row.claim and one.setting]
     parts: dict[str, list[float]] = {}
     for one in own:
-        runs = [run for run in one.setting.measured() if run.get("probe") and not run.get("lent")]
-        parts.setdefault(one.setting.record["name"], []).extend(probed(runs, "bias_weight"))
+        parts.setdefault(one.setting.record["name"], []).extend(probed(filmed(one.setting), "bias_weight"))
     here = "; ".join(f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in parts.items())
     verdict = " / ".join(dict.fromkeys(one.verdict for one in own)) or row.verdict
     found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})", here=here, verdict=verdict))

@@ -7,7 +7,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from lab.bench.layer import SIZE, START, slope
 from lab.report.figures import HATCHES, SHADES, plt, save
 from lab.report.styles import style_of
-from lab.report.tables import bench_table, peer_table, read_bench
+from lab.report.tables import bench_table, header, peer_table, read_bench
 from lab.run.cli import Parser, run_main, say
 from lab.run.runs import ROOT
 
@@ -33,7 +33,7 @@ not do the same work.
 def layer_table(record: dict) -> str:
     """Markdown: a row per size, a column per layer."""
     names = list(dict.fromkeys(name for rows in record["layers"].values() for name in rows))
-    lines = [f"| size | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    lines = header("size", *names)
     for size, rows in record["layers"].items():
         cells = [
             "{ratio:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})".format(**rows[n]) if n in rows else "-" for n in names
@@ -48,7 +48,7 @@ def layer_table(record: dict) -> str:
 
 def growth_table(record: dict) -> str:
     """Markdown: how time and memory grow along each axis."""
-    lines = ["| axis | variant | seconds of a step | slope | peak memory, MiB | slope |", "| --- " * 6 + "|"]
+    lines = header("axis", "variant", "seconds of a step", "slope", "peak memory, MiB", "slope")
     for axis, rows in record["growth"].items():
         sizes = [int(size) for size in rows]
         for name in next(iter(rows.values())):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from lab.report import claims
 from lab.report.records import read_all
-from lab.report.tables import lvlm_table, read_bench, results_table
-from lab.report.verdicts import header
+from lab.report.tables import header, lvlm_table, read_bench, results_table
 from lab.run.cli import Parser, UserError, say
 from lab.run.runs import ROOT
 

@@ -35,6 +35,10 @@ def score_rows(record: dict) -> list[dict]:
     return rows
 
 
+def header(*names: str) -> list[str]:
+    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+
+
 def fold(title: str, lines: list[str]) -> list[str]:
     return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]
 
@@ -47,7 +51,7 @@ def folded(commands: list[str]) -> str:
 def results_table(records: list[dict]) -> str:
     """Markdown: dev scores of recorded runs, and the commands that made them. Comparisons on real data come first. Single
     variants and toys are in a fold."""
-    head = ["| run | variant | best on dev | last epoch | conflict ratio | consistency | collapsed |", "| --- " * 7 + "|"]
+    head = header("run", "variant", "best on dev", "last epoch", "conflict ratio", "consistency", "collapsed")
     shown, hidden, commands = [], [], []
     for record in merge(records):
         rows, config = score_rows(record), record["config"]
@@ -75,7 +79,7 @@ def read_bench(path: Path) -> dict:
 def bench_table(record: dict) -> str:
     """Markdown: step time and memory relative to the base of the record."""
     what = "95 % interval" if "interval" in next(iter(record["variants"].values())) else "middle half of the rounds"
-    lines = [f"| variant | step time | {what} | peak memory |", "| --- | --- | --- | --- |"]
+    lines = header("variant", "step time", what, "peak memory")
     for name, row in record["variants"].items():
         if row is None:
             lines.append(f"| {name} | not installed | - | - |")
@@ -87,7 +91,7 @@ def bench_table(record: dict) -> str:
 
 def peer_table(record: dict) -> str:
     """Markdown: samples per second of training, and their ratio to transformers' Trainer."""
-    lines = ["| loop | samples per second, median | against the Trainer, median and each round |", "| --- | --- | --- |"]
+    lines = header("loop", "samples per second, median", "against the Trainer, median and each round")
     for name, ratio in record["ratio"].items():
         rounds = ", ".join(f"{row[name] / row['Trainer, dense']:.2f}" for row in record["rounds"])
         lines.append(f"| {name} | {median(row[name] for row in record['rounds']):.1f} | {ratio:.2f}x ({rounds}) |")
@@ -98,7 +102,7 @@ def lvlm_table(records: list[dict]) -> str:
     """Markdown: exact match of the toy LVLM in %, over seeds: stage II, its blind baselines, then the variants of stage
     III."""
     names = {"score": "all", **{kind: kind for kind in KINDS}, "vqa, clean": "clean vqa"}
-    lines = [f"| in `results/` | model | seeds | {' | '.join(names.values())} |", "| --- " * (3 + len(names)) + "|"]
+    lines = header("in `results/`", "model", "seeds", *names.values())
     for record in merge(records):
         stages = [stage for stage in record["stages"] if stage.get("blind")]
         rows = {"stage II": [stage["scores"] for stage in stages]}

@@ -4,14 +4,14 @@ A verdict on a score follows from paired 95 % t-intervals over the seeds: a = va
 controls (the placebo and flat, where they were run), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
 from lab.report.records import unusual
-from lab.report.tables import spread
+from lab.report.tables import header, spread
 from lab.run.options import label
 
 # ---- 1. Verdicts ----
@@ -36,7 +36,7 @@ def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = N
     control: where it holds 0 or lies below, no score can judge a routing. The first rule that fits decides."""
     if a is None or a.low is None:
         return NOT_RUN if a is None else f"{NOT_RUN}: {'one seed' if a.seeds == 1 else 'no spread'}"
-    if routing and routing.low is not None and routing.low <= 0:
+    if no_lead(routing):
         return NO_ROUTING
     if a.low <= 0 <= a.high and a.low <= gain <= a.high:
         return "inconclusive"
@@ -49,6 +49,11 @@ def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = N
     if a.low > 0 and is_above(c) and placebo and placebo.low is not None and placebo.low <= 0 <= placebo.high:
         return "the control does as well"
     return "a gain, the selection undecided" if a.low > 0 else "inconclusive"
+
+
+def no_lead(routing: Gap) -> bool:
+    """Whether the baseline is known not to beat dice: no score can judge a routing there."""
+    return routing is not None and routing.low is not None and routing.low <= 0
 
 
 def is_above(gap: Paired | None) -> bool:
@@ -154,10 +159,6 @@ class Setting:
         yield f"Commits: {', '.join(commits)}. Between two commits the machine may have been another one, too."
 
 
-def header(*names: str) -> list[str]:
-    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-
-
 # ---- 3. Rows ----
 
 
@@ -206,14 +207,6 @@ def sign_row(row: Row, gap: Paired | None, sign: int, setting: Setting, more: st
         ends = sorted((sign * beyond.low, sign * beyond.high)) if beyond.low is not None else [0, 0]
         verdict = "the control does as well" if verdict == "reproduced" and ends[0] <= 0 else verdict
     return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
-
-
-def stat_row(row: Row, values: list, holds: Callable, digits: int, command: str) -> Row:
-    """A claim without a gain. `values`: one per run; `holds` is the predicate on them, which the row's claim names."""
-    if not values:
-        return row
-    here = f"{spread(values, digits)}, {len(values)} runs"
-    return replace(row, here=here, verdict=verdict_of(holds(values)), command=command)
 
 
 def verdict_of(holds: bool) -> str:
