@@ -6,9 +6,10 @@ between parts (seeds, variants, folders, checkpoints) is left out of the compari
 
 import json
 from pathlib import Path
+from statistics import mean
 
 from lab.run.options import FREE, NEWER, USES
-from lab.run.runs import ROOT, read_record
+from lab.run.runs import ROOT, read_lines, read_record
 
 RESULTS = ROOT / "results"
 APART = (FREE - {"lrs"}) | USES | {"stages_from"}  # may differ between the parts of one experiment
@@ -25,6 +26,23 @@ def read_all(folder: Path = RESULTS) -> list[dict]:
         runs = [run | made_by | {"curve": curve} for run, curve in zip(record["runs"], curves)]
         found.append(record | {"folder": path.parent.name, "runs": runs})
     return found
+
+
+def ends_of(run: dict, key: str, layer: int | None = None) -> tuple[float, float] | None:
+    """Means over the first and the last tenth of a run's curve, of a value of all layers or of one; of `load`, the busiest
+    expert's share. None if the curve has fewer than two lines of it."""
+    lines = read_lines(run["curve"])
+    rows = lines if layer is None else [line["layers"][layer] for line in lines if line.get("layers")]
+    values = [max(row[key]) if key == "load" else row[key] for row in rows if row.get(key) is not None]
+    tenth = max(1, len(values) // 10)
+    return (mean(values[:tenth]), mean(values[-tenth:])) if len(values) > 1 else None
+
+
+def busiest(run: dict) -> float | None:
+    """The busiest expert's share of the pairs at the end of a run's training, mean over the MoE layers."""
+    layers = next((line["layers"] for line in read_lines(run["curve"]) if line.get("layers")), [])
+    ends = [ends_of(run, "load", layer) for layer in range(len(layers))]
+    return mean(end[1] for end in ends) if ends and all(ends) else None
 
 
 def key_of(record: dict) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
-from lab.report.records import unusual
+from lab.report.records import busiest, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
 
@@ -135,20 +135,32 @@ class Setting:
         return verdict if routing or verdict.startswith(NOT_RUN) else f"{verdict} (dice not run)"
 
     def table(self) -> Iterator[str]:
-        """Markdown: every variant's scores, what its training reached, and its paired differences."""
-        heads = ["variant", "seeds", "best", "last", "dev loss", "training loss", "margin at the end"]
-        yield from header(*heads, *(f"minus {label(name)}" for name in ("none", "placebo", "random")))
+        """Markdown: every variant's scores and its paired differences."""
+        others = ("none", "placebo", "flat", "random")
+        yield from header("variant", "seeds", "best", "last", "dev loss", *(f"minus {label(name)}" for name in others))
         for name in self.variants:
             cells = [label(name), str(len(self.runs(name)))]
             cells += [spread([*self.scores(name, select).values()]) for select in ("best", "last")]
             cells.append(spread([*found.values()], 3) if (found := self.scores(name, "last", "dev_loss", 1)) else "-")
-            for key in ("loss", "router_margin"):
-                ends = [run[key][1] for run in self.measured(name) if run.get(key)]
-                ends = [] if (name, key) == ("random", "router_margin") else ends
-                few = f" ({len(ends)} run{'s' * (len(ends) > 1)})" if len(ends) != len(self.runs(name)) else ""
-                cells.append(spread(ends, 3 if key == "loss" else 4) + few if ends else "-")
-            cells += [say_gap(self.gap(name, other) if name != other else None) for other in ("none", "placebo", "random")]
+            cells += [say_gap(self.gap(name, other) if name != other else None) for other in others]
             yield f"| {' | '.join(cells)} |"
+
+    def training(self) -> Iterator[str]:
+        """Markdown: what every variant's training reached, means over its last tenth and over the MoE layers."""
+        digits = {"loss": 3, "router_margin": 4, "conflict_ratio": 3, "consistency": 3}
+        yield from header("variant", "training loss", "margin", "conflict ratio", "consistency", "busiest expert's share")
+        for name in self.variants:
+            runs, cells = self.measured(name), [label(name)]
+            for key, places in digits.items():
+                ends = [run[key][1] for run in runs if run.get(key) and (name, key) != ("random", "router_margin")]
+                cells.append(self.counted(name, ends, places))
+            ends = [share for run in runs if run.get("curve") and (share := busiest(run)) is not None]
+            yield f"| {' | '.join([*cells, self.counted(name, ends, 3)])} |"
+
+    def counted(self, variant: str, values: list[float], digits: int) -> str:
+        """Mean and spread, and the number of runs where it is not that of the variant's seeds."""
+        few = f" ({len(values)} run{'s' * (len(values) > 1)})" if len(values) != len(self.runs(variant)) else ""
+        return spread(values, digits) + few if values else "-"
 
     def notes(self) -> Iterator[str]:
         for first, again in self.record["repeated"]:
