@@ -394,7 +394,7 @@ def dense_model(job: Job):
 
 
 def build(job: Job, variant: str):
-    """The model that stage III starts from, dense or an MoE with the same outputs, and the layers to train."""
+    """The model that stage III starts from, dense or an MoE, and the layers to train."""
     model = dense_model(job)
     if variant == "dense":
         chosen = moefication.parse_layers(job.spec.layers, model.config.get_text_config().num_hidden_layers)
@@ -421,7 +421,8 @@ def moe_stage(job: Job, variant: str) -> dict:
     """Stage III of one variant. Returns its entry of results.json."""
     args, name = job.args, f"{variant}-s{job.seed}"
     model, layers = build(job, variant)
-    start = score(job, answers(job, model)) if args.moe_from == "stage1" else None  # of stage II it is in the record
+    same = variant == "dense" or (args.experts == "copy" and args.normalize)  # outputs as before; stage II's score is known
+    start = None if same and args.moe_from == "stage2" else score(job, answers(job, model))
     set_seed(job.seed)
     trained = lvlm.trainable(model) if args.train == "all" else [p for layer in layers for p in layer.parameters()]
     collate = Unpacked(job.packs(), job.packs(share=False)) if variant in SAMPLED else job.packs()

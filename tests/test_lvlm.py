@@ -220,6 +220,10 @@ def test_dense_stages_of_another_run(whole, tmp_path):
     run([*early, "--output-dir", tmp_path / "early"])
     (entry,) = read(tmp_path / "early")["runs"]
     assert 0 <= entry["start"] <= 1 and read(tmp_path / "early")["stages"][0]["stage"] == "stage1"
+    assert [one["start"] for one in read(tmp_path / "same")["runs"]] == [None, None]  # copies answer as the dense model does
+    parts = [*WORDS, "--variants", "none", "--stages-from", whole, "--experts", "split"]
+    run([*parts, "--output-dir", tmp_path / "parts"])
+    assert 0 <= read(tmp_path / "parts")["runs"][0]["start"] <= 1
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     for wrong, message in (
         (["--stage1-lr", "1e-4"], "was made with --stage1-lr 0.001"),
