@@ -130,6 +130,27 @@ def test_rows_of_sample_level_routings():
     assert (embedding, feature, task) == (NOT_RUN, "inconclusive", "reproduced")
 
 
+@pytest.mark.parametrize(
+    ("ce", "placebo", "verdict"),
+    [
+        (plus(3, 4, 3, 4, 3), NONE, "reproduced"),
+        (plus(3, 4, 3, 4, 3), plus(4, 3, 4, 3, 4), "the control does as well"),
+        (plus(0, 1, -1, 1, 0), NONE, "inconclusive"),
+        (plus(-3, -4, -3, -4, -3), NONE, "not reproduced"),
+    ],
+)
+def test_rows_of_limited_capacity(ce, placebo, verdict):
+    """Table 10: with a capacity, STGC against its baseline and against its placebo."""
+    limited = {"none": NONE, "ce": ce, "placebo": placebo}
+    record = a_picture_record(dict.fromkeys(limited, NONE))
+    for one in record["runs"]:
+        scores = {"score": limited[one["variant"]][one["seed"]] / 200}
+        one["limited"] = [{"capacity": capacity, "bpr": False, "scores": scores} for capacity in (0.5, 1.0)]
+    (setting,) = [Setting(one) for one in records.merge([record])]
+    rows = [row.verdict for row in claims.lvlm_rows([setting]) if row.where == "table 10"]
+    assert rows == [verdict, NOT_RUN]  # without and with Batch Prioritized Routing
+
+
 def test_what_no_setting_can_judge_is_not_testable():
     """Four settings where random does as well, and nothing else was run; one where none gains over start and random."""
 

@@ -12,7 +12,7 @@ from lab.run.options import FREE, NEWER, USES
 from lab.run.runs import ROOT, read_lines, read_record
 
 RESULTS = ROOT / "results"
-APART = (FREE - {"lrs"}) | USES | {"stages_from"}  # may differ between the parts of one experiment
+APART = (FREE - {"lrs"}) | USES | {"stages_from", "capacity", "bpr"}  # may differ between the parts of one experiment
 
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
