@@ -170,6 +170,17 @@ def test_what_no_setting_can_judge_is_not_testable():
     assert verdicts_of(*poor, setting(4, 500)) == {NOT_RUN}
 
 
+def test_a_baseline_is_the_same_at_any_tau():
+    """tau changes what is measured of a baseline, not its training; alpha changes it."""
+    base = a_picture_record({"none": NONE, "random": NONE, "ce": NONE})
+    parts = [base, *(a_picture_record({"ce": plus(1, 2, 1, 2, 1)}, **option) for option in ({"tau": 0.1}, {"alpha": 0.1}))]
+    for part in parts:
+        part["runs"] = [one | {"commit": "a"} for one in part["runs"]]
+    settings = {(s.record["config"]["tau"], s.record["config"]["alpha"]): s for s in claims.usable(parts)}
+    assert settings.keys() == {(0.0, 0.01), (0.1, 0.01)}
+    assert settings[0.1, 0.01].gap("ce", "none").mean == settings[0.1, 0.01].gap("ce", "random").mean == pytest.approx(1.4)
+
+
 def test_a_baseline_is_the_same_at_any_beta():
     """A dose that was run without a baseline is compared with that of another beta, of the same commit if there is one;
     other settings lend none."""

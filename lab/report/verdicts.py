@@ -95,7 +95,7 @@ class Setting:
 
     @property
     def borrows(self) -> bool:
-        """Whether its baseline is that of another beta."""
+        """Whether its baseline is that of another beta or tau."""
         return any(run.get("lent") for run in self.record["runs"])
 
     def runs(self, variant: str) -> list[dict]:
