@@ -270,10 +270,10 @@ def test_triples_are_disjoint():
 # ---- 2. The command ----
 
 
-def probe_of(folder, triples="2"):
+def probe_of(folder, *more):
     """Runs the command; returns its entries."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["lab.report.probe", str(folder), "--triples", triples, "--device", "cpu"])
+        patch.setattr("sys.argv", ["lab.report.probe", str(folder), "--triples", "2", "--device", "cpu", *more])
         report.main()
     return json.loads((folder / "results.json").read_text())["probes"]
 
@@ -297,7 +297,9 @@ def test_a_run_on_texts_is_probed(texts, monkeypatch, capsys):
     monkeypatch.setattr(report, "MOST", 5)
     before = json.loads((folder / "results.json").read_text())
     assert page.collect(folder)["agreement"] is None
-    probe_of(folder)
+    with pytest.raises(UserError, match="--models model-mse-s0: RUN .* holds model-dense-s0, model-none-s0, model-ce-s0$"):
+        probe_of(folder, "--models", "model-none-s0", "model-mse-s0")
+    assert [one["model"] for one in probe_of(folder, "--models", "model-none-s0")] == ["model-none-s0"]
     none, ce = probes = probe_of(folder)  # again: it replaces
     after = json.loads((folder / "results.json").read_text())
     assert {key: value for key, value in after.items() if key != "probes"} == before

@@ -257,7 +257,7 @@ def shares_below(run: dict) -> list[tuple[float, float]]:
 
 def saved_rows(records: list[dict]) -> list[Row]:
     """Table 14 and section 6.6, and how reliable the flags are: from lab.report.probe on saved models."""
-    probes = [(record["name"], one) for record in records for one in record.get("probes", [])]
+    probes = [(record.get("folder", record["name"]), one) for record in records for one in record.get("probes", [])]
     new = Row("new", "other batches give the same flags (kappa: agreement beyond chance)", "not asked")
     about = Row("new", "what the flags are about: the share of their variance that is explained", "not asked")
     claim = "confusing tokens: logits on the own label, the other's, the rest (reproduced: the second nearer to the first)"
@@ -520,11 +520,12 @@ def loss_of(probe: dict) -> float:
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
-    """The data's name -> the probes of saved models that learn it."""
+    """The data's name, and how its experts began -> the probes of saved models that learn it."""
     found: dict[str, list[dict]] = {}
     for record in records:
+        parts = " (parts)" if record["config"].get("experts") == "split" else ""
         for one in record.get("probes", []):
-            found.setdefault(record["name"].partition("-")[0], []).append(one)
+            found.setdefault(record["name"].partition("-")[0] + parts, []).append(one)
     return found
 
 

@@ -1,6 +1,7 @@
 """What the flags of saved models measure: whether other batches give the same flags, what they are about, whether they harm.
 
   python -m lab.report.probe RUN                           of every saved model, into `probes` of the run's results.json
+  python -m lab.report.probe RUN --models model-none-s0    of this one alone
   python -m lab.report.probe RUN RUN ... --picture FILE    draws kappa against the training loss, of runs that are probed
 
 RUN is the output folder of glue_moefy.py with --save-model, or of toy_lvlm.py. There the models of stages I and II are
@@ -299,8 +300,8 @@ def probe_model(model: nn.Module, material: Material, tau: float, triples: int) 
     return numbers | {"confusing": {"pairs": int(total)} | confusing, "harm": sum_up_harm(harm)}
 
 
-def probe_run(run: Path, triples: int, device: torch.device) -> None:
-    """Probes all models of a run and writes each entry when it is there. UserError."""
+def probe_run(run: Path, triples: int, device: torch.device, names: list[str] | None = None) -> None:
+    """Probes the models of a run, all or those that are named, and writes each entry when it is there. UserError."""
     if read_record(run, "RUN") is None:
         raise UserError(f"RUN {run} holds no {RECORD}: give the output folder of a run")
     if not os.access(run, os.W_OK):
@@ -312,7 +313,12 @@ def probe_run(run: Path, triples: int, device: torch.device) -> None:
         if len(material.groups) < (need := 3 * material.size):
             what = f"three disjoint batches of {material.size} need {need} training examples, it has {len(material.groups)}"
             raise UserError(f"RUN {run}: {what}; train with a smaller --batch-size")
+        known = [saved.name for saved in models]
+        if unknown := [name for name in names or () if name not in known]:
+            raise UserError(f"--models {unknown[0]}: RUN {run} holds {', '.join(known)}")
         for saved in models:
+            if names and saved.name not in names:
+                continue
             model = saved.load().to(device)
             routed = any(isinstance(module, MoELayer) for module in model.modules())
             if not routed or baselines.samples_of(model) is not None:
@@ -392,6 +398,7 @@ def main() -> None:
     parser.add_argument("run", type=path("folder"), nargs="+", metavar="RUN", help="output folder with saved models")
     text = f"triples of batches at least; more, up to {MOST}, until the standard error of kappa is {ENOUGH}"
     parser.add_argument("--triples", type=number(int, 2), default=16, help=text)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="these alone, such as stages/stage2-s0 model-none-s0")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
     parser.add_argument(
         "--picture", type=path("new file"), metavar="FILE", help="draw the probed runs into this PNG instead"
@@ -402,7 +409,7 @@ def main() -> None:
         return say(f"written: {plot_probes(records, Path(args.picture))}")
     device = make_accelerator(args.device, "fp32").device
     for run in args.run:
-        probe_run(Path(run), args.triples, device)
+        probe_run(Path(run), args.triples, device, args.models)
 
 
 if __name__ == "__main__":
