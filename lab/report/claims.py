@@ -355,12 +355,18 @@ def alone_row(row: Row, record: dict, own: dict, placebo: dict, sign: int, flat:
     return replace(row, here=here, verdict=verdict, command=record["command"])
 
 
-def routing_rows(settings: list[Setting]) -> list[Row]:
-    """The positive control: dice instead of the router."""
-    row = Row("new", "routing matters (measured: the baseline minus routing by dice)", "not asked")
-    gaps = [(setting, setting.gap("none", "random")) for setting in settings if not setting.borrows]
-    found = [(setting, gap) for setting, gap in gaps if gap]
-    return [replace(row, here=say_gap(gap), verdict="measured", setting=setting) for setting, gap in found] or [row]
+def control_rows(settings: list[Setting]) -> list[Row]:
+    """The positive control, dice instead of the router; and one pass, whose conflict loss reaches the router alone."""
+    found = []
+    for one, other, claim in (
+        ("none", "random", "routing matters (measured: the baseline minus routing by dice)"),
+        ("ce-one", "ce", "what the loss costs goes through the features (measured: one pass, which spares them, minus two)"),
+    ):
+        row = Row("new", claim, "not asked")
+        gaps = [(setting, setting.gap(one, other)) for setting in settings if not setting.borrows]
+        rows = [replace(row, here=say_gap(gap), verdict="measured", setting=setting) for setting, gap in gaps if gap]
+        found += rows or [row]
+    return found
 
 
 def router_rows(settings: list[Setting]) -> list[Row]:
@@ -388,7 +394,7 @@ def margin_of(setting: Setting, variant: str) -> float | None:
 
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
-    makers = (glue_rows, lvlm_rows, sweep_rows, curve_rows, probe_rows, routing_rows, router_rows)
+    makers = (glue_rows, lvlm_rows, sweep_rows, curve_rows, probe_rows, control_rows, router_rows)
     rows = [row for make in makers for row in make(settings)]
     return [*rows, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]
 
