@@ -359,3 +359,7 @@ def test_a_run_on_pictures_is_probed_stage_by_stage(tmp_path, monkeypatch, capsy
         assert all(harm[side][arm]["minus_all"][0][1] > 0 for side in ("own", "fresh") for arm in probe.ARMS[1:])
     lines = report.describe(entries[0])
     assert lines[0].startswith("stages/stage1-s0: main loss ") and len(lines) == 14
+    other = [*WORDS, "--variants", "none", "--no-film", "--stages-from", tmp_path / "out"]
+    run_lvlm([*other, "--output-dir", tmp_path / "other"])  # its dense stage lies in the first run
+    (stage,) = probe_of(tmp_path / "other", "--models", "stages/stage2-s0")
+    assert stage["kappa"] == entries[1]["kappa"] and stage["loss"] == entries[1]["loss"]

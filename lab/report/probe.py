@@ -61,6 +61,7 @@ class Saved(NamedTuple):
     """A saved model. `load()` gives it with MoE layers, or as the dense model that it is."""
 
     name: str  # of its folder below the run's
+    folder: Path
     variant: str  # or stage
     seed: int
     load: Callable[[], nn.Module]
@@ -77,26 +78,29 @@ class Material(NamedTuple):
 
 
 def find_models(run: Path, record: dict) -> list[Saved]:
-    """The models of a run that may be probed, in the order of its training. UserError without any."""
+    """The models of a run that may be probed, in the order of its training; its dense stages may lie in another run, see
+    --stages-from. UserError without any."""
     args, found = argparse.Namespace(**record["config"]), []
 
-    def load(name: str, seed: int | None = None) -> nn.Module:
+    def load(folder: Path, seed: int | None) -> nn.Module:
         if "task" in record["config"]:
-            return use.load_saved(run / name, "RUN")[0]
-        model = lvlm.load(Checkpoint("RUN", run / name, again="train again"))[0]
+            return use.load_saved(folder, "RUN")[0]
+        model = lvlm.load(Checkpoint("RUN", folder, again="train again"))[0]
         if seed is None:
             return model
         return moefication.moefy(model, replace(lvlm.check_spec(args, *lvlm.find_parts(args)), seed=seed))
 
+    def add(name: str, what: str, seed: int, dense: bool) -> None:
+        folders = [Path(home) / name for home in (run, record["config"].get("stages_from")) if home]
+        if folder := next((folder for folder in folders if folder.is_dir()), None):
+            found.append(Saved(name, folder, what, seed, lambda: load(folder, seed if dense else None)))
+
     for entry in record.get("stages", []):
         if entry["stage"] in ("stage1", "stage2"):
-            name, seed = f"{STAGES}/{entry['stage']}-s{entry['seed']}", entry["seed"]
-            found.append(Saved(name, entry["stage"], seed, lambda name=name, seed=seed: load(name, seed)))
+            add(f"{STAGES}/{entry['stage']}-s{entry['seed']}", entry["stage"], entry["seed"], dense=True)
     for entry in record["runs"]:
         for rate in page.rates(entry):
-            name = f"model-{entry['variant']}{rate}-s{entry['seed']}"
-            found.append(Saved(name, entry["variant"], entry["seed"], lambda name=name: load(name)))
-    found = [saved for saved in found if (run / saved.name).is_dir()]
+            add(f"model-{entry['variant']}{rate}-s{entry['seed']}", entry["variant"], entry["seed"], dense=False)
     if not found:
         raise UserError(f"RUN {run} holds no saved model: train again with --save-model")
     return found
@@ -309,7 +313,7 @@ def probe_run(run: Path, triples: int, device: torch.device, names: list[str] | 
     with lock_list(run) if (run / LIST).is_file() else nullcontext():
         record = read_record(run, "RUN")
         models, probes = find_models(run, record), {one["model"]: one for one in record.get("probes", [])}
-        material = (load_texts if "task" in record["config"] else load_pictures)(record, run / models[0].name)
+        material = (load_texts if "task" in record["config"] else load_pictures)(record, models[0].folder)
         if len(material.groups) < (need := 3 * material.size):
             what = f"three disjoint batches of {material.size} need {need} training examples, it has {len(material.groups)}"
             raise UserError(f"RUN {run}: {what}; train with a smaller --batch-size")
