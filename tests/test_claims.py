@@ -5,7 +5,7 @@ import json
 import pytest
 from test_compare import run
 
-from lab.report import claims, records
+from lab.report import claims, pictures, records
 from lab.report.claims import ROOT, check, render
 from lab.report.compare import Paired
 from lab.report.verdicts import NO_ROUTING, NOT_RUN, Setting, judge
@@ -89,7 +89,7 @@ NONE = [80, 82, 81, 84, 79]
 def verdicts(*sides, where):
     """Of a table, from records (scores, options)."""
     settings = [Setting(one) for one in records.merge([a_picture_record(scores, **config) for scores, config in sides])]
-    return [row.verdict for row in (*claims.sweep_rows(settings), *claims.lvlm_rows(settings)) if row.where == where]
+    return [row.verdict for row in (*pictures.sweep_rows(settings), *pictures.lvlm_rows(settings)) if row.where == where]
 
 
 def plus(*gaps):
@@ -147,7 +147,7 @@ def test_rows_of_limited_capacity(ce, placebo, verdict):
         scores = {"score": limited[one["variant"]][one["seed"]] / 200}
         one["limited"] = [{"capacity": capacity, "bpr": False, "scores": scores} for capacity in (0.5, 1.0)]
     (setting,) = [Setting(one) for one in records.merge([record])]
-    rows = [row.verdict for row in claims.lvlm_rows([setting]) if row.where == "table 10"]
+    rows = [row.verdict for row in pictures.lvlm_rows([setting]) if row.where == "table 10"]
     assert rows == [verdict, NOT_RUN]  # without and with Batch Prioritized Routing
 
 
@@ -162,7 +162,7 @@ def test_what_no_setting_can_judge_is_not_testable():
 
     def verdicts_of(*sides):
         settings = [Setting(one) for one in records.merge([*sides])]
-        return {row.verdict for row in (*claims.sweep_rows(settings), *claims.lvlm_rows(settings))}
+        return {row.verdict for row in (*pictures.sweep_rows(settings), *pictures.lvlm_rows(settings))}
 
     poor = [setting(2, steps) for steps in (100, 200, 300, 400)]
     assert verdicts_of(*poor[:3]) == {NOT_RUN}

@@ -16,7 +16,7 @@ from lab.run.options import label
 
 # ---- 1. Verdicts ----
 
-NOT_RUN = "not run"
+NOT_RUN, NOT_TESTABLE = "not run", "not testable here"
 NO_ROUTING = "routing does not matter here"
 
 
@@ -69,6 +69,11 @@ def say_gap(gap: Paired | None, digits: int = 1) -> str:
     if gap.low is None:
         return f"{show(gap.mean)} ({'one seed' if gap.seeds == 1 else f'{gap.seeds} seeds, no spread'})"
     return f"{show(gap.mean)} [{show(gap.low)}, {show(gap.high)}]"
+
+
+def gap_of(one: dict[int, float], other: dict[int, float]) -> Paired | None:
+    """other - one, over the seeds of both; None without any."""
+    return paired(one, other) if one.keys() & other.keys() else None
 
 
 # ---- 2. Settings ----

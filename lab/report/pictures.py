@@ -1,0 +1,144 @@
+"""Rows of docs/claims.md on scores of the toy LVLM: tables 2, 3, 4, 5, 8, 9, 10, and which settings can judge routing."""
+
+from dataclasses import replace
+
+from lab.report.compare import Paired
+from lab.report.records import key_of
+from lab.report.verdicts import (
+    NO_ROUTING,
+    NOT_RUN,
+    NOT_TESTABLE,
+    Row,
+    Setting,
+    gain_rows,
+    gap_of,
+    no_lead,
+    say_gap,
+    sign_row,
+)
+
+
+def pictures_of(settings: list[Setting], **config) -> list[Setting]:
+    """The settings of toy_lvlm.py with these options."""
+    found = [s for s in settings if s.record["stages"] or s.record["name"].startswith("lvlm")]
+    return [s for s in found if all(s.record["config"].get(key) == value for key, value in config.items())]
+
+
+def lvlm_rows(settings: list[Setting]) -> list[Row]:
+    """Tables 2, 4, 9 and 10: scores of the toy LVLM."""
+    found, usual = [], pictures_of(settings, beta=1.0, tau=0.0, alpha=0.01)
+    for top_k, gain in ((2, "+0.7"), (1, "+1.1")):
+        own = [s for s in usual if s.record["config"]["top_k"] == top_k]
+        found += gain_rows(Row("table 2", f"STGC gains with Top-{top_k} (there 4Top{top_k})", gain), own)
+    for name, gain in (("embedding", "-0.4"), ("feature", "-0.1"), ("task", "-8.4")):
+        row = Row("table 4", f"routing by sample ({name}) is worse (reproduced: its difference lies below 0)", gain)
+        found += [sign_row(row, gap, -1, s) for s in usual if (gap := s.gap(name, "none"))] or [row]
+    found += gain_rows(Row("table 9", "CE gains more than MSE", "+0.3"), usual, "ce", "mse")
+    for bpr, gain in ((False, "+10.9"), (True, "+7.0")):
+        claim = f"at capacity 0.5{', batch prioritized' * bpr}, STGC loses less (reproduced: it lies above the baseline)"
+        row = Row("table 10", claim, gain)
+        rows = []
+        for setting in usual:
+            none, ce, placebo = (limited(setting, variant, 0.5, bpr) for variant in ("none", "ce", "placebo"))
+            rows += [sign_row(row, gap, 1, setting, beyond=gap_of(placebo, ce))] if (gap := gap_of(none, ce)) else []
+        found += rows or [row]
+    return judge_untestable(found, settings)
+
+
+def leads(setting: Setting) -> tuple[Paired | None, Paired | None, Paired | None]:
+    """What tells whether a setting of toy_lvlm.py can judge routing, at the last step: its baseline minus its start, minus
+    dice, and STGC minus the baseline."""
+    ends = setting.scores("none", "last")
+    starts = {run["seed"]: 100 * run["start"] for run in setting.runs("none") if run.get("start") is not None}
+    stages = [stage for stage in setting.record["stages"] if stage.get("scores")]
+    starts = starts or {stage["seed"]: 100 * stage["scores"]["score"] for stage in stages}
+    return gap_of(starts, ends), setting.gap("none", "random", "last"), setting.gap("ce", "none", "last")
+
+
+def is_usable(setting: Setting) -> bool:
+    """Whether the baseline ends 3 points above its start and above dice, and, with five seeds or more, STGC minus the
+    baseline is known to 0.7 points."""
+    *gaps, ce = leads(setting)
+    wide = ce is not None and ce.low is not None and ce.seeds >= 5 and ce.high - ce.low > 2 * 0.7
+    return all(gap is not None and gap.mean >= 3 for gap in gaps) and not wide
+
+
+def usable_rows(settings: list[Setting]) -> list[Row]:
+    """Which settings of the toy LVLM can judge routing."""
+    claim = "the toy LVLM can judge routing (usable: the baseline ends 3 points above its start and above dice, "
+    row, found = Row("new", f"{claim}STGC minus it is known to 0.7)", "not asked"), []
+    for setting in pictures_of(settings):
+        start, dice, ce = map(say_gap, leads(setting))
+        if dice != "-" and not setting.borrows:
+            here = f"minus start {start}; minus dice {dice}; STGC minus it {ce}"
+            verdict = "usable" if is_usable(setting) else "not usable"
+            found.append(replace(row, here=here, verdict=verdict, setting=setting))
+    return found or [row]
+
+
+def judge_untestable(rows: list[Row], settings: list[Setting]) -> list[Row]:
+    """Where at least four settings were tried and none is usable, a score that was not run is not testable."""
+    tried = [setting for setting in pictures_of(settings) if setting.gap("none", "random")]
+    if len(tried) < 4 or any(map(is_usable, tried)):
+        return rows
+    seeds = ", ".join(str(setting.gap("none", "random").seeds) for setting in tried)
+    verdict = f"{NOT_TESTABLE}: no usable setting in {len(tried)} tries ({seeds} seeds)"
+    return [replace(row, verdict=verdict) if row.verdict == NOT_RUN else row for row in rows]
+
+
+def limited(setting: Setting, variant: str, capacity: float, bpr: bool) -> dict[int, float]:
+    """seed -> score in %, with experts of limited capacity."""
+    rows = [(run["seed"], own) for run in setting.runs(variant) for own in run.get("limited") or []]
+    return {seed: 100 * own["scores"]["score"] for seed, own in rows if (own["capacity"], own["bpr"]) == (capacity, bpr)}
+
+
+def series(settings: list[Setting], option: str, base: float, variant: str) -> list[dict[float, Setting]]:
+    """Value of an option -> setting, of settings of toy_lvlm.py that differ in this option alone; those with `base`."""
+    found: dict[str, dict[float, Setting]] = {}
+    for setting in pictures_of(settings):
+        record, config = setting.record, setting.record["config"]
+        if variant in setting.variants and option in config:
+            data = None if option == "scenes" else record.get("data")
+            same = key_of(record | {"config": config | {option: None}, "data": data})
+            found.setdefault(same, {})[config[option]] = setting
+    return [own for own in found.values() if base in own and len(own) > 1]
+
+
+def sweep_rows(settings: list[Setting]) -> list[Row]:
+    """Tables 3, 5 and 8: one option varies, all others are equal. Seeds are paired across the settings."""
+    found = []
+    for option, best in (("beta", 1.0), ("tau", 0.0)):
+        row = Row("table 5", f"{option} {best:g} is the best (reproduced: it lies above each other value)", "best")
+        found += [best_row(row, option, best, own) for own in series(settings, option, best, "ce")] or [row]
+    row = Row("table 8", "alpha 0.1 for 0.01, without STGC, costs score (reproduced: the difference lies below 0)", "-0.1")
+    own = [one for one in series(settings, "alpha", 0.01, "none") if 0.1 in one]
+    gaps = [gap_of(one[0.01].scores("none"), one[0.1].scores("none")) for one in own]
+    found += [sign_row(row, gap, -1, one[0.1]) for gap, one in zip(gaps, own)] or [row]
+    row = Row("table 3", "four times the data, a larger gain (reproduced: the difference of gains lies above 0)", "+0.4")
+    own = [one for one in series(settings, "scenes", 12000, "ce") if 3000 in one]
+    gaps = [gap_of(gains(one[3000]), gains(one[12000])) for one in own]
+    found += [sign_row(row, gap, 1, one[3000]) for gap, one in zip(gaps, own)] or [row]
+    return judge_untestable(found, settings)
+
+
+def gains(setting: Setting) -> dict[int, float]:
+    """seed -> the gain of ce over the baseline, in points."""
+    ce, none = (setting.scores(variant) for variant in ("ce", "none"))
+    return {seed: ce[seed] - none[seed] for seed in ce.keys() & none.keys()}
+
+
+def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> Row:
+    """The value of an option that the paper finds best, beside each other value, in points of `ce`."""
+    scores = {value: setting.scores("ce") for value, setting in own.items()}
+    gaps = {value: gap_of(scores[value], scores[best]) for value in sorted(own) if value != best}
+    here = "; ".join(f"minus {option} {value:g}: {say_gap(gap)}" for value, gap in gaps.items())
+    known = [gap for gap in gaps.values() if gap and gap.low is not None]
+    routing = own[best].gap("none", "random")
+    if len(known) < len(gaps):
+        verdict = f"{NOT_RUN}: one seed"
+    elif no_lead(routing):
+        verdict = NO_ROUTING
+    else:
+        above, below = all(gap.low > 0 for gap in known), any(gap.high < 0 for gap in known)
+        verdict = "reproduced" if above else "not reproduced" if below else "inconclusive"
+    return replace(row, here=here, verdict=verdict, setting=own[best])
