@@ -5,10 +5,10 @@ import json
 import pytest
 from test_compare import run
 
-from lab.report import claims, pictures, records
+from lab.report import claims, evidence, pictures, records
 from lab.report.claims import ROOT, check, render
 from lab.report.compare import Paired
-from lab.report.verdicts import NO_ROUTING, NOT_RUN, Setting, judge
+from lab.report.verdicts import NO_ROUTING, NOT_RUN, Row, Setting, judge, sign_row
 from lab.run.cli import UserError
 
 
@@ -64,15 +64,15 @@ def a_record(seeds=range(5), **scores):
 def test_rows_of_a_setting():
     none, ce = [10, 12, 11, 14, 9], [13, 15, 13.5, 17, 12]
     setting = Setting(records.merge([a_record(none=none, ce=ce, placebo=[10, 12, 11.5, 14, 9])])[0])
-    (row, *others) = list(claims.glue_rows([setting]))
+    (row, *others) = list(evidence.glue_rows([setting]))
     assert (
         row.where == "table 12"
         and row.here.startswith("+2.9 [+2.6, +3.2], half width 0.3, 5 seeds")
-        and row.verdict == "reproduced (dice not run)"
+        and row.verdict == "reproduced (dice not run, flat not run)"
     )
-    assert [other.verdict for other in others] == [NOT_RUN] * 4 and len(setting.intervals) == 3  # best and last are equal
+    assert [other.verdict for other in others] == [NOT_RUN] * 5
     random = a_record(none=none, ce=ce, placebo=none, random=[10, 12, 11, 14, 10])
-    (row, *_) = claims.glue_rows([Setting(records.merge([random])[0])])
+    (row, *_) = evidence.glue_rows([Setting(records.merge([random])[0])])
     assert row.verdict == NO_ROUTING and "minus random +2.7" in row.here
 
 
@@ -99,9 +99,10 @@ def plus(*gaps):
 @pytest.mark.parametrize(
     ("weak", "strong", "dice", "verdict"),
     [
-        (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), None, "reproduced"),  # beta 1 has +2 or so
-        (plus(0, 1, 0, 1, 0), plus(4, 3, 4, 3, 4.5), None, "not reproduced"),
-        (plus(0, 1, 0, 1, 0), plus(2, 1, 2, 2, 3), None, "inconclusive"),
+        (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), None, "reproduced (dice not run)"),  # beta 1 has +2 or so
+        (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), plus(-4, -5, -4, -5, -4), "reproduced"),
+        (plus(0, 1, 0, 1, 0), plus(4, 3, 4, 3, 4.5), None, "not reproduced (dice not run)"),
+        (plus(0, 1, 0, 1, 0), plus(2, 1, 2, 2, 3), None, "inconclusive (dice not run)"),
         (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), plus(1, 2, 1, 2, 1), NO_ROUTING),
         (plus(0, 1, 0, 1, 0), NONE[:1], None, "not run: one seed"),
     ],
@@ -116,18 +117,20 @@ def test_sweeps_are_paired_across_settings():
     """Tables 3 and 8: the sign decides; a setting that differs in two options is not compared."""
     small = {"none": NONE, "ce": plus(0, 0.1, 0, 0.1, 0)}
     large = {"none": NONE, "ce": plus(2, 2.5, 2, 2.5, 2)}
-    assert verdicts((large, {}), (small, {"scenes": 3000}), where="table 3") == ["reproduced"]
-    assert verdicts((small, {}), (large, {"scenes": 3000}), where="table 3") == ["not reproduced"]
+    assert verdicts((large, {}), (small, {"scenes": 3000}), where="table 3") == ["reproduced (dice not run)"]
+    assert verdicts((small, {}), (large, {"scenes": 3000}), where="table 3") == ["not reproduced (dice not run)"]
     assert verdicts((large, {}), (small, {"scenes": 3000, "tau": 0.1}), where="table 3") == [NOT_RUN]
     worse = {"none": plus(-1, -1.5, -1, -1.5, -1), "ce": NONE}
-    assert verdicts((large, {}), (worse, {"alpha": 0.1}), where="table 8") == ["reproduced"]
-    assert verdicts((worse, {}), (large, {"alpha": 0.1}), where="table 8") == ["not reproduced"]
+    assert verdicts((large, {}), (worse, {"alpha": 0.1}), where="table 8") == ["reproduced (dice not run)"]
+    assert verdicts((worse, {}), (large, {"alpha": 0.1}), where="table 8") == ["not reproduced (dice not run)"]
 
 
 def test_rows_of_sample_level_routings():
-    sides = {"none": NONE, "ce": NONE, "task": plus(-3, -4, -3, -4, -3), "feature": plus(-1, 1, 0, 1, -1)}
+    sides = {"none": NONE, "ce": NONE, "random": plus(-4, -5, -4, -5, -4)}
+    sides |= {"task": plus(-3, -4, -3, -4, -3), "feature": plus(-1, 1, 0, 1, -1)}
     embedding, feature, task = verdicts((sides, {}), where="table 4")
     assert (embedding, feature, task) == (NOT_RUN, "inconclusive", "reproduced")
+    assert set(verdicts((sides | {"random": NONE}, {}), where="table 4")) == {NOT_RUN, NO_ROUTING}
 
 
 @pytest.mark.parametrize(
@@ -142,8 +145,8 @@ def test_rows_of_sample_level_routings():
 def test_rows_of_limited_capacity(ce, placebo, verdict):
     """Table 10: with a capacity, STGC against its baseline and against its placebo."""
     limited = {"none": NONE, "ce": ce, "placebo": placebo}
-    record = a_picture_record(dict.fromkeys(limited, NONE))
-    for one in record["runs"]:
+    record = a_picture_record(dict.fromkeys(limited, NONE) | {"random": plus(-4, -5, -4, -5, -4)})
+    for one in [one for one in record["runs"] if one["variant"] in limited]:
         scores = {"score": limited[one["variant"]][one["seed"]] / 200}
         one["limited"] = [{"capacity": capacity, "bpr": False, "scores": scores} for capacity in (0.5, 1.0)]
     (setting,) = [Setting(one) for one in records.merge([record])]
@@ -195,10 +198,22 @@ def test_a_baseline_is_the_same_at_any_beta():
     for parts, mean in (([whole, dose], 1.4), ([dose, whole], 1.4), ([whole, again, dose], 0.3)):
         settings = {setting.record["config"]["beta"]: setting for setting in claims.usable(parts)}
         assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(mean)
-        assert claims.margin_of(settings[0.01], "ce") == pytest.approx(0.25)
+        assert evidence.margin_of(settings[0.01], "ce") == pytest.approx(0.25)
         assert settings[0.01].borrows and not settings[0.1].borrows
     others = claims.usable([whole, record(0.01, "a", lr=1.0, ce=NONE)])
     assert [setting.record["config"]["lr"] for setting in others] == [1e-4]
+
+
+def test_runs_of_one_commit_are_paired():
+    """A baseline that was repeated at the commit of a variant is the one that the variant is compared with."""
+    record = a_record(none=NONE, ce=plus(1, 1, 1, 1, 1.5))
+    record["runs"] = [one | {"commit": "new" if one["variant"] == "ce" else "old"} for one in record["runs"]]
+    again = a_record(none=plus(2, 2, 2, 2, 2), seeds=range(5))
+    again["runs"] = [one | {"commit": "new"} for one in again["runs"][:2]]
+    setting = Setting(records.merge([record, again])[0])
+    assert setting.gap("ce", "none").mean == pytest.approx((1.0 - 2.0 + 1.0 - 2.0 + 1.0 + 1.0 + 1.5) / 5)
+    assert setting.scores("none") == dict(enumerate(map(float, NONE)))  # the first run of a seed
+    assert any("was run at old and at new: +2.0 points (last step +2.0)" in line for line in setting.notes())
 
 
 def test_the_best_learning_rate_counts_as_in_the_papers_table():
@@ -210,11 +225,13 @@ def test_the_best_learning_rate_counts_as_in_the_papers_table():
 
 
 def test_a_placebo_that_does_as_well_is_said():
-    setting, row = Setting(records.merge([a_record(none=NONE, ce=NONE)])[0]), claims.Row("figure 5", "x", "y")
-    for beyond, verdict in ((None, "reproduced"), (gap(-3, -1), "reproduced"), (gap(-1, 1), "the control does as well")):
-        assert claims.sign_row(row, gap(-3, -1), -1, setting, beyond=beyond).verdict == verdict
-    assert claims.sign_row(row, gap(1, 3), -1, setting).verdict == "not reproduced"
-    assert claims.sign_row(row, gap(-1, 3), -1, setting).verdict == "inconclusive"
+    setting, row = Setting(records.merge([a_record(none=NONE, ce=NONE)])[0]), Row("figure 5", "x", "y")
+    same = "the control does as well"
+    for beyond, verdict in ((None, "reproduced (placebo not run)"), (gap(-3, -1), "reproduced"), (gap(-1, 1), same)):
+        assert sign_row(row, gap(-3, -1), -1, setting, placebo=beyond).verdict == verdict
+    assert sign_row(row, gap(-3, -1), -1, setting).verdict == "reproduced"  # a claim without a placebo
+    assert sign_row(row, gap(1, 3), -1, setting).verdict == "not reproduced"
+    assert sign_row(row, gap(-1, 3), -1, setting).verdict == "inconclusive"
 
 
 def test_rows_of_curves(tmp_path):
@@ -232,25 +249,25 @@ def test_rows_of_curves(tmp_path):
         curve(one["seed"], one["variant"], 0.5 if one["variant"] == "ce" else 0.6 + one["seed"] / 100, 1.0)
         one["curve"] = tmp_path / f"{one['variant']}-s{one['seed']}.jsonl"
     record["config"]["moe_layers"] = "1,3"
-    rows = {row.where: row for row in claims.curve_rows([Setting(records.merge([record])[0])])}
-    assert rows["figure 4"].verdict == "reproduced" and rows["figure 6"].verdict == "not reproduced"
-    assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced"
-    assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == "reproduced"
+    rows = {row.where: row for row in evidence.curve_rows([Setting(records.merge([record])[0])])}
+    assert rows["figure 4"].verdict == "the control does as well" and rows["figure 6"].verdict == "not reproduced"
+    assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced (placebo not run)"
+    assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == "reproduced (placebo not run)"
 
 
 def test_rows_of_saved_models():
     """Reliability has no verdict; confusing tokens and harm have one each, by the predicate that the row names."""
-    assert [row.verdict for row in claims.saved_rows([])] == [NOT_RUN] * 4
+    assert [row.verdict for row in evidence.saved_rows([])] == [NOT_RUN] * 4
     one = {"model": "m", "loss": 0.5, "kappa": 0.1, "error": 0.02, "triples": 16, "command": "x"}
     one["confusing"] = {"pairs": 9, "own": 8.0, "other": 5.0, "rest": -1.0}
     one["about"] = {"sentence": [0.5, 0.1]}
 
-    arms = ("no conflicting", "no random")
+    arms = ("no conflicting", "no random", "no random of equal length")
 
     def found(gap, **confusing):
         harm = {"sizes": [0.1, 0.2], "fresh": {arm: {"minus_all": [[0.0, 0.0], gap]} for arm in arms}}
         probes = [one | {"harm": harm, "confusing": one["confusing"] | confusing}]
-        return [row.verdict for row in claims.saved_rows([{"name": "lvlm", "probes": probes}])]
+        return [row.verdict for row in evidence.saved_rows([{"name": "lvlm", "probes": probes}])]
 
     assert found([-0.03, 0.01]) == ["measured", "measured", "reproduced", "reproduced"]
     assert found([-0.03, 0.02], other=3.0) == ["measured", "measured", "not reproduced", "not reproduced"]
@@ -267,12 +284,11 @@ def test_somebodys_record(tmp_path):
         (tmp_path / "results.json").write_text(json.dumps(record))
         return check(tmp_path)
 
-    lines = found(whole)
-    assert (
-        len(lines) == 3
-        and lines[2].startswith("table 12")
-        and lines[2].endswith("(paper +2.3): a gain, the selection undecided (dice not run)")
-    )
+    title, _, *table, _, differs, made_with = found(whole)
+    assert title.startswith("cola, m, 8Top2")
+    assert table[2].startswith("| table 12 | STGC gains on CoLA | +2.3 | yours: +2.9 [")
+    assert "| a gain, the selection undecided (dice not run, placebo not run, flat not run) |" in table[2]
+    assert differs == "Not as in the paper: beta 0.1 (1)." and made_with == "Made with torch 2."
     for wrong, message in (
         ({"dirty": True}, "commit them"),
         ({"made_from": None}, "has no made_from"),

@@ -1,9 +1,11 @@
 """Rows of docs/claims.md on scores of the toy LVLM: tables 2, 3, 4, 5, 8, 9, 10, and which settings can judge routing."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from lab.report.compare import Paired
 from lab.report.records import key_of
+from lab.report.tables import header, spread
 from lab.report.verdicts import (
     NO_ROUTING,
     NOT_RUN,
@@ -15,7 +17,9 @@ from lab.report.verdicts import (
     no_lead,
     say_gap,
     sign_row,
+    tell,
 )
+from lab.run.options import label
 
 
 def pictures_of(settings: list[Setting], **config) -> list[Setting]:
@@ -32,7 +36,7 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
         found += gain_rows(Row("table 2", f"STGC gains with Top-{top_k} (there 4Top{top_k})", gain), own)
     for name, gain in (("embedding", "-0.4"), ("feature", "-0.1"), ("task", "-8.4")):
         row = Row("table 4", f"routing by sample ({name}) is worse (reproduced: its difference lies below 0)", gain)
-        found += [sign_row(row, gap, -1, s) for s in usual if (gap := s.gap(name, "none"))] or [row]
+        found += [sign_row(row, gap, -1, s, score=True) for s in usual if (gap := s.gap(name, "none"))] or [row]
     found += gain_rows(Row("table 9", "CE gains more than MSE", "+0.3"), usual, "ce", "mse")
     for bpr, gain in ((False, "+10.9"), (True, "+7.0")):
         claim = f"at capacity 0.5{', batch prioritized' * bpr}, STGC loses less (reproduced: it lies above the baseline)"
@@ -40,27 +44,35 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
         rows = []
         for setting in usual:
             none, ce, placebo = (limited(setting, variant, 0.5, bpr) for variant in ("none", "ce", "placebo"))
-            rows += [sign_row(row, gap, 1, setting, beyond=gap_of(placebo, ce))] if (gap := gap_of(none, ce)) else []
+            if gap := gap_of(none, ce):
+                scores = {variant: [*limited(setting, variant, 0.5, bpr).values()] for variant in setting.variants}
+                more = "".join(f"; {label(variant)} {spread(own)}" for variant, own in scores.items() if own)
+                rows.append(sign_row(row, gap, 1, setting, more, gap_of(placebo, ce), score=True))
         found += rows or [row]
     return judge_untestable(found, settings)
 
 
 def leads(setting: Setting) -> tuple[Paired | None, Paired | None, Paired | None]:
     """What tells whether a setting of toy_lvlm.py can judge routing, at the last step: its baseline minus its start, minus
-    dice, and STGC minus the baseline."""
-    ends = setting.scores("none", "last")
+    dice, and STGC minus the baseline. Copies whose weights sum to 1 start as stage II ends. Others have their own start,
+    which older records do not know."""
+    ends, config = setting.scores("none", "last"), setting.record["config"]
     starts = {run["seed"]: 100 * run["start"] for run in setting.runs("none") if run.get("start") is not None}
-    stages = [stage for stage in setting.record["stages"] if stage.get("scores")]
-    starts = starts or {stage["seed"]: 100 * stage["scores"]["score"] for stage in stages}
+    if not starts and config.get("experts", "copy") == "copy" and config.get("normalize", True):
+        stages = [stage for stage in setting.record["stages"] if stage.get("scores")]
+        starts = {stage["seed"]: 100 * stage["scores"]["score"] for stage in stages}
     return gap_of(starts, ends), setting.gap("none", "random", "last"), setting.gap("ce", "none", "last")
 
 
-def is_usable(setting: Setting) -> bool:
-    """Whether the baseline ends 3 points above its start and above dice, and, with five seeds or more, STGC minus the
-    baseline is known to 0.7 points."""
+def judge_use(setting: Setting) -> str:
+    """"usable" where the baseline ends 3 points above its start and above dice, and STGC minus the baseline is known to 0.7
+    points over five seeds or more. Where the last is open: "so far"."""
     *gaps, ce = leads(setting)
-    wide = ce is not None and ce.low is not None and ce.seeds >= 5 and ce.high - ce.low > 2 * 0.7
-    return all(gap is not None and gap.mean >= 3 for gap in gaps) and not wide
+    if not all(gap is not None and gap.mean >= 3 for gap in gaps):
+        return "not usable"
+    if ce is None or ce.low is None or ce.seeds < 5:
+        return f"usable so far: {gaps[1].seeds} seed{'s' * (gaps[1].seeds > 1)}, half width not known"
+    return "usable" if ce.high - ce.low <= 2 * 0.7 else f"usable, but for a half width of {(ce.high - ce.low) / 2:.1f}"
 
 
 def usable_rows(settings: list[Setting]) -> list[Row]:
@@ -68,18 +80,17 @@ def usable_rows(settings: list[Setting]) -> list[Row]:
     claim = "the toy LVLM can judge routing (usable: the baseline ends 3 points above its start and above dice, "
     row, found = Row("new", f"{claim}STGC minus it is known to 0.7)", "not asked"), []
     for setting in pictures_of(settings):
-        start, dice, ce = map(say_gap, leads(setting))
-        if dice != "-" and not setting.borrows:
-            here = f"minus start {start}; minus dice {dice}; STGC minus it {ce}"
-            verdict = "usable" if is_usable(setting) else "not usable"
-            found.append(replace(row, here=here, verdict=verdict, setting=setting))
+        start, dice, ce = leads(setting)
+        if dice and not setting.borrows:
+            here = f"minus start {say_gap(start)}; minus dice {tell(dice)}"
+            found.append(replace(row, here=here, verdict=judge_use(setting), setting=setting))
     return found or [row]
 
 
 def judge_untestable(rows: list[Row], settings: list[Setting]) -> list[Row]:
     """Where at least four settings were tried and none is usable, a score that was not run is not testable."""
     tried = [setting for setting in pictures_of(settings) if setting.gap("none", "random")]
-    if len(tried) < 4 or any(map(is_usable, tried)):
+    if len(tried) < 4 or any(judge_use(setting) != "not usable" for setting in tried):
         return rows
     seeds = ", ".join(str(setting.gap("none", "random").seeds) for setting in tried)
     verdict = f"{NOT_TESTABLE}: no usable setting in {len(tried)} tries ({seeds} seeds)"
@@ -92,10 +103,22 @@ def limited(setting: Setting, variant: str, capacity: float, bpr: bool) -> dict[
     return {seed: 100 * own["scores"]["score"] for seed, own in rows if (own["capacity"], own["bpr"]) == (capacity, bpr)}
 
 
-def series(settings: list[Setting], option: str, base: float, variant: str) -> list[dict[float, Setting]]:
-    """Value of an option -> setting, of settings of toy_lvlm.py that differ in this option alone; those with `base`."""
-    found: dict[str, dict[float, Setting]] = {}
-    for setting in pictures_of(settings):
+def capacity_table(setting: Setting) -> Iterator[str]:
+    """Markdown: every variant's scores with experts of limited capacity; nothing where none was tested."""
+    runs = [run for run in setting.record["runs"] if run.get("limited")]
+    tested = dict.fromkeys((own["capacity"], own["bpr"]) for run in runs for own in run["limited"])
+    if tested:
+        yield from header("variant", *(f"capacity {size:g}{', BPR' * bpr}" for size, bpr in tested))
+        for name in dict.fromkeys(run["variant"] for run in runs):
+            cells = [spread([*own.values()]) if (own := limited(setting, name, *one)) else "-" for one in tested]
+            yield f"| {' | '.join([label(name), *cells])} |"
+        yield from ("", "BPR: with a capacity the pairs of the largest weight come first, not those that stand first.")
+
+
+def series(settings: list[Setting], option: str, base, variant: str) -> list[dict]:
+    """Value of an option -> setting, of settings that differ in this option alone; those with `base`."""
+    found: dict[str, dict] = {}
+    for setting in settings:
         record, config = setting.record, setting.record["config"]
         if variant in setting.variants and option in config:
             data = None if option == "scenes" else record.get("data")
@@ -106,32 +129,32 @@ def series(settings: list[Setting], option: str, base: float, variant: str) -> l
 
 def sweep_rows(settings: list[Setting]) -> list[Row]:
     """Tables 3, 5 and 8: one option varies, all others are equal. Seeds are paired across the settings."""
-    found = []
+    found, settings = [], pictures_of(settings)
     for option, best in (("beta", 1.0), ("tau", 0.0)):
         row = Row("table 5", f"{option} {best:g} is the best (reproduced: it lies above each other value)", "best")
         found += [best_row(row, option, best, own) for own in series(settings, option, best, "ce")] or [row]
     row = Row("table 8", "alpha 0.1 for 0.01, without STGC, costs score (reproduced: the difference lies below 0)", "-0.1")
     own = [one for one in series(settings, "alpha", 0.01, "none") if 0.1 in one]
     gaps = [gap_of(one[0.01].scores("none"), one[0.1].scores("none")) for one in own]
-    found += [sign_row(row, gap, -1, one[0.1]) for gap, one in zip(gaps, own)] or [row]
+    found += [sign_row(row, gap, -1, one[0.1], score=True) for gap, one in zip(gaps, own)] or [row]
     row = Row("table 3", "four times the data, a larger gain (reproduced: the difference of gains lies above 0)", "+0.4")
     own = [one for one in series(settings, "scenes", 12000, "ce") if 3000 in one]
     gaps = [gap_of(gains(one[3000]), gains(one[12000])) for one in own]
-    found += [sign_row(row, gap, 1, one[3000]) for gap, one in zip(gaps, own)] or [row]
+    found += [sign_row(row, gap, 1, one[3000], score=True) for gap, one in zip(gaps, own)] or [row]
     return judge_untestable(found, settings)
 
 
 def gains(setting: Setting) -> dict[int, float]:
     """seed -> the gain of ce over the baseline, in points."""
-    ce, none = (setting.scores(variant) for variant in ("ce", "none"))
-    return {seed: ce[seed] - none[seed] for seed in ce.keys() & none.keys()}
+    ce, none = setting.sides("ce", "none")
+    return {seed: ce[seed] - none[seed] for seed in ce}
 
 
 def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> Row:
     """The value of an option that the paper finds best, beside each other value, in points of `ce`."""
     scores = {value: setting.scores("ce") for value, setting in own.items()}
     gaps = {value: gap_of(scores[value], scores[best]) for value in sorted(own) if value != best}
-    here = "; ".join(f"minus {option} {value:g}: {say_gap(gap)}" for value, gap in gaps.items())
+    here = "; ".join(f"minus {option} {value:g}: {tell(gap)}" for value, gap in gaps.items())
     known = [gap for gap in gaps.values() if gap and gap.low is not None]
     routing = own[best].gap("none", "random")
     if len(known) < len(gaps):
@@ -141,4 +164,5 @@ def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> R
     else:
         above, below = all(gap.low > 0 for gap in known), any(gap.high < 0 for gap in known)
         verdict = "reproduced" if above else "not reproduced" if below else "inconclusive"
+        verdict += "" if routing else " (dice not run)"
     return replace(row, here=here, verdict=verdict, setting=own[best])

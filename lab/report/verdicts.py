@@ -5,7 +5,8 @@ controls (the placebo and flat, where they were run), c = placebo - baseline, an
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -76,15 +77,21 @@ def gap_of(one: dict[int, float], other: dict[int, float]) -> Paired | None:
     return paired(one, other) if one.keys() & other.keys() else None
 
 
+def tell(gap: Paired | None) -> str:
+    """A gap with its half width and seeds."""
+    if gap is None or gap.low is None:
+        return say_gap(gap)
+    return f"{say_gap(gap)}, half width {(gap.high - gap.low) / 2:.1f}, {gap.seeds} seeds"
+
+
 # ---- 2. Settings ----
 
 
 @dataclass
 class Setting:
-    """One experiment: a merged record, and how many intervals were computed from it."""
+    """One experiment: a merged record."""
 
     record: dict
-    intervals: set = field(default_factory=set)
 
     @property
     def variants(self) -> list[str]:
@@ -122,31 +129,52 @@ class Setting:
         found = {run["seed"]: run.get(select) or run["last"] for run in self.runs(variant)}
         return {seed: scale * own[key] for seed, own in found.items() if key in own}
 
-    def gap(self, one: str, other: str, select: str = "best") -> Paired | None:
-        """one - other, in points; None if they share no seed."""
-        sides = self.scores(other, select), self.scores(one, select)
-        if not sides[0].keys() & sides[1].keys():
-            return None
-        found = paired(*sides)
-        again = select == "last" and sides == (self.scores(other), self.scores(one))  # the same interval
-        self.intervals |= {(*sorted((one, other)), select)} if found.low is not None and not again else set()
+    def sides(self, one: str, other: str, select: str = "best") -> tuple[dict[int, float], dict[int, float]]:
+        """Of two variants: seed -> score in %, of the seeds that both have, and of runs of the same commit where there are
+        some: between two commits the machine may have been another one, too."""
+        runs: list[dict[int, list[dict]]] = []
+        for variant in (one, other):
+            rates, own = {run["lr"] for run in self.runs(variant)}, {}
+            for run in self.measured(variant):
+                own.setdefault(run["seed"], []).extend([run] if run["lr"] in rates else [])
+            runs.append(own)
+        found: tuple[dict[int, float], dict[int, float]] = {}, {}
+        for seed in sorted(runs[0].keys() & runs[1].keys()):
+            both = product(runs[0][seed], runs[1][seed])
+            pair = min(both, key=lambda pair: pair[0].get("commit") != pair[1].get("commit"))  # the first of them
+            for side, run in zip(found, pair):
+                side[seed] = 100 * (run.get(select) or run["last"])["score"]
         return found
 
+    def gap(self, one: str, other: str, select: str = "best") -> Paired | None:
+        """one - other, in points; None if they share no seed."""
+        scores, base = self.sides(one, other, select)
+        return gap_of(base, scores)
+
     def verdict(self, gain: float, one: str = "ce", other: str = "none", select: str = "best") -> str:
+        """By `judge`, and which of the controls that it asks for were not run."""
         placebo, flat = CONTROLS[one]
         both = [name and self.gap(one, name, select) for name in (placebo, flat)]
-        c, routing = self.gap(placebo, other, select), self.gap("none", "random", select)
+        c, routing = self.gap(placebo, "none", select), self.gap("none", "random", select)
         verdict = judge(self.gap(one, other, select), *both, c, gain, routing)
-        return verdict if routing or verdict.startswith(NOT_RUN) else f"{verdict} (dice not run)"
+        missing = ["dice not run"] if routing is None else ["dice: one seed"] if routing.low is None else []
+        if verdict.startswith(("reproduced", "a gain")):
+            missing += [f"{name} not run" for name, gap in zip((placebo, flat), both) if name and gap is None]
+        return f"{verdict} ({', '.join(missing)})" if missing and not verdict.startswith(NOT_RUN) else verdict
 
     def table(self) -> Iterator[str]:
         """Markdown: every variant's scores and its paired differences."""
         others = ("none", "placebo", "flat", "random")
-        yield from header("variant", "seeds", "best", "last", "dev loss", *(f"minus {label(name)}" for name in others))
+        exact = any("accuracy" in run["last"] and run["last"]["accuracy"] != run["last"]["score"] for run in self.measured())
+        heads = ["variant", "seeds", "best", "last", *["accuracy, last"] * exact, "dev loss"]
+        yield from header(*heads, *(f"minus {label(name)}" for name in others))
         for name in self.variants:
-            cells = [label(name), str(len(self.runs(name)))]
+            lent = " (lent)" if all(run.get("lent") for run in self.runs(name)) else ""
+            cells = [f"{label(name)}{lent}", str(len(self.runs(name)))]
             cells += [spread([*self.scores(name, select).values()]) for select in ("best", "last")]
-            cells.append(spread([*found.values()], 3) if (found := self.scores(name, "last", "dev_loss", 1)) else "-")
+            for key, scale, digits in (*[("accuracy", 100, 1)] * exact, ("dev_loss", 1, 3)):
+                found = [*self.scores(name, "last", key, scale).values()]
+                cells.append(self.counted(name, found, digits))
             cells += [say_gap(self.gap(name, other) if name != other else None) for other in others]
             yield f"| {' | '.join(cells)} |"
 
@@ -168,12 +196,17 @@ class Setting:
         return spread(values, digits) + few if values else "-"
 
     def notes(self) -> Iterator[str]:
+        if self.borrows:
+            yield "Lent: run at another beta or tau, which train it no differently."
         for first, again in self.record["repeated"]:
-            gap = 100 * (again["last"]["score"] - first["last"]["score"])
+            ends = [first.get("best") or first["last"], again.get("best") or again["last"], first["last"], again["last"]]
+            best, last = (100 * (ends[i + 1]["score"] - ends[i]["score"]) for i in (0, 2))
             names = f"{label(first['variant'])}, seed {first['seed']}"
-            yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap:+.1f} points."
+            gap = f"{best:+.1f} points (last step {last:+.1f})"
+            yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap}."
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
-        yield f"Commits: {', '.join(commits)}. Between two commits the machine may have been another one, too."
+        text = "Another commit may mean another machine, too. Runs of one commit are paired, if there are some."
+        yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
 
 
 # ---- 3. Rows ----
@@ -199,31 +232,36 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
         gap, last = setting.gap(one, other), setting.gap(one, other, "last")
         if gap is None:
             continue
-        half = f", half width {(gap.high - gap.low) / 2:.1f}" if gap.low is not None else ""
-        here = f"{say_gap(gap)}{half}, {gap.seeds} seed{'s' * (gap.seeds > 1)}; last epoch {say_gap(last)}"
+        here = f"{tell(gap)}; last epoch {say_gap(last)}"
         controls = [(name, setting.gap(one, name)) for name in ("placebo", "flat", "random") if name in setting.variants]
         here += "".join(f"; minus {name} {say_gap(control)}" for name, control in controls)
         if dice := setting.gap("none", "random"):
-            here += f"; baseline minus random {say_gap(dice)}, {dice.seeds} seed{'s' * (dice.seeds > 1)}"
+            here += f"; baseline minus random {say_gap(dice)}"
         verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
         verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
     return found or [row]
 
 
-def sign_row(row: Row, gap: Paired | None, sign: int, setting: Setting, more: str = "", beyond: Paired | None = None) -> Row:
-    """A difference that shall lie above 0 (sign 1) or below it (-1). `beyond`: the same of the variant minus its placebo; a
-    difference that this does not share is the control's, too."""
+def sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more="", placebo: Gap | str = "-", score=False) -> Row:
+    """A difference that shall lie above 0 (sign 1) or below it (-1). `more`: what follows the interval. `placebo`: the same
+    of the variant minus its placebo, None if that was not run, "-" if the claim has none; a difference that this does not
+    share is the control's, too. `score`: a score, which can judge a routing only where dice do worse."""
     if gap is None or gap.low is None:
         verdict = judge(gap, None, None, None, 0.0)
         return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
     low, high = sorted((sign * gap.low, sign * gap.high))
     verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
-    if beyond:
-        more += f"; minus placebo {say_gap(beyond)}"
-        ends = sorted((sign * beyond.low, sign * beyond.high)) if beyond.low is not None else [0, 0]
+    if isinstance(placebo, Paired):
+        more += f"; minus placebo {say_gap(placebo)}"
+        ends = sorted((sign * placebo.low, sign * placebo.high)) if placebo.low is not None else [0, 0]
         verdict = "the control does as well" if verdict == "reproduced" and ends[0] <= 0 else verdict
-    return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
+    routing = setting.gap("none", "random")
+    missing = ["placebo not run"] if placebo is None and verdict == "reproduced" else []
+    missing += ["dice not run"] if score and routing is None else []
+    verdict += f" ({', '.join(missing)})" if missing else ""
+    verdict = NO_ROUTING if score and no_lead(routing) else verdict
+    return replace(row, here=f"{tell(gap)}{more}", verdict=verdict, setting=setting)
 
 
 def verdict_of(holds: bool) -> str:

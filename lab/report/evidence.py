@@ -1,0 +1,329 @@
+"""Rows of docs/claims.md: GLUE, the curves, films and saved models of any run, the conflict loss alone, costs, controls."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from statistics import mean
+
+from lab.report import pictures
+from lab.report.compare import COLUMNS, PUBLISHED
+from lab.report.records import RESULTS, ends_of
+from lab.report.tables import read_bench, spread
+from lab.report.verdicts import (
+    NOT_TESTABLE,
+    Row,
+    Setting,
+    gain_rows,
+    gap_of,
+    say_gap,
+    sign_row,
+    tell,
+    verdict_of,
+)
+from lab.run.options import label
+from lab.text.tasks import TASKS
+
+# ---- 1. Scores on GLUE ----
+
+
+
+def glue_rows(settings: list[Setting]) -> list[Row]:
+    """Table 12: each of the paper's tasks."""
+    before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
+    found = []
+    for i, (name, title) in enumerate(COLUMNS.items()):
+        own = [s for s in settings if s.record["name"] == name and not s.borrows]
+        own = [s for s in own if s.record["data"]["train"] == TASKS[name].rows]
+        found += gain_rows(Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}"), own)
+    gate = PUBLISHED["DynMoE"][-1] - PUBLISHED["MoE-8Top2 (DynMoE's)"][-1]
+    row = Row("table 12", "DynMoE's gate costs score, on average (reproduced: its difference lies below 0)", f"{gate:+.1f}")
+    texts = [s for s in settings if s.record["name"] in COLUMNS]
+    pairs = [one for one in pictures.series(texts, "router", "cosine", "none") if "dynmoe" in one]
+    gaps = [gap_of(one["cosine"].scores("none"), one["dynmoe"].scores("none")) for one in pairs]
+    return found + ([sign_row(row, gap, -1, one["dynmoe"], score=True) for gap, one in zip(gaps, pairs)] or [row])
+
+
+# ---- 2. Curves ----
+
+
+def curve_rows(settings: list[Setting]) -> list[Row]:
+    """Figures 4, 5, 6 and 9: from the curves of the settings with at least three seeds."""
+    found, whole = [], [s for s in settings if len(pictures.gains(s)) > 2]
+    for where, key, name in (("figure 4", "balance_loss", "balance"), ("figure 6", "conflict_loss", "conflict")):
+        claim = f"the {name} loss falls in training (reproduced: its last tenth lies below its first in most runs)"
+        row = Row(where, claim, "it falls")
+        found += [falling_row(row, key, setting) for setting in whole] or [row]
+    claim = "STGC evens the loads (reproduced: the busiest expert's share, first MoE layer, lies below the baseline's)"
+    row = Row("figure 5", claim, "more even")
+    for setting in whole:
+        none, ce, placebo = (ends_by_seed(setting, variant, "load", 0) for variant in ("none", "ce", "placebo"))
+        found.append(sign_row(row, gap_of(none, ce), -1, setting, " % of the pairs", gap_of(placebo, ce)))
+    found += [] if whole else [row]
+    claim = "conflicts remain in shallow layers (reproduced: the first MoE layer's ratio minus the last one's lies above 0)"
+    row, rows = Row("figure 9", claim, "shallow"), []
+    for setting in whole:
+        if setting.record["config"]["moe_layers"].isdecimal():  # one MoE layer
+            continue
+        sides = {v: [ends_by_seed(setting, v, "conflict_ratio", at) for at in (0, -1)] for v in ("ce", "none", "placebo")}
+        ends = {v: " and ".join(spread([*one.values()]) for one in both) for v, both in sides.items() if both[0]}
+        texts = [f"{label(v)} {text}" for v, text in ends.items()]
+        steps = {v: {seed: first[seed] - last[seed] for seed in first} for v, (first, last) in sides.items()}
+        zero, more = dict.fromkeys(steps["ce"], 0.0), f" % of the pairs ({'; '.join(texts)})"
+        rows.append(sign_row(row, gap_of(zero, steps["ce"]), 1, setting, more, gap_of(steps["placebo"], steps["ce"])))
+    return found + (rows or [row])
+
+
+def falling_row(row: Row, key: str, setting: Setting) -> Row:
+    """A loss that falls in training. The baseline and the placebo stand beside it, where they have this loss."""
+    ends = {v: [pair for run in setting.runs(v) if (pair := ends_of(run, key))] for v in ("ce", "none", "placebo")}
+    if not ends["ce"]:
+        return replace(row, setting=setting)
+    texts = [f"{label(v)} {' to '.join(spread([*side], 3) for side in zip(*own))}" for v, own in ends.items() if own]
+    fall, *same = (bool(own) and mean(last < first for first, last in own) > 0.5 for own in ends.values())
+    verdict = "the control does as well" if fall and any(same) else verdict_of(fall)
+    verdict += " (placebo not run)" if verdict == "reproduced" and not ends["placebo"] else ""
+    return replace(row, here="; ".join(texts), verdict=verdict, setting=setting)
+
+
+def ends_by_seed(setting: Setting, variant: str, key: str, layer: int) -> dict[int, float]:
+    """seed -> a value of one layer at the end of the training, in %."""
+    ends = {run["seed"]: ends_of(run, key, layer) for run in setting.runs(variant)}
+    return {seed: 100 * found[1] for seed, found in ends.items() if found}
+
+
+# ---- 3. Films and saved models ----
+
+
+def probe_rows(settings: list[Setting]) -> list[Row]:
+    """Figure 7, table 13 and section 6.1: from the probe of each film, at its last moment, setting by setting."""
+    claim = "similarities by biases and by whole weights correlate (reproduced: above 0.9 in most layers)"
+    correlate = Row("sec. 6.1", claim, "> 0.9")
+    claim = "STGC raises the correlation of an expert's features and gradients (reproduced: ce minus baseline above 0)"
+    rises = Row("table 13", claim, "0.265 to 0.356")
+    claim = "fewer similarities lie below 0 after training with STGC than before (reproduced: in most layers)"
+    shift = Row("figure 7", claim, "a shift to the right")
+    found: dict[str, list[Row]] = {row.where: [] for row in (correlate, rises, shift)}
+    for setting in settings:
+        runs = filmed(setting)
+        values = probed(runs, "bias_weight")
+        if values:
+            count = len({(run["variant"], run["seed"], run["commit"]) for run in runs})
+            here = f"{spread(values, 2)}, {count} run{'s' * (count > 1)}"
+            verdict = verdict_of(mean(value > 0.9 for value in values) > 0.5)
+            found["sec. 6.1"].append(replace(correlate, here=here, verdict=verdict, setting=setting))
+        sides = {}
+        for name in ("none", "ce", "placebo"):
+            own = [run for run in setting.measured(name) if run.get("probe")]
+            sides[name] = {run["seed"]: values[0] for run in own if (values := probed([run], "feature_gradient"))}
+        if gap := gap_of(sides["none"], sides["ce"]):
+            more = "; ".join(f"{label(name)} {spread([*own.values()], 2)}" for name, own in sides.items() if own)
+            row = sign_row(rises, gap, 1, setting, f"; {more}", gap_of(sides["placebo"], sides["ce"]))
+            found["table 13"].append(replace(row, here=more) if gap.low is None else row)
+        shares = {v: [pair for run in runs if run["variant"] == v for pair in shares_below(run)] for v in sides}
+        falls = {v: mean(last < first for first, last in own) > 0.5 for v, own in shares.items() if own}
+        if "ce" in falls:
+            texts = [f"{label(v)} {' to '.join(spread([*side], 2) for side in zip(*shares[v]))}" for v in falls]
+            verdict = "the control does as well" if all(falls.values()) and len(falls) > 1 else verdict_of(falls["ce"])
+            row = replace(shift, here=f"share below 0: {'; '.join(texts)}", verdict=verdict, setting=setting)
+            found["figure 7"].append(row)
+    return [row for first in (correlate, rises, shift) for row in found[first.where] or [first]]
+
+
+def filmed(setting: Setting) -> list[dict]:
+    """The setting's own runs that have a probe."""
+    return [run for run in setting.measured() if run.get("probe") and not run.get("lent")]
+
+
+def probed(runs: list[dict], key: str) -> list[float]:
+    """A value of every MoE layer at the last moment of the runs' films."""
+    layers = [layer for run in runs for layer in run["probe"][-1]["layers"]]
+    return [layer[key] for layer in layers if layer.get(key) is not None]
+
+
+def shares_below(run: dict) -> list[tuple[float, float]]:
+    """Of each MoE layer: the share of similarities below 0 at the first and the last moment."""
+    sides = [[layer["histogram"] for layer in run["probe"][which]["layers"]] for which in (0, -1)]
+    return [*zip(*([sum(one[:10]) / max(1, sum(one)) for one in side] for side in sides))]
+
+
+def saved_rows(records: list[dict]) -> list[Row]:
+    """Table 14 and section 6.6, and how reliable the flags are: from lab.report.probe on saved models."""
+    probes = [(record.get("folder", record["name"]), one) for record in records for one in record.get("probes", [])]
+    new = Row("new", "do other batches give the same flags? kappa: agreement beyond chance", "not asked")
+    about = Row("new", "what are the flags about? the share of their variance that is explained", "not asked")
+    claim = "confusing tokens: logits on the own label, the other's, the rest (reproduced: the second nearer to the first)"
+    confusing = Row("table 14", claim, "23.5, 14.6, -0.7")
+    claim = "without the conflicting pairs a step lowers a fresh batch's loss more than with all (reproduced: the loss lies "
+    claim += "below by two standard errors, at the middle one of three lengths of the step)"
+    harm = Row("sec. 6.6", claim, "0.05 lower")
+    found = [] if probes else [new, about, confusing, harm]
+    for name, one in sorted(probes, key=lambda pair: (pair[0], -pair[1]["loss"])):
+        where, command = f"{name}, {one['model']}, main loss {one['loss']:.2f}", one["command"]
+        where += collapsed(records, name, one)
+        here = f"{one['kappa']:.2f} ± {one['error']:.2f}, {one['triples']} triples; {where}"
+        found.append(replace(new, here=here, verdict="measured", command=command))
+        if shares := one.get("about"):
+            here = ", ".join(f"{cause} {share:.2f} (chance {chance:.2f})" for cause, (share, chance) in shares.items())
+            here += f", flagged share of the labels apart by {one['labels']['gap']:.2f}" if one.get("labels") else ""
+            found.append(replace(about, here=f"{here}; {where}", verdict="measured", command=command))
+        if logits := one.get("confusing"):
+            own, other, rest = (logits[key] for key in ("own", "other", "rest"))
+            here = f"{own:.1f}, {other:.1f}, {rest:.1f}, {logits['pairs']:,.0f} pairs; {where}"
+            verdict = verdict_of(own - other < other - rest)
+            found.append(replace(confusing, here=here, verdict=verdict, command=command))
+        if arms := one.get("harm"):
+            names = ("no conflicting", "no random", "no random of equal length")
+            (gap, error), (dice, _), (long, _) = (arms["fresh"][arm]["minus_all"][1] for arm in names)
+            here = f"{gap:+.4f} ± {error:.4f} (standard error), a step of {arms['sizes'][1]:g} of the expert's length; "
+            here += f"without as many random pairs {dice:+.4f}, of equal length {long:+.4f}; {where}"
+            found.append(replace(harm, here=here, verdict=verdict_of(gap + 2 * error < 0), command=command))
+    return found
+
+
+def collapsed(records: list[dict], folder: str, probe: dict) -> str:
+    """What to say of a probed model that answers one class alone."""
+    own = [run for record in records if record.get("folder") == folder for run in record["runs"]]
+    same = [run for run in own if (run["variant"], run["seed"]) == (probe["variant"], probe["seed"])]
+    return ", answers one class alone" if any(run.get("collapsed") for run in same) else ""
+
+
+# ---- 4. Costs, and the loss alone ----
+
+
+def bench_rows() -> list[Row]:
+    """Table 11, from the records of lab.bench: time, and the memory that the token gradients take."""
+    time = Row("table 11", "time of a step with STGC (reproduced: not above the paper's)", "+21.3 %")
+    claim = "gradients of the biases take little memory (reproduced: the peak rises by less than a tenth)"
+    small = Row("table 11", claim, "0.29 GiB")
+    claim = "flags from whole weights are possible (measured: the peak of one pass, which never stores these gradients)"
+    whole = Row("table 11", claim, "773 GiB to store, fails")
+    found: dict[str, list[Row]] = {row.claim: [] for row in (time, small, whole)}
+    for name in ("bench-bert-large.json", "bench-mixtral.json", "bench-olmoe.json"):
+        record = read_bench(RESULTS / name)
+        two, full = (record["variants"][key] for key in ("two passes", "one pass, weight gradients"))
+        low, ratio, high = (100 * (value - 1) for value in (two["interval"][0], two["ratio"], two["interval"][1]))
+        here = f"{ratio:+.1f} % [{low:+.1f}, {high:+.1f}], two passes, {name}"
+        found[time.claim].append(replace(time, here=here, verdict=verdict_of(ratio <= 21.3), command=record["command"]))
+        for row, own, verdict in ((small, two, verdict_of(two["peak_ratio"] < 1.1)), (whole, full, "measured")):
+            here = f"peak {100 * (own['peak_ratio'] - 1):+.1f} %, {name}"
+            found[row.claim].append(replace(row, here=here, verdict=verdict, command=record["command"]))
+    return [row for rows in found.values() for row in rows]
+
+
+OUT_OF_REACH = [
+    Row("table 2", "gains with StableLM, Phi-2, Vicuna, SigLIP", "+0.6 to +0.8", "-", f"{NOT_TESTABLE}: too large"),
+]
+ALONE = {  # of the conflict loss alone: what is measured -> the direction in the paper
+    "conflict_ratio": ("the conflict ratio falls", -1),
+    "consistency": ("consistency rises", 1),
+    "consistency_std": ("its std over experts rises", 1),
+}
+
+
+def alone_rows() -> list[Row]:
+    """Figures 3 and 8: the change from the first to the last step, of ce and minus its controls, over seeds."""
+    found = []
+    for record in map(read_bench, sorted(RESULTS.glob("alone-*.json"))):
+        for part, (key, (claim, sign)) in product(("routers", "everything"), ALONE.items()):
+            row = Row("figures 3, 8", f"the conflict loss alone trains {part}: {claim} (reproduced: {BEYOND})", "yes")
+            found.append(alone_row(row, record, part, sign, lambda layers, key=key: mean(layer[key] for layer in layers)))
+        if len(record["rows"][0]["curve"][0]["layers"]) > 1:
+            claim = "the conflict loss alone trains everything: consistency rises most in the last layer"
+            claim += f" (reproduced: {BEYOND})"
+            deeper = lambda layers: layers[-1]["consistency"] - layers[0]["consistency"]  # noqa: E731
+            found.append(alone_row(Row("figure 3b", claim, "yes"), record, "everything", 1, deeper))
+    return found or [Row("figures 3, 8", "training on the conflict loss alone", "-")]
+
+
+BEYOND = "so by its interval, and by more than the placebo"
+
+
+def alone_row(row: Row, record: dict, part: str, sign: int, value: Callable) -> Row:
+    """`sign`: of the change in the paper. `value`: of the MoE layers at a step. Where no routing changes the main loss, the
+    experts still are equal copies, and a router has nothing to gain."""
+    curves = {arm: curves_of(record, part, arm) for arm in ("ce", "placebo", "flat")}
+    changes = {
+        arm: {seed: value(curve[-1]["layers"]) - value(curve[0]["layers"]) for seed, curve in own.items()}
+        for arm, own in curves.items()
+    }
+    own = changes["ce"]
+    gaps = [gap_of(dict.fromkeys(own, 0.0), own), gap_of(changes["placebo"], own)]
+    if any(gap is None or gap.low is None for gap in gaps):
+        return row
+    (low, high), (beyond, _) = (sorted((sign * gap.low, sign * gap.high)) for gap in gaps)
+    verdict = "not reproduced" if high < 0 else "inconclusive" if low <= 0 else "the control does as well"
+    verdict = "reproduced" if low > 0 and beyond > 0 else verdict
+    losses = {arm: [[curve[at]["main_loss"] for curve in of.values()] for at in (0, -1)] for arm, of in curves.items()}
+    if part == "routers" and all(first == last for first, last in losses.values()):
+        verdict = f"{NOT_TESTABLE}: the experts are equal copies"
+    gaps.append(gap_of(changes["flat"], own))
+    here = "; minus ".join(f"{name}{say_gap(gap, 3)}" for name, gap in zip(("", "placebo ", "flat "), gaps))
+    texts = [f"{arm} {' to '.join(spread(side, 2) for side in both)}" for arm, both in losses.items()]
+    here += f"; main loss {', '.join(texts)}; {record['run']}, {record['model']}"
+    return replace(row, here=here, verdict=verdict, command=record["command"])
+
+
+def curves_of(record: dict, part: str, arm: str) -> dict[int, list[dict]]:
+    """seed -> the curve of an arm of training on the conflict loss alone."""
+    return {row["seed"]: row["curve"] for row in record["rows"] if (row["part"], row["arm"]) == (part, arm)}
+
+
+# ---- 5. What the paper does not ask ----
+
+
+def control_rows(settings: list[Setting]) -> list[Row]:
+    """The positive control, dice instead of the router, over two seeds or more (those of one seed have a row below); and one
+    pass, whose conflict loss reaches the router alone."""
+    found = []
+    for one, other, claim in (
+        ("none", "random", "does routing matter? the baseline minus routing by dice"),
+        ("ce-one", "ce", "does the loss cost through the features? one pass, which spares them, minus two passes"),
+    ):
+        row = Row("new", claim, "not asked")
+        gaps = [(setting, setting.gap(one, other)) for setting in settings if not setting.borrows]
+        known = [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
+        found += [replace(row, here=tell(gap), verdict="measured", setting=setting) for setting, gap in known] or [row]
+    return found
+
+
+def dose_rows(settings: list[Setting]) -> list[Row]:
+    """STGC at doses that leave the router half of its margin or more."""
+    claim = "where the loss leaves the router half of its margin, STGC beats its placebo (reproduced: by its interval)"
+    row, found = Row("new", claim, "not asked"), []
+    for setting in settings:
+        ratio, gap = margin_of(setting, "ce"), setting.gap("ce", "placebo")
+        if ratio is not None and ratio >= 0.5 and gap and gap.low is not None:
+            more = f"; minus the baseline {say_gap(setting.gap('ce', 'none'))}; margin {ratio:.2f} of the baseline's"
+            found.append(sign_row(row, gap, 1, setting, more, score=True))
+    return found or [row]
+
+
+def router_rows(settings: list[Setting]) -> list[Row]:
+    """What the loss does to the router's margin."""
+    row = Row("new", "what does the loss leave of the router's margin? its share at the end of the baseline's", "not asked")
+    found = []
+    for setting in settings:
+        ratios = {name: ratio for name in ("ce", "placebo", "flat") if (ratio := margin_of(setting, name)) is not None}
+        if "ce" in ratios:
+            here = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            found.append(replace(row, here=here, verdict="measured", setting=setting))
+    return found or [row]
+
+
+def margin_of(setting: Setting, variant: str) -> float | None:
+    """The router's margin at the end of training, as a share of the baseline's of the same seed, if possible of the same
+    commit: mean over seeds."""
+    ratios = {}
+    for run in setting.measured(variant):
+        bases = [one for one in setting.measured("none") if one["seed"] == run["seed"] and one.get("router_margin")]
+        bases = [one for one in bases if one["commit"] == run["commit"]] or bases
+        if bases and run.get("router_margin"):
+            ratios.setdefault(run["seed"], run["router_margin"][1] / bases[0]["router_margin"][1])
+    return mean(ratios.values()) if ratios else None
+
+
+def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
+    makers = (glue_rows, pictures.lvlm_rows, pictures.sweep_rows, curve_rows, probe_rows)
+    makers += (control_rows, pictures.usable_rows, router_rows, dose_rows)
+    rows = [row for make in makers for row in make(settings)]
+    return [*rows, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]
