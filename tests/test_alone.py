@@ -1,12 +1,14 @@
 """lab/report/alone.py: the conflict loss alone, which arm trains what, and what is measured."""
 
 import copy
+import json
 
 import pytest
 import torch
 from test_film import Net  # a net with the interface of a model
 
 from lab.report import alone
+from lab.run.cli import UserError
 from stgc_plus import STGCConfig
 
 
@@ -41,3 +43,24 @@ def test_the_main_loss_does_not_train(net_and_batches):
     before = copy.deepcopy(net.state_dict())
     alone.train_alone(net, batches, STGCConfig(alpha=0.0, tau=-1.001), "everything", lr=1e-2, every=2)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_picture_of_a_record(net_and_batches, tmp_path, monkeypatch, capsys):
+    """A panel per trained part and value; anything but a record is named."""
+    net, batches = net_and_batches
+    arms = [(part, arm, select) for part in alone.PARTS for arm, select in alone.ARMS.items()]
+    train = lambda part, select: alone.train_alone(  # noqa: E731
+        copy.deepcopy(net), batches, STGCConfig(alpha=0.0, select=select), part, lr=1e-2, every=2
+    )
+    rows = [{"part": part, "arm": arm, "seed": 0, "curve": train(part, select)} for part, arm, select in arms]
+    (tmp_path / "alone.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr("sys.argv", ["lab.report.alone", "--picture", str(tmp_path / "alone.json")])
+    alone.main()
+    assert (tmp_path / "alone.png").read_bytes()[:4] == b"\x89PNG" and "written: " in capsys.readouterr().out
+    (tmp_path / "alone.json").write_text("{}")
+    with pytest.raises(UserError, match="--picture .*alone.json: .*; give a record of this command"):
+        alone.main()
+    monkeypatch.setattr("sys.argv", ["lab.report.alone"])
+    with pytest.raises(SystemExit):
+        alone.main()
+    assert "RUN and --output are needed" in capsys.readouterr().err

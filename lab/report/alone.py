@@ -1,6 +1,7 @@
 """Training on the conflict loss alone (sec. 4.3; figures 3, 8 and 9), from a trained model, beside its controls.
 
   python -m lab.report.alone RUN --output results/alone-lvlm.json
+  python -m lab.report.alone --picture results/alone-lvlm.json       draws the picture beside a record again
 
 RUN is the output folder of toy_lvlm.py, whose stage II is made into an MoE as stage III begins, or of glue_moefy.py with
 --save-model. The loss acts on conflicting pairs (ce), on as many random ones (placebo) or on all (flat). It trains the
@@ -12,6 +13,7 @@ after the last.
 
 import random
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
@@ -20,8 +22,11 @@ from transformers import LlavaForConditionalGeneration
 from lab.moe.dynmoe import make_stgc
 from lab.moe.probe import mean_of
 from lab.report import probe
+from lab.report.figures import plt, save
+from lab.report.styles import style_of
 from lab.run.cli import Parser, UserError, number, path, run_main, say
 from lab.run.files import write_json
+from lab.run.reading import read_json
 from lab.run.runs import environment, make_accelerator, read_record
 from lab.vision import lvlm
 from stgc import MoELayer
@@ -107,19 +112,57 @@ def ratio_of(row: dict) -> float:
     return mean_of([layer.get("conflict_ratio") for layer in row["layers"]]) or 0.0
 
 
+SHOWN = {  # of a row: title -> value
+    "main loss": lambda row: row["main_loss"],
+    "conflict ratio": ratio_of,
+    "consistency": lambda row: mean_of([layer.get("consistency") for layer in row["layers"]]) or 0.0,
+}
+
+
+def plot_arms(record: dict, target: Path) -> Path:
+    """Main loss, conflict ratio and consistency over the steps: a line per arm, the mean over the seeds; a row of panels per
+    part that is trained."""
+    figure, axes = plt.subplots(len(PARTS), len(SHOWN), figsize=(4 * len(SHOWN), 2.6 * len(PARTS)), squeeze=False)
+    for part, line in zip(PARTS, axes):
+        for axis, (title, value) in zip(line, SHOWN.items()):
+            for arm in ARMS:
+                curves = [row["curve"] for row in record["rows"] if (row["part"], row["arm"]) == (part, arm)]
+                steps = [row["step"] for row in curves[0]]
+                means = [mean(value(curve[i]) for curve in curves) for i in range(len(steps))]
+                colour, style, marker = style_of(arm)
+                axis.plot(steps, means, style, marker=marker, markersize=4, color=colour, label=arm)
+            low, high = axis.get_ylim()
+            if high - low < (least := 0.02 * abs(high)):  # a line that does not move shall look so
+                axis.set_ylim(low - least, high + least)
+            axis.set(title=f"{title}, {part} trained", xlabel="step")
+            axis.grid(alpha=0.25)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
+    return save(figure, target)
+
+
 def main() -> None:
     parser = Parser(prog="lab.report.alone", description=__doc__)
-    parser.add_argument("run", type=path("folder"), metavar="RUN", help="output folder with saved models")
+    parser.add_argument("run", nargs="?", type=path("folder"), metavar="RUN", help="output folder with saved models")
     text = "folder of a model in RUN; default: stage II of the first seed, or the last model"
     parser.add_argument("--model", metavar="NAME", help=text)
     parser.add_argument("--steps", type=number(int, 2), default=40, help="steps of each arm")
     parser.add_argument("--every", type=number(int, 1), default=5, help="measure at every n-th step")
     parser.add_argument("--lr", type=number(float, 0), default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--seeds", type=number(int, 0, 10**6), nargs="+", default=[0, 1, 2, 3, 4], help="of the batches")
-    parser.add_argument("--output", type=path("new file"), required=True, metavar="FILE.json", help="the record")
+    parser.add_argument("--output", type=path("new file"), metavar="FILE.json", help="the record")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, MPS or CPU")
+    parser.add_argument("--picture", type=path("file"), metavar="FILE.json", help="draw this record instead of making one")
     args = parser.parse_args()
-    run_arms(Path(args.run), args, make_accelerator(args.device, "fp32").device)
+    if not args.picture:
+        if not args.run or not args.output:
+            parser.error("RUN and --output are needed: the folder of a run, and a new file for the record")
+        run_arms(Path(args.run), args, make_accelerator(args.device, "fp32").device)
+    record = Path(args.picture or args.output)
+    try:
+        content = read_json(record, rows=list)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--picture {record}: {error}; give a record of this command") from None
+    say(f"written: {plot_arms(content, record.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

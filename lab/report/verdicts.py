@@ -223,6 +223,7 @@ class Row:
     verdict: str = NOT_RUN
     command: str = ""  # or:
     setting: Setting | None = None
+    picture: str = ""  # in results/
 
 
 def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list[Row]:
@@ -281,6 +282,7 @@ def join(rows: list[Row], tags: dict[int, str]) -> Iterator[str]:
             f"[{mark[:-2]}](#{mark[:-2].lower()})" if mark else f"`{row.command}`" if row.command else "-"
             for mark, row in zip(marks, own)
         )
+        links |= dict.fromkeys(f"[picture](../results/{row.picture})" for row in own if row.picture)
         cells = [*names, "<br>".join(f"{mark}{row.here}" for mark, row in zip(marks, own))]
         cells += [verdicts[0] if same else "<br>".join(f"{mark}{one}" for mark, one in zip(marks, verdicts))]
         yield f"| {' | '.join([*cells, '<br>'.join(links)])} |"
