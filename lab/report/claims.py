@@ -234,7 +234,11 @@ def render(records: list[dict]) -> str:
     lines += [f"One line or several? At no beta are the medians of ce, placebo and flat more than {search.between:.1f}"]
     lines += ["points apart: the dose decides, not the choice of pairs.", ""]
     lines += ["In the trained settings (S1, ...: see the end):", "", *router_table(settings, tags), ""]
-    table = [*header("in the paper", "claim", "paper", "here", "verdict", "settings or command"), *join(rows, tags)]
+    commands: dict[str, str] = {}
+    for row in rows:
+        if row.command:
+            commands.setdefault(row.command, f"C{len(commands) + 1}")
+    table = [*header("in the paper", "claim", "paper", "here", "verdict", "see"), *join(rows, tags, commands)]
     claims: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         claims.setdefault((row.where, row.claim), []).append(row.verdict)
@@ -251,6 +255,7 @@ def render(records: list[dict]) -> str:
         parts.append(f"    {one}" for one in setting.record["command"])
         lines += [f'<a id="{tag.lower()}"></a>', ""]
         lines += fold(f"{tag}: {setting.title}", [line for part in parts if (own := [*part]) for line in (*own, "")][:-1])
+    lines += ["## Commands", "", *(f"- {tag}: `{command}`" for command, tag in commands.items())]
     count = len(re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", "\n".join(lines)))
     text = f"{count} intervals stand on this page, some twice. Of twenty, one misses by chance; no correction is made."
     lines[at:at] = [text, ""]
@@ -335,7 +340,7 @@ def check(folder: Path) -> list[str]:
     rows = rows or [Row("-", "no claim of the paper is about this setting", "-", verdict="-", setting=setting)]
     other = [f"{name} {config[name]:g} ({value:g})" for name, value in PAPER.items() if config.get(name, value) != value]
     made_by = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    table = [*header("in the paper", "claim", "paper", "here", "verdict", "setting"), *join(rows, {id(setting): "yours"})]
+    table = [*header("in the paper", "claim", "paper", "here", "verdict", "see"), *join(rows, {id(setting): "yours"}, {})]
     note = f"Not as in the paper: {', '.join(other)}." if other else "Losses and experts per token are as in the paper."
     return [setting.title, "", *table, "", note, f"Made with {made_by}."]
 

@@ -57,7 +57,7 @@ def curve_rows(settings: list[Setting]) -> list[Row]:
     row = Row("figure 5", claim, "more even")
     for setting in whole:
         none, ce, placebo = (ends_by_seed(setting, variant, "load", 0) for variant in ("none", "ce", "placebo"))
-        found.append(sign_row(row, gap_of(none, ce), -1, setting, " % of the pairs", gap_of(placebo, ce)))
+        found.append(sign_row(row, gap_of(none, ce), -1, setting, "; % of the pairs", gap_of(placebo, ce)))
     found += [] if whole else [row]
     claim = "conflicts remain in shallow layers (reproduced: the first MoE layer's ratio minus the last one's lies above 0)"
     row, rows = Row("figure 9", claim, "shallow"), []
@@ -68,7 +68,7 @@ def curve_rows(settings: list[Setting]) -> list[Row]:
         ends = {v: " and ".join(spread([*one.values()]) for one in both) for v, both in sides.items() if both[0]}
         texts = [f"{label(v)} {text}" for v, text in ends.items()]
         steps = {v: {seed: first[seed] - last[seed] for seed in first} for v, (first, last) in sides.items()}
-        zero, more = dict.fromkeys(steps["ce"], 0.0), f" % of the pairs ({'; '.join(texts)})"
+        zero, more = dict.fromkeys(steps["ce"], 0.0), f"; % of the pairs ({'; '.join(texts)})"
         rows.append(sign_row(row, gap_of(zero, steps["ce"]), 1, setting, more, gap_of(steps["placebo"], steps["ce"])))
     found += rows or [row]
     drawn = [row.setting and f"{row.setting.record['folders'][0]}/curves.png" for row in found]

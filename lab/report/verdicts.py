@@ -269,20 +269,18 @@ def verdict_of(holds: bool) -> str:
     return "reproduced" if holds else "not reproduced"
 
 
-def join(rows: list[Row], tags: dict[int, str]) -> Iterator[str]:
-    """Markdown: one line per claim, with a part per setting. `tags`: id of a setting -> how the page calls it."""
+def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
+    """Markdown: one line per claim, with a part per setting. `tags`: id of a setting -> how the page calls it; `commands`:
+    the same of a command, of rows without a setting."""
     claims: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         claims.setdefault((row.where, row.claim, row.paper), []).append(row)
     for names, own in claims.items():
-        marks = [f"{tags[id(row.setting)]}: " if row.setting else "" for row in own]
-        verdicts = [row.verdict for row in own]
-        same = len({*verdicts}) == 1
-        links = dict.fromkeys(
-            f"[{mark[:-2]}](#{mark[:-2].lower()})" if mark else f"`{row.command}`" if row.command else "-"
-            for mark, row in zip(marks, own)
-        )
-        links |= dict.fromkeys(f"[picture](../results/{row.picture})" for row in own if row.picture)
-        cells = [*names, "<br>".join(f"{mark}{row.here}" for mark, row in zip(marks, own))]
-        cells += [verdicts[0] if same else "<br>".join(f"{mark}{one}" for mark, one in zip(marks, verdicts))]
-        yield f"| {' | '.join([*cells, '<br>'.join(links)])} |"
+        marks = [tags[id(row.setting)] if row.setting else commands.get(row.command, "") for row in own]
+        marked = lambda texts, marks=marks: [f"{mark}: {text}" if mark else text for mark, text in zip(marks, texts)]  # noqa: E731
+        same = len({row.verdict for row in own}) == 1
+        links = [f"[{mark}](#{mark.lower() if row.setting else 'commands'})" for mark, row in zip(marks, own) if mark]
+        links += [f"[picture](../results/{row.picture})" for row in own if row.picture]
+        texts = ["<br>".join(marked(side)) for side in ([row.here for row in own], [row.verdict for row in own])]
+        cells = [*names, texts[0], own[0].verdict if same else texts[1]]
+        yield f"| {' | '.join([*cells, '<br>'.join(dict.fromkeys(links)) or '-'])} |"
