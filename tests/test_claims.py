@@ -249,7 +249,10 @@ def test_rows_of_curves(tmp_path):
         curve(one["seed"], one["variant"], 0.5 if one["variant"] == "ce" else 0.6 + one["seed"] / 100, 1.0)
         one["curve"] = tmp_path / f"{one['variant']}-s{one['seed']}.jsonl"
     record["config"]["moe_layers"] = "1,3"
-    rows = {row.where: row for row in evidence.curve_rows([Setting(records.merge([record])[0])])}
+    setting = Setting(records.merge([record])[0])
+    shares = [line.split(" | ")[-1] for line in [*setting.training()][2:]]
+    assert shares == ["0.620 ± 0.016 |", "0.500 ± 0.000 |"]  # of the baseline and ce, mean over layers
+    rows = {row.where: row for row in evidence.curve_rows([setting])}
     assert rows["figure 4"].verdict == "the control does as well" and rows["figure 6"].verdict == "not reproduced"
     assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced (placebo not run)"
     assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == "reproduced (placebo not run)"
