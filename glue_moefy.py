@@ -42,7 +42,7 @@ def make_parser() -> Parser:
     options.add_compare(parser)
     # Mixture-of-Experts
     options.add_moe(parser, num_experts=8, layers="10", router="cosine")
-    margin = "on CoLA 0.1 leaves 4 %% of the margin, 0.01 a fifth, 0.001 three quarters; the paper's 1 wrecks small models"
+    margin = "on CoLA 0.1 leaves 4 %% of the margin, 0.01 a fifth, 0.001 two thirds; the paper's 1 wrecks small models"
     options.add_method(parser, beta=0.1, why_beta=margin)
     # training
     parser.add_argument("--epochs", type=number(int, 1, 10**6), help="at most, see --patience; default: 10, large tasks 3")
