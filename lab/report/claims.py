@@ -164,7 +164,11 @@ def sentences(settings: list[Setting], records: list[dict], search: Search) -> I
     above = sum(gap.low > 0 for gap in gaps)
     text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
     text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
-    yield text + (": that its choice of pairs helps is not shown." if not above and not hits else ".")
+    text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
+    alone = [row.verdict for row in evidence.alone_rows() if "trains routers: the conflict ratio falls" in row.claim]
+    alone = [verdict for verdict in alone if not verdict.startswith((NOT_RUN, NOT_TESTABLE))]
+    beyond = f"{alone.count('reproduced')} of {len(alone)} models"
+    yield f"{text}; trained alone, the routers lower the conflict ratio by more than with the placebo in {beyond}."
     dice = known("none", "random")
     lead = [setting for setting, gap in dice if gap.low > 0]
     text = f"The learned router beats experts drawn by dice in {len(lead)} of {len(dice)} trained settings and in "
