@@ -1,6 +1,7 @@
 """docs/claims.md: the rule of its verdicts, and that the page is what the records say."""
 
 import json
+from itertools import product
 
 import pytest
 from test_compare import run
@@ -256,6 +257,30 @@ def test_rows_of_curves(tmp_path):
     assert rows["figure 4"].verdict == "the control does as well" and rows["figure 6"].verdict == "not reproduced"
     assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced (placebo not run)"
     assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == "reproduced (placebo not run)"
+
+
+@pytest.mark.parametrize(
+    ("ce", "placebo", "main_loss", "verdict"),
+    [
+        (-0.2, -0.1, 0.1, "reproduced"),
+        (-0.2, -0.2, 0.1, "the control does as well"),
+        (0.0, 0.0, 0.1, "inconclusive"),
+        (0.2, 0.0, 0.1, "not reproduced"),
+        (-0.2, -0.1, 0.0, "not testable here: the experts are equal copies"),
+    ],
+)
+def test_rows_of_the_conflict_loss_alone(ce, placebo, main_loss, verdict):
+    """The change of the conflict ratio, which shall fall, and by more than with the placebo."""
+    falls, rows = {"ce": ce, "placebo": placebo, "flat": 0.0}, []
+    for arm, seed in product(falls, range(4)):
+        noise = 0.01 * (seed if arm == "ce" else -seed) - 0.015
+        ends = [{"main_loss": 0.5, "layers": [{"conflict_ratio": 0.5}]}]
+        ends.append({"main_loss": 0.5 + main_loss, "layers": [{"conflict_ratio": 0.5 + falls[arm] + noise}]})
+        rows.append({"part": "routers", "arm": arm, "seed": seed, "curve": ends})
+    record = {"rows": rows, "run": "lvlm", "model": "m", "command": "x"}
+    ratio = lambda layers: layers[0]["conflict_ratio"]  # noqa: E731
+    row = evidence.alone_row(Row("figures 3, 8", "x", "yes"), record, "routers", -1, ratio)
+    assert row.verdict == verdict and f"main loss ce 0.50 ± 0.00 to {0.5 + main_loss:.2f}" in row.here
 
 
 def test_rows_of_saved_models():
