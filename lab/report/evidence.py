@@ -119,7 +119,7 @@ def probe_rows(settings: list[Setting]) -> list[Row]:
             sides[name] = {run["seed"]: values[0] for run in own if (values := probed([run], "feature_gradient"))}
         if gap := gap_of(sides["none"], sides["ce"]):
             more = "; ".join(f"{label(name)} {spread([*own.values()], 2)}" for name, own in sides.items() if own)
-            row = sign_row(rises, gap, 1, setting, f"; {more}", gap_of(sides["placebo"], sides["ce"]))
+            row = sign_row(rises, gap, 1, setting, f"; {more}", gap_of(sides["placebo"], sides["ce"]), digits=3)
             found["table 13"].append(replace(row, here=more) if gap.low is None else row)
         shares = {v: [pair for run in runs if run["variant"] == v for pair in shares_below(run)] for v in sides}
         falls = {v: mean(last < first for first, last in own) > 0.5 for v, own in shares.items() if own}

@@ -77,11 +77,11 @@ def gap_of(one: dict[int, float], other: dict[int, float]) -> Paired | None:
     return paired(one, other) if one.keys() & other.keys() else None
 
 
-def tell(gap: Paired | None) -> str:
+def tell(gap: Paired | None, digits: int = 1) -> str:
     """A gap with its half width and seeds."""
     if gap is None or gap.low is None:
-        return say_gap(gap)
-    return f"{say_gap(gap)}, half width {(gap.high - gap.low) / 2:.1f}, {gap.seeds} seeds"
+        return say_gap(gap, digits)
+    return f"{say_gap(gap, digits)}, half width {(gap.high - gap.low) / 2:.{digits}f}, {gap.seeds} seeds"
 
 
 # ---- 2. Settings ----
@@ -244,7 +244,9 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
     return found or [row]
 
 
-def sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more="", placebo: Gap | str = "-", score=False) -> Row:
+def sign_row(
+    row: Row, gap: Gap, sign: int, setting: Setting, more="", placebo: Gap | str = "-", score=False, digits: int = 1
+) -> Row:
     """A difference that shall lie above 0 (sign 1) or below it (-1). `more`: what follows the interval. `placebo`: the same
     of the variant minus its placebo, None if that was not run, "-" if the claim has none; a difference that this does not
     share is the control's, too. `score`: a score, which can judge a routing only where dice do worse."""
@@ -254,7 +256,7 @@ def sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more="", placebo: 
     low, high = sorted((sign * gap.low, sign * gap.high))
     verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
     if isinstance(placebo, Paired):
-        more += f"; minus placebo {say_gap(placebo)}"
+        more += f"; minus placebo {say_gap(placebo, digits)}"
         ends = sorted((sign * placebo.low, sign * placebo.high)) if placebo.low is not None else [0, 0]
         verdict = "the control does as well" if verdict == "reproduced" and ends[0] <= 0 else verdict
     routing = setting.gap("none", "random")
@@ -262,7 +264,7 @@ def sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more="", placebo: 
     missing += ["dice not run"] if score and routing is None else []
     verdict += f" ({', '.join(missing)})" if missing else ""
     verdict = NO_ROUTING if score and no_lead(routing) else verdict
-    return replace(row, here=f"{tell(gap)}{more}", verdict=verdict, setting=setting)
+    return replace(row, here=f"{tell(gap, digits)}{more}", verdict=verdict, setting=setting)
 
 
 def verdict_of(holds: bool) -> str:
