@@ -288,7 +288,7 @@ def front(records: list[dict]) -> Iterator[str]:
     row = most("do other batches give the same flags")
     pairs = {name: (max(own, key=loss_of), min(own, key=loss_of)) for name, own in probes_of(records).items()}
     texts = [f"{name} {most['kappa']:.2f} to {least['kappa']:.2f}" for name, (most, least) in pairs.items()]
-    here = f"kappa, the least trained model to the most: {'; '.join(texts)}"
+    here = f"kappa, least to most trained: {'; '.join(texts)}"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]
