@@ -89,7 +89,7 @@ def run_arms(run: Path, args, device: torch.device) -> None:
     name = args.model or next((name for name in found if "stage2" in name), [*found][-1])
     if name not in found:
         raise UserError(f"--model {name}: {run} has {', '.join(found)}; name one of these")
-    material = (probe.load_texts if "task" in record["config"] else probe.load_pictures)(record, found[name].folder)
+    material = probe.load_material(record, found[name].folder)
     content = environment(device) | {"run": record["name"], "made_by": record["command"], "model": name}
     content |= {"steps": args.steps, "lr": args.lr, "rows": []}
     for seed in args.seeds:

@@ -23,6 +23,7 @@ from lab.report.verdicts import (
     NOT_TESTABLE,
     Row,
     Setting,
+    by_claim,
     is_above,
     join,
     no_lead,
@@ -145,7 +146,7 @@ def read_search() -> Search:
     return found
 
 
-def sentences(settings: list[Setting], records: list[dict], search: Search) -> Iterator[str]:
+def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> Iterator[str]:
     """Five sentences that a busy reader can quote."""
 
     def known(one: str, other: str) -> list[tuple[Setting, Paired]]:
@@ -165,7 +166,7 @@ def sentences(settings: list[Setting], records: list[dict], search: Search) -> I
     text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
     text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
     text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
-    alone = [row.verdict for row in evidence.alone_rows() if "trains routers: the conflict ratio falls" in row.claim]
+    alone = [row.verdict for row in rows if "trains routers: the conflict ratio falls" in row.claim]
     alone = [verdict for verdict in alone if not verdict.startswith((NOT_RUN, NOT_TESTABLE))]
     beyond = f"{alone.count('reproduced')} of {len(alone)} models"
     yield f"{text}; trained alone, the routers lower the conflict ratio by more than with the placebo in {beyond}."
@@ -221,7 +222,7 @@ def render(records: list[dict]) -> str:
     settings, search = usable(records), read_search()
     tags = {id(setting): f"S{number}" for number, setting in enumerate(settings, 1)}
     rows = evidence.all_rows(settings, records)
-    told = [f"{number}. {text}" for number, text in enumerate(sentences(settings, records, search), 1)]
+    told = [f"{number}. {text}" for number, text in enumerate(sentences(settings, records, search, rows), 1)]
     lines = [HEAD, *told, "", WORDS, "", "## What the loss does to the router", "", LOSS, ""]
     lines += [*header("beta", "margin / the baseline's", "points where routing matters", "beats baseline and placebo")]
     for beta in search.margin:
@@ -243,13 +244,9 @@ def render(records: list[dict]) -> str:
         if row.command:
             commands.setdefault(row.command, f"C{len(commands) + 1}")
     table = [*header("in the paper", "claim", "paper", "here", "verdict", "see"), *join(rows, tags, commands)]
-    claims: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        claims.setdefault((row.where, row.claim), []).append(row.verdict)
-    missing = [
-        sum(all(verdict.startswith(what) for verdict in own) for own in claims.values()) for what in (NOT_RUN, NOT_TESTABLE)
-    ]
-    title = f"{len(claims)} claims and questions, {missing[0]} of them not run, {missing[1]} not testable"
+    claims = by_claim(rows)
+    only = lambda what: sum(all(row.verdict.startswith(what) for row in own) for own in claims.values())  # noqa: E731
+    title = f"{len(claims)} claims and questions, {only(NOT_RUN)} of them not run, {only(NOT_TESTABLE)} not testable"
     lines += [f"## {title}", "", RULE, "", *table, ""]
     at = len(lines)
     lines += ["![kappa of the flags by other batches, over the main loss](../results/probe.png)", "", "## The settings", ""]

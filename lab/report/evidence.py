@@ -26,7 +26,6 @@ from lab.text.tasks import TASKS
 # ---- 1. Scores on GLUE ----
 
 
-
 def glue_rows(settings: list[Setting]) -> list[Row]:
     """Table 12: each of the paper's tasks."""
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
@@ -71,8 +70,8 @@ def curve_rows(settings: list[Setting]) -> list[Row]:
         zero, more = dict.fromkeys(steps["ce"], 0.0), f"; % of the pairs ({'; '.join(texts)})"
         rows.append(sign_row(row, gap_of(zero, steps["ce"]), 1, setting, more, gap_of(steps["placebo"], steps["ce"])))
     found += rows or [row]
-    drawn = [row.setting and f"{row.setting.record['folders'][0]}/curves.png" for row in found]
-    return [replace(row, picture=picture or "") for row, picture in zip(found, drawn)]
+    picture = lambda row: f"{row.setting.record['folders'][0]}/curves.png"  # noqa: E731
+    return [replace(row, picture=picture(row)) if row.setting else row for row in found]
 
 
 def falling_row(row: Row, key: str, setting: Setting) -> Row:
@@ -150,7 +149,7 @@ def shares_below(run: dict) -> list[tuple[float, float]]:
 
 def saved_rows(records: list[dict]) -> list[Row]:
     """Table 14 and section 6.6, and how reliable the flags are: from lab.report.probe on saved models."""
-    probes = [(record.get("folder", record["name"]), one) for record in records for one in record.get("probes", [])]
+    probes = [(record.get("folder", record["name"]), one, record) for record in records for one in record.get("probes", [])]
     new = Row("new", "do other batches give the same flags? kappa: agreement beyond chance", "not asked")
     about = Row("new", "what are the flags about? the share of their variance that is explained", "not asked")
     claim = "confusing tokens: logits on the own label, the other's, the rest (reproduced: the second nearer to the first)"
@@ -159,9 +158,9 @@ def saved_rows(records: list[dict]) -> list[Row]:
     claim += "below by two standard errors, at the middle one of three lengths of the step)"
     harm = Row("sec. 6.6", claim, "0.05 lower")
     found = [] if probes else [new, about, confusing, harm]
-    for name, one in sorted(probes, key=lambda pair: (pair[0], -pair[1]["loss"])):
+    for name, one, record in sorted(probes, key=lambda found: (found[0], -found[1]["loss"])):
         where, command = f"{name}, {one['model']}, main loss {one['loss']:.2f}", one["command"]
-        where += collapsed(records, name, one)
+        where += collapsed(record, one)
         here = f"{one['kappa']:.2f} ± {one['error']:.2f}, {one['triples']} triples; {where}"
         found.append(replace(new, here=here, verdict="measured", command=command))
         if shares := one.get("about"):
@@ -182,10 +181,10 @@ def saved_rows(records: list[dict]) -> list[Row]:
     return found
 
 
-def collapsed(records: list[dict], folder: str, probe: dict) -> str:
+def collapsed(record: dict, probe: dict) -> str:
     """What to say of a probed model that answers one class alone."""
-    own = [run for record in records if record.get("folder") == folder for run in record["runs"]]
-    same = [run for run in own if (run["variant"], run["seed"]) == (probe["variant"], probe["seed"])]
+    names, runs = (probe.get("variant"), probe.get("seed")), record.get("runs", [])
+    same = [run for run in runs if (run["variant"], run["seed"]) == names]
     return ", answers one class alone" if any(run.get("collapsed") for run in same) else ""
 
 

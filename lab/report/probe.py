@@ -106,6 +106,10 @@ def find_models(run: Path, record: dict) -> list[Saved]:
     return found
 
 
+def load_material(record: dict, model: Path) -> Material:
+    return (load_texts if "task" in record["config"] else load_pictures)(record, model)
+
+
 def load_texts(record: dict, model: Path) -> Material:
     """The training data of a run of glue_moefy.py, with the tokenizer of its model."""
     args = argparse.Namespace(**record["config"])
@@ -313,7 +317,7 @@ def probe_run(run: Path, triples: int, device: torch.device, names: list[str] | 
     with lock_list(run) if (run / LIST).is_file() else nullcontext():
         record = read_record(run, "RUN")
         models, probes = find_models(run, record), {one["model"]: one for one in record.get("probes", [])}
-        material = (load_texts if "task" in record["config"] else load_pictures)(record, models[0].folder)
+        material = load_material(record, models[0].folder)
         if len(material.groups) < (need := 3 * material.size):
             what = f"three disjoint batches of {material.size} need {need} training examples, it has {len(material.groups)}"
             raise UserError(f"RUN {run}: {what}; train with a smaller --batch-size")

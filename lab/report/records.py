@@ -31,7 +31,11 @@ def read_all(folder: Path = RESULTS) -> list[dict]:
 def ends_of(run: dict, key: str, layer: int | None = None) -> tuple[float, float] | None:
     """Means over the first and the last tenth of a run's curve, of a value of all layers or of one; of `load`, the busiest
     expert's share. None if the curve has fewer than two lines of it."""
-    lines = read_lines(run["curve"])
+    return ends_in(read_lines(run["curve"]), key, layer)
+
+
+def ends_in(lines: list[dict], key: str, layer: int | None = None) -> tuple[float, float] | None:
+    """The same, of the lines of a curve."""
     rows = lines if layer is None else [line["layers"][layer] for line in lines if line.get("layers")]
     values = [max(row[key]) if key == "load" else row[key] for row in rows if row.get(key) is not None]
     tenth = max(1, len(values) // 10)
@@ -40,8 +44,9 @@ def ends_of(run: dict, key: str, layer: int | None = None) -> tuple[float, float
 
 def busiest(run: dict) -> float | None:
     """The busiest expert's share of the pairs at the end of a run's training, mean over the MoE layers."""
-    layers = next((line["layers"] for line in read_lines(run["curve"]) if line.get("layers")), [])
-    ends = [ends_of(run, "load", layer) for layer in range(len(layers))]
+    lines = read_lines(run["curve"])
+    layers = next((line["layers"] for line in lines if line.get("layers")), [])
+    ends = [ends_in(lines, "load", layer) for layer in range(len(layers))]
     return mean(end[1] for end in ends) if ends and all(ends) else None
 
 

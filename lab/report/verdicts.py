@@ -271,13 +271,18 @@ def verdict_of(holds: bool) -> str:
     return "reproduced" if holds else "not reproduced"
 
 
-def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
-    """Markdown: one line per claim, with a part per setting. `tags`: id of a setting -> how the page calls it; `commands`:
-    the same of a command, of rows without a setting."""
+def by_claim(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """(where, claim, paper) -> its rows, a setting or a command each."""
     claims: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         claims.setdefault((row.where, row.claim, row.paper), []).append(row)
-    for names, own in claims.items():
+    return claims
+
+
+def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
+    """Markdown: one line per claim, with a part per setting. `tags`: id of a setting -> how the page calls it; `commands`:
+    the same of a command, of rows without a setting."""
+    for names, own in by_claim(rows).items():
         marks = [tags[id(row.setting)] if row.setting else commands.get(row.command, "") for row in own]
         marked = lambda texts, marks=marks: [f"{mark}: {text}" if mark else text for mark, text in zip(marks, texts)]  # noqa: E731
         same = len({row.verdict for row in own}) == 1
