@@ -14,8 +14,10 @@ from lab.report.verdicts import (
     Row,
     Setting,
     gain_rows,
+    gains,
     gap_of,
     say_gap,
+    series,
     sign_row,
     tell,
     verdict_of,
@@ -37,7 +39,7 @@ def glue_rows(settings: list[Setting]) -> list[Row]:
     gate = PUBLISHED["DynMoE"][-1] - PUBLISHED["MoE-8Top2 (DynMoE's)"][-1]
     row = Row("table 12", "DynMoE's gate costs score, on average (reproduced: its difference lies below 0)", f"{gate:+.1f}")
     texts = [s for s in settings if s.record["name"] in COLUMNS]
-    pairs = [one for one in pictures.series(texts, "router", "cosine", "none") if "dynmoe" in one]
+    pairs = [one for one in series(texts, "router", "cosine", "none") if "dynmoe" in one]
     gaps = [gap_of(one["cosine"].scores("none"), one["dynmoe"].scores("none")) for one in pairs]
     return found + ([sign_row(row, gap, -1, one["dynmoe"], score=True) for gap, one in zip(gaps, pairs)] or [row])
 
@@ -47,7 +49,7 @@ def glue_rows(settings: list[Setting]) -> list[Row]:
 
 def curve_rows(settings: list[Setting]) -> list[Row]:
     """Figures 4, 5, 6 and 9: from the curves of the settings with at least three seeds."""
-    found, whole = [], [s for s in settings if len(pictures.gains(s)) > 2]
+    found, whole = [], [s for s in settings if len(gains(s)) > 2]
     for where, key, name in (("figure 4", "balance_loss", "balance"), ("figure 6", "conflict_loss", "conflict")):
         claim = f"the {name} loss falls in training (reproduced: its last tenth lies below its first in most runs)"
         row = Row(where, claim, "it falls")

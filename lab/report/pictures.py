@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lab.report.compare import Paired
-from lab.report.records import key_of
 from lab.report.tables import header, spread
 from lab.report.verdicts import (
     NO_ROUTING,
@@ -13,9 +12,11 @@ from lab.report.verdicts import (
     Row,
     Setting,
     gain_rows,
+    gains,
     gap_of,
     no_lead,
     say_gap,
+    series,
     sign_row,
     tell,
 )
@@ -115,18 +116,6 @@ def capacity_table(setting: Setting) -> Iterator[str]:
         yield from ("", "BPR: with a capacity the pairs of the largest weight come first, not those that stand first.")
 
 
-def series(settings: list[Setting], option: str, base, variant: str) -> list[dict]:
-    """Value of an option -> setting, of settings that differ in this option alone; those with `base`."""
-    found: dict[str, dict] = {}
-    for setting in settings:
-        record, config = setting.record, setting.record["config"]
-        if variant in setting.variants and option in config:
-            data = None if option == "scenes" else record.get("data")
-            same = key_of(record | {"config": config | {option: None}, "data": data})
-            found.setdefault(same, {})[config[option]] = setting
-    return [own for own in found.values() if base in own and len(own) > 1]
-
-
 def sweep_rows(settings: list[Setting]) -> list[Row]:
     """Tables 3, 5 and 8: one option varies, all others are equal. Seeds are paired across the settings."""
     found, settings = [], pictures_of(settings)
@@ -142,12 +131,6 @@ def sweep_rows(settings: list[Setting]) -> list[Row]:
     gaps = [gap_of(gains(one[3000]), gains(one[12000])) for one in own]
     found += [sign_row(row, gap, 1, one[3000], score=True) for gap, one in zip(gaps, own)] or [row]
     return judge_untestable(found, settings)
-
-
-def gains(setting: Setting) -> dict[int, float]:
-    """seed -> the gain of ce over the baseline, in points."""
-    ce, none = setting.sides("ce", "none")
-    return {seed: ce[seed] - none[seed] for seed in ce}
 
 
 def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> Row:

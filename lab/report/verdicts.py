@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
-from lab.report.records import busiest, unusual
+from lab.report.records import busiest, key_of, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
 
@@ -207,6 +207,24 @@ class Setting:
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
         text = "Another commit may mean another machine, too. Runs of one commit are paired, if there are some."
         yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
+
+
+def series(settings: list[Setting], option: str, base, variant: str) -> list[dict]:
+    """Value of an option -> setting, of settings that differ in this option alone; those with `base`."""
+    found: dict[str, dict] = {}
+    for setting in settings:
+        record, config = setting.record, setting.record["config"]
+        if variant in setting.variants and option in config:
+            data = None if option == "scenes" else record.get("data")
+            same = key_of(record | {"config": config | {option: None}, "data": data})
+            found.setdefault(same, {})[config[option]] = setting
+    return [own for own in found.values() if base in own and len(own) > 1]
+
+
+def gains(setting: Setting) -> dict[int, float]:
+    """seed -> the gain of ce over the baseline, in points."""
+    ce, none = setting.sides("ce", "none")
+    return {seed: ce[seed] - none[seed] for seed in ce}
 
 
 # ---- 3. Rows ----
