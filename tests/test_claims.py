@@ -9,7 +9,7 @@ from test_compare import run
 from lab.report import claims, evidence, pictures, records
 from lab.report.claims import ROOT, check, render
 from lab.report.compare import Paired
-from lab.report.verdicts import NO_ROUTING, NOT_RUN, Row, Setting, judge, sign_row
+from lab.report.verdicts import NO_ROUTING, NOT_RUN, Row, Setting, join, judge, sign_row
 from lab.run.cli import UserError
 
 
@@ -172,6 +172,32 @@ def test_what_no_setting_can_judge_is_not_testable():
     assert verdicts_of(*poor[:3]) == {NOT_RUN}
     assert verdicts_of(*poor) == {"not testable here: no usable setting in 4 tries (5, 5, 5, 5 seeds)"}
     assert verdicts_of(*poor, setting(4, 500)) == {NOT_RUN}
+
+
+def test_a_setting_is_usable_at_the_doses_whose_half_width_is_small():
+    """Baseline and dice are the same at any beta; how well STGC minus the baseline is known is not."""
+    lead = {"none": NONE, "random": plus(-4, -5, -4, -5, -4)}
+    wide = a_picture_record(lead | {"ce": plus(-4, 0, -3, -1, -5)}, normalize=False)
+    narrow = a_picture_record({"ce": plus(-2, -1.8, -2, -2.2, -2)}, beta=0.1, normalize=False)
+    for record in (wide, narrow):
+        record["runs"] = [own | {"start": 0.1, "commit": "a"} for own in record["runs"]]
+    rows = pictures.usable_rows(claims.usable([wide, narrow]))
+    assert [row.verdict for row in rows] == ["usable, but for a half width of 2.6", "usable"]
+    assert rows[1].here.endswith("STGC minus the baseline -2.0 [-2.2, -1.8], half width 0.2, 5 seeds")
+
+
+def test_many_measurements_of_a_claim_are_folded():
+    """Their verdicts are counted, so that one that contradicts the paper is seen without opening the fold."""
+    settings = [Setting(records.merge([a_record(none=NONE)])[0]) for _ in range(5)]
+    tags = {id(setting): f"S{i}" for i, setting in enumerate(settings)}
+    verdicts = ["reproduced"] * 4 + ["not reproduced"]
+    parts = [(f"+{i}", verdict, "", settings[i], f"{i}.png") for i, verdict in enumerate(verdicts)]
+    rows = [Row("figure 6", "x", "y", *part) for part in parts]
+    (few,), (many,) = (list(join(own, tags, {})) for own in (rows[3:], rows))
+    assert "S3: +3<br>S4: +4 | S3: reproduced<br>S4: not reproduced | [S3](#s3)<br>[S4](#s4)<br>[picture]" in few
+    assert many.endswith("</details> | reproduced: 4 of 5<br>not reproduced: 1 of 5 | [picture](../results/0.png) |")
+    assert "<details><summary>5 measurements</summary>[S0](#s0), [picture](../results/0.png): +0: reproduced<br>" in many
+    assert many.count("|") == few.count("|") == 7
 
 
 def test_a_baseline_is_the_same_at_any_tau():

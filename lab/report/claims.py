@@ -256,7 +256,7 @@ def render(records: list[dict]) -> str:
         parts.append(f"    {one}" for one in setting.record["command"])
         lines += [f'<a id="{tag.lower()}"></a>', ""]
         lines += fold(f"{tag}: {setting.title}", [line for part in parts if (own := [*part]) for line in (*own, "")][:-1])
-    lines += ["## Commands", "", *(f"- {tag}: `{command}`" for command, tag in commands.items())]
+    lines += ["## Commands", "", *(f'- <a id="{tag.lower()}"></a>{tag}: `{command}`' for command, tag in commands.items())]
     count = len(re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", "\n".join(lines)))
     text = f"{count} intervals stand on this page, some twice. Of twenty, one misses by chance; no correction is made."
     lines[at:at] = [text, ""]

@@ -77,13 +77,14 @@ def judge_use(setting: Setting) -> str:
 
 
 def usable_rows(settings: list[Setting]) -> list[Row]:
-    """Which settings of the toy LVLM can judge routing."""
+    """Which settings of the toy LVLM can judge routing. The baseline does not depend on beta, the half width does."""
     claim = "the toy LVLM can judge routing (usable: the baseline ends 3 points above its start and above dice, "
     row, found = Row("new", f"{claim}STGC minus it is known to 0.7)", "not asked"), []
     for setting in pictures_of(settings):
         start, dice, ce = leads(setting)
-        if dice and not setting.borrows:
+        if dice and (ce or not setting.borrows):
             here = f"minus start {say_gap(start)}; minus dice {tell(dice)}"
+            here += f"; STGC minus the baseline {tell(ce)}" if ce else ""
             found.append(replace(row, here=here, verdict=judge_use(setting), setting=setting))
     return found or [row]
 

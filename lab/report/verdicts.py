@@ -4,6 +4,7 @@ A verdict on a score follows from paired 95 % t-intervals over the seeds: a = va
 controls (the placebo and flat, where they were run), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -297,15 +298,27 @@ def by_claim(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return claims
 
 
+MANY = 4  # settings of a claim; of more, the page folds what each of them gives
+
+
 def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
-    """Markdown: one line per claim, with a part per setting. `tags`: id of a setting -> how the page calls it; `commands`:
-    the same of a command, of rows without a setting."""
+    """Markdown: one line per claim, with a part per setting, in a fold if there are many; its verdicts are counted then.
+    `tags`: id of a setting -> how the page calls it; `commands`: the same of a command, of rows without a setting."""
     for names, own in by_claim(rows).items():
         marks = [tags[id(row.setting)] if row.setting else commands.get(row.command, "") for row in own]
-        marked = lambda texts, marks=marks: [f"{mark}: {text}" if mark else text for mark, text in zip(marks, texts)]  # noqa: E731
-        same = len({row.verdict for row in own}) == 1
-        links = [f"[{mark}](#{mark.lower() if row.setting else 'commands'})" for mark, row in zip(marks, own) if mark]
-        links += [f"[picture](../results/{row.picture})" for row in own if row.picture]
-        texts = ["<br>".join(marked(side)) for side in ([row.here for row in own], [row.verdict for row in own])]
-        cells = [*names, texts[0], own[0].verdict if same else texts[1]]
-        yield f"| {' | '.join([*cells, '<br>'.join(dict.fromkeys(links)) or '-'])} |"
+        links = [f"[{mark}](#{mark.lower()})" if mark else "" for mark in marks]
+        pictures = [f"[picture](../results/{row.picture})" if row.picture else "" for row in own]
+        count = Counter(row.verdict for row in own)
+        if len(own) > MANY:
+            sees = (", ".join(filter(None, both)) for both in zip(links, pictures))
+            ends = (f": {row.verdict}" * (len(count) > 1) for row in own)
+            parts = [f"{see}: {row.here}{end}" for see, row, end in zip(sees, own, ends)]
+            here = f"<details><summary>{len(own)} measurements</summary>{'<br>'.join(parts)}</details>"
+            verdict = "<br>".join(f"{verdict}: {number} of {len(own)}" for verdict, number in count.most_common())
+            sees = [*filter(None, pictures)][:1]
+        else:
+            marked = lambda texts, marks=marks: (f"{mark}: {text}" if mark else text for mark, text in zip(marks, texts))  # noqa: E731
+            here, verdict = ("<br>".join(marked(side)) for side in ([row.here for row in own], [row.verdict for row in own]))
+            sees = dict.fromkeys(filter(None, [*links, *pictures]))
+        verdict = own[0].verdict if len(count) == 1 else verdict
+        yield f"| {' | '.join([*names, here, verdict, '<br>'.join(sees) or '-'])} |"
