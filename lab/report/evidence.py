@@ -128,6 +128,7 @@ def probe_rows(settings: list[Setting]) -> list[Row]:
             texts = [f"{label(v)} {' to '.join(spread([*side], 2) for side in zip(*shares[v]))}" for v in falls]
             verdict = "the control does as well" if all(falls.values()) and len(falls) > 1 else verdict_of(falls["ce"])
             row = replace(shift, here=f"share below 0: {'; '.join(texts)}", verdict=verdict, setting=setting)
+            row.picture = f"{runs[0]['curve'].parent.name}/curves.png"
             found["figure 7"].append(row)
     return [row for first in (correlate, rises, shift) for row in found[first.where] or [first]]
 

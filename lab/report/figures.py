@@ -118,9 +118,26 @@ def plot_curve(axis, runs: list[list[dict]], key: str, look: dict, layer: int | 
     axis.plot(drawn[0][0][:shared], mean, **look, markevery=max(1, shared // 6), markersize=4)
 
 
+def plot_similarities(axis, runs: list[dict]) -> None:
+    """Of filmed runs: how the similarities of the pairs with their expert's mean are spread (figure 7), at the first moment
+    (dotted) and at the last one; means over the seeds and the MoE layers."""
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        colour, line, marker = style_of(variant)
+        for which, look in ((0, {"linestyle": ":", "linewidth": 1}), (-1, {"linestyle": line, "marker": marker})):
+            own = [run["probe"][which]["layers"] for run in runs if run["variant"] == variant]
+            counts = np.array([layer["histogram"] for layers in own for layer in layers], dtype=float)
+            shares = (counts / counts.sum(1, keepdims=True).clip(1)).mean(0)
+            edges = np.linspace(-1, 1, len(shares) + 1)
+            axis.plot((edges[1:] + edges[:-1]) / 2, shares, color=colour, markersize=3, **look)
+    title = "share of pairs over their similarity\ndotted: first moment; the other: last one"
+    axis.set(xlabel="similarity with the mean: below tau is flagged", title=title)
+    axis.grid(alpha=0.25)
+
+
 def plot_run(folder: Path, record: dict) -> Path:
     """What the runs of a folder logged, see PANELS; values that no run has logged get no panel. With several MoE layers a
-    second panel of a value has a line per layer, the mean over the seeds. Returns the path of the PNG, `curves.png`."""
+    second panel of a value has a line per layer, the mean over the seeds. The last panel is of runs with a film. Returns
+    the path of the PNG, `curves.png`."""
     curves = read_curves(folder, record)
     lines = [line for runs in curves.values() for lines in runs for line in lines]
     layers = {i: layer_name(own.get("layer", i)) for line in lines for i, own in enumerate(line.get("layers", []))}
@@ -135,12 +152,16 @@ def plot_run(folder: Path, record: dict) -> Path:
     if len(layers) > 1:
         own = [(key, re.split("[:,\n]", title)[0] + "\nof each MoE layer, by its number") for key, title in PANELS]
         panels += [(key, title, [*layers]) for key, title in own if any(logged(key, i) for i in layers)]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
+    filmed = [run for run in record["runs"] if run.get("probe")]
+    count = len(panels) + bool(filmed)
+    columns = min(4, count)
+    rows = -(-count // columns)
     size = (max(7, 3.4 * columns), 2.9 * rows + 0.9)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[count:]:
         axis.set_axis_off()
+    if filmed:
+        plot_similarities(axes.flat[len(panels)], filmed)
     for axis, (key, title, which) in zip(axes.flat, panels):
         for i, (name, runs) in enumerate(curves.items()):
             colour, line, marker = style_of(name)
