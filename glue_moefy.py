@@ -122,7 +122,7 @@ from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmu
 from transformers.utils import logging
 
 from lab.moe import dynmoe, moefication
-from lab.moe.film import Film, evenly
+from lab.moe.film import Film, affordable, evenly
 from lab.report import compare, figures, page
 from lab.report.tables import score_rows
 from lab.run import hub, runs
@@ -249,9 +249,11 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
 
 
 def make_film(job: Job, name: str, model, config: STGCConfig, steps: int) -> Film:
-    """The film of a run, on as many training examples as a batch has, evenly spread over the data."""
+    """The film of a run, on as many training examples as a batch has, or as its training pays for, evenly spread over the
+    data. The steps of --toy are a small part of its command: its films are whole."""
     train, accelerator, tokenizer = job.encoded["train"], job.accelerator, job.source.tokenizer
-    rows = [train[row] for row in evenly(len(train), job.args.batch_size)]
+    count = job.args.batch_size if job.args.toy else affordable(job.args.batch_size, steps)
+    rows = [train[row] for row in evenly(len(train), count)]
     batch = DataCollatorWithPadding(tokenizer)(rows).to(accelerator.device)
     names = job.card.labels or range(job.task.num_labels)
     shown = use.show_texts(tokenizer, batch, job.task.columns, names)

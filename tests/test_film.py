@@ -50,6 +50,11 @@ def same_film(one, other):
     assert all(torch.equal(value, other[1][key]) for key, value in one[1].items())
 
 
+def test_a_short_training_pays_for_fewer_examples():
+    assert [film.affordable(32, steps) for steps in (20, 125, 400, 800, 5000)] == [4, 5, 16, 32, 32]
+    assert film.affordable(2, 20) == 2
+
+
 def test_moments_are_closer_together_at_the_beginning():
     for steps in (1, 7, 100, 520, 10**5):
         found = film.moments(steps)
@@ -72,7 +77,7 @@ def test_variants_show_the_same_examples_and_start_alike(runs_of):
     (one, arrays), *others, (dice, drawn) = (read(folder, f"{name}-s0") for name in VARIANTS)
     assert dice["tokens"] == one["tokens"] and dice["layers"][0]["margin"] == [None] * len(one["steps"])
     assert (drawn["0.experts"][1:] != drawn["0.experts"][:-1]).float().mean() > 0.5  # each moment has draws of its own
-    assert one["steps"] == film.moments(6) and one["run"]["delta"] == 5 and len(one["examples"]) == 8
+    assert one["steps"] == film.moments(6) and one["run"]["delta"] == 5 and len(one["examples"]) == 4
     for content, values in others:
         for key in ("steps", "tokens", "examples"):
             assert content[key] == one[key]
@@ -274,7 +279,7 @@ def test_the_page_of_a_run_has_its_numbers(runs_of, tmp_path):
         assert np.abs(page.unpack(own[key]) - values).max() <= max(np.abs(values).max(), 1) / 32767
     assert own["moved"] == page.rounded(content["layers"][0]["moved"]) + [None] * (len(content["steps"]) - 2)
     text = page.describe(folder)
-    assert text.count("after step 6, MoE layer") == 5 and "example 8" in text and "gold" in text
+    assert text.count("after step 6, MoE layer") == 5 and "example 4" in text and "gold" in text
     assert "! s: it conflicts" in text
     target = tmp_path / "page.html"
     assert page.inspect(folder, target, 0).read_text() == written == page.inspect(folder, target).read_text()

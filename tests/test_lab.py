@@ -188,6 +188,21 @@ def test_figures_draw_every_series(tmp_path):
     figures.draw_idea(tmp_path / "idea.png")
 
 
+def test_figures_draw_the_similarities_of_filmed_runs(tmp_path, monkeypatch):
+    """Figure 7: of the first and the last moment, the mean share over seeds and layers; runs without a film are left out."""
+    sides = [[[0, 4], [2, 2]], [[9, 9], [9, 9]], [[3, 1], [1, 1]]]  # moments of two layers, counts of two bins
+    probe = [{"layers": [{"histogram": counts} for counts in layers]} for layers in sides]
+    record = {"name": "toy", "runs": [{"variant": "ce", "seed": 0, "lr": 0.1, "probe": probe}]}
+    record["runs"].append({"variant": "none", "seed": 0, "lr": 0.1})
+    (tmp_path / "ce-s0.jsonl").write_text("".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 50)))
+    drawn, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.extend(figure.axes), save(figure, path))[1])
+    figures.plot_run(tmp_path, record)
+    lines = drawn[-1].get_lines()
+    assert [[*line.get_ydata()] for line in lines] == [[0.25, 0.75], [0.625, 0.375]]
+    assert [*lines[0].get_xdata()] == [-0.5, 0.5] and len(drawn) == 2
+
+
 def test_parts_of_one_experiment_are_drawn_as_one(monkeypatch):
     drawn, folders = (
         [],

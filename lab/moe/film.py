@@ -67,6 +67,12 @@ def evenly(size: int, count: int) -> list[int]:
     return torch.linspace(0, size - 1, min(size, count)).long().tolist()
 
 
+def affordable(size: int, steps: int) -> int:
+    """Of a batch of `size` examples, how many to look at, so that a film takes under a twentieth of a command of so many
+    steps: all of them cost as much as about 30 steps. At least four."""
+    return min(size, max(4, size * steps // 800))
+
+
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

@@ -165,7 +165,7 @@ def saved_rows(records: list[dict]) -> list[Row]:
         where, command = f"{name}, {one['model']}, main loss {one['loss']:.2f}", one["command"]
         where += collapsed(record, one)
         here = f"{one['kappa']:.2f} ± {one['error']:.2f}, {one['triples']} triples; {where}"
-        found.append(replace(new, here=here, verdict="measured", command=command))
+        found.append(replace(new, here=here, verdict="measured", command=command, picture="probe.png"))
         if shares := one.get("about"):
             here = ", ".join(f"{cause} {share:.2f} (chance {chance:.2f})" for cause, (share, chance) in shares.items())
             here += f", flagged share of the labels apart by {one['labels']['gap']:.2f}" if one.get("labels") else ""
@@ -174,7 +174,7 @@ def saved_rows(records: list[dict]) -> list[Row]:
             own, other, rest = (logits[key] for key in ("own", "other", "rest"))
             here = f"{own:.1f}, {other:.1f}, {rest:.1f}, {logits['pairs']:,.0f} pairs; {where}"
             verdict = verdict_of(own - other < other - rest)
-            found.append(replace(confusing, here=here, verdict=verdict, command=command))
+            found.append(replace(confusing, here=here, verdict=verdict, command=command, picture="probe.png"))
         if arms := one.get("harm"):
             names = ("no conflicting", "no random", "no random of equal length")
             (gap, error), (dice, _), (long, _) = (arms["fresh"][arm]["minus_all"][1] for arm in names)

@@ -370,34 +370,40 @@ def describe(entry: dict) -> list[str]:
     return lines
 
 
+WHOSE = {"own": "the own label", "other": "the other's", "rest": "the rest"}
+
+
 def plot_probes(records: list[dict], file: Path) -> Path:
     """Kappa against the training loss: a point per probed model, with its standard error, in the order of the loss. The loss
-    falls to the right, as in training. UserError without a number."""
+    falls to the right, as in training. Beside it the logits of confusing tokens (table 14). UserError without a number."""
     series: dict[str, list[dict]] = {}
     for record in records:
         title = f"GLUE, {record['config']['task']}" if "task" in record["config"] else "LVLM"
+        title += ", parts" if record["config"].get("experts") == "split" else ""
         series.setdefault(title, []).extend(one for one in record.get("probes", []) if one["kappa"] is not None)
     if not any(series.values()):
         raise UserError("RUN: none of these runs is probed: first run the same without --picture")
-    figure, axis = plt.subplots(figsize=(7, 4))
+    logits = any(one.get("confusing") for found in series.values() for one in found)
+    figure, axes = plt.subplots(1, 1 + logits, figsize=(6.5 * (1 + logits), 4.2), squeeze=False)
     for (title, found), (colour, style, marker) in zip(series.items(), cycle(STYLES)):
         found.sort(key=lambda one: -one["loss"])
         losses, kappas, errors = ([one[key] or 0.0 for one in found] for key in ("loss", "kappa", "error"))
-        axis.errorbar(losses, kappas, errors, marker=marker, linestyle=style, color=colour, capsize=3, label=title)
-        for i, one in enumerate(found if len({one["variant"] for one in found}) > 1 else ()):
-            name = {"stage1": "stage I", "stage2": "stage II"}.get(
-                one["variant"], "stage III, " * (title == "LVLM") + one["variant"]
-            )
-            place = {"textcoords": "offset points", "xytext": (0, -24 if i % 2 else 16), "ha": "center", "fontsize": 8}
-            axis.annotate(name, (one["loss"], one["kappa"]), color=colour, **place)
-    axis.axhline(0, color="#777777", linewidth=1, linestyle=":")
-    axis.margins(0.12)
-    axis.invert_xaxis()
-    axis.set(
-        xlabel="main loss on training batches (training goes to the right)", ylabel="kappa of the flags by other batches"
-    )
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.25)
+        look = {"linestyle": style, "color": colour, "label": title}
+        axes[0, 0].errorbar(losses, kappas, errors, marker=marker, capsize=3, **look)
+        tokens = [(one["loss"], one["confusing"]) for one in found if one.get("confusing")]
+        for key, sign in (("own", "o"), ("other", "s"), ("rest", "^")) if tokens else ():
+            losses, values = zip(*((loss, own[key]) for loss, own in tokens))
+            axes[0, 1].plot(losses, values, marker=sign, **look | {"label": f"{title}: {WHOSE[key]}"})
+    axes[0, 0].axhline(0, color="#777777", linewidth=1, linestyle=":")
+    axes[0, 0].set(title="do other batches flag the same tokens?", ylabel="kappa of the flags by other batches")
+    if logits:
+        axes[0, 1].set(title="confusing tokens: does the model mix them up?", ylabel="mean logit")
+    for axis in axes[0]:
+        axis.margins(0.12)
+        axis.invert_xaxis()
+        axis.set(xlabel="main loss on training batches (training goes to the right)")
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.25)
     return save(figure, file)
 
 

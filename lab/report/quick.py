@@ -3,6 +3,7 @@
 They need no download: a net of two MoE layers, and stgc.Demo. Everything is trained in this process, with one thread.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -52,7 +53,15 @@ def compare_flags() -> Iterator[str]:
             pairs += verdict.conflict_TK.numel()
             equal += (verdict.conflict_TK == own.conflict_TK).sum().item()
             gap = max(gap, (verdict.similarity_TK - own.similarity_TK).abs().max().item())
-    yield f"1. Flags by the fast code and by one backward per pair: {equal} of {pairs} equal, similarities within {gap:.0e}."
+    recorded = f"\n   (recorded: {found})" if (found := recorded_flags()) else ""
+    same = f"{equal} of {pairs} equal, similarities within {gap:.0e}"
+    yield f"1. Flags by the fast code and one backward per pair: {same}{recorded}."
+
+
+def recorded_flags() -> str:
+    """The same of the run whose output is kept; empty while that file is written anew."""
+    found = re.search(r"(\d+ of \d+) equal, similarities within ([\de+-]+)", (RESULTS / "log-quick.txt").read_text())
+    return ", ".join(found.groups()) if found else ""
 
 
 def compare_margins() -> Iterator[str]:
