@@ -68,8 +68,8 @@ def evenly(size: int, count: int) -> list[int]:
 
 
 def affordable(size: int, steps: int) -> int:
-    """Of a batch of `size` examples, how many to look at, so that a film takes under a twentieth of a command of so many
-    steps: all of them cost as much as about 30 steps. At least four."""
+    """Of a batch of `size` examples, how many to look at, so that a film takes about a twentieth of a command of so many
+    steps or less: all of them cost as much as 30 steps. At least four."""
     return min(size, max(4, size * steps // 800))
 
 
