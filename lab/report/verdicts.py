@@ -298,7 +298,7 @@ def by_claim(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return claims
 
 
-MANY = 4  # settings of a claim; of more, the page folds what each of them gives
+MANY = 5  # settings of a claim; of more, the page folds what each of them gives
 
 
 def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
