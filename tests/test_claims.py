@@ -213,6 +213,19 @@ def test_a_baseline_is_the_same_at_any_tau():
     assert settings[0.1, 0.01].gap("ce", "none").mean == settings[0.1, 0.01].gap("ce", "random").mean == pytest.approx(1.4)
 
 
+def test_dice_are_the_same_at_any_alpha():
+    """They have no balance loss. A baseline has: of another alpha it is compared, not lent."""
+    base = a_picture_record({"none": NONE, "random": plus(-4, -5, -4, -5, -4), "ce": NONE})
+    more = ({"none": plus(-1, -2, -1, -2, -1)}, 0.1), ({"ce": NONE}, 0.2)
+    parts = [base, *(a_picture_record(scores, alpha=alpha) for scores, alpha in more)]
+    for part in parts:
+        part["runs"] = [one | {"commit": "a"} for one in part["runs"]]
+    settings = claims.usable(parts)
+    assert [(s.record["config"]["alpha"], s.borrows) for s in settings] == [(0.01, False), (0.1, True)]
+    assert settings[1].gap("none", "random").mean == pytest.approx(3.0)
+    assert [row.verdict for row in pictures.sweep_rows(settings) if row.where == "table 8"] == ["reproduced"]
+
+
 def test_a_baseline_is_the_same_at_any_beta():
     """A dose that was run without a baseline is compared with that of another beta, of the same commit if there is one;
     other settings lend none."""

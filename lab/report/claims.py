@@ -90,18 +90,21 @@ one seed means anything."""
 
 def usable(records: list[dict]) -> list[Setting]:
     """The settings that compare something with the baseline, real data first. One that was run without a baseline has that
-    of another beta or tau, which train it no differently, and so have dice."""
+    of another beta or tau, which train it no differently, and so have dice. Dice have no balance loss, either: a baseline
+    that was run alone has those of another alpha."""
     found = [Setting(record) for record in merge(records)]
-    free = {"beta": None, "tau": None}
-    keys = [key_of(setting.record | {"config": setting.record["config"] | free}) for setting in found]
-    bases = {key: setting for key, setting in zip(keys, found) if "none" in setting.variants}
-    for key, setting in zip(keys, found):
-        if "none" not in setting.variants and key in bases:
-            commits, lent = {run["commit"] for run in setting.record["runs"]}, {}
-            pool = [run for run in bases[key].measured() if run["variant"] in ("none", "random")]
-            for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, if there is one
-                lent[run["variant"], run["seed"], run["lr"]] = run | {"lent": True}
-            setting.record["runs"] = [*lent.values(), *setting.record["runs"]]
+    for names, options in ((("none", "random"), ("beta", "tau")), (("random",), ("beta", "tau", "alpha"))):
+        free = dict.fromkeys(options)
+        keys = [key_of(setting.record | {"config": setting.record["config"] | free}) for setting in found]
+        bases = {key: setting for key, setting in zip(keys, found) if names[0] in setting.variants and not setting.borrows}
+        for key, setting in zip(keys, found):
+            alone = setting.variants == ["none"] if names == ("random",) else "none" not in setting.variants
+            if alone and key in bases:
+                commits, lent = {run["commit"] for run in setting.record["runs"]}, {}
+                pool = [run for run in bases[key].measured() if run["variant"] in names]
+                for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, if there is one
+                    lent[run["variant"], run["seed"], run["lr"]] = run | {"lent": True}
+                setting.record["runs"] = [*lent.values(), *setting.record["runs"]]
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
 

@@ -108,7 +108,7 @@ class Setting:
 
     @property
     def borrows(self) -> bool:
-        """Whether its baseline is that of another beta or tau."""
+        """Whether its baseline is that of another beta or tau, or its dice are those of another alpha."""
         return any(run.get("lent") for run in self.record["runs"])
 
     def runs(self, variant: str) -> list[dict]:
@@ -198,7 +198,7 @@ class Setting:
 
     def notes(self) -> Iterator[str]:
         if self.borrows:
-            yield "Lent: run at another beta or tau, which train it no differently."
+            yield "Lent: run at another beta or tau, which train it no differently; dice have no balance loss, either."
         for first, again in self.record["repeated"]:
             ends = [first.get("best") or first["last"], again.get("best") or again["last"], first["last"], again["last"]]
             best, last = (100 * (ends[i + 1]["score"] - ends[i]["score"]) for i in (0, 2))
