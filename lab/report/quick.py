@@ -53,9 +53,10 @@ def compare_flags() -> Iterator[str]:
             pairs += verdict.conflict_TK.numel()
             equal += (verdict.conflict_TK == own.conflict_TK).sum().item()
             gap = max(gap, (verdict.similarity_TK - own.similarity_TK).abs().max().item())
-    recorded = f"\n   (recorded: {found})" if (found := recorded_flags()) else ""
-    same = f"{equal} of {pairs} equal, similarities within {gap:.0e}"
-    yield f"1. Flags by the fast code and one backward per pair: {same}{recorded}."
+    same, recorded = f"{equal} of {pairs} equal, similarities within {gap:.0e}", recorded_flags()
+    yield f"1. Flags by the fast code and one backward per pair: {same}{'' if recorded else '.'}"
+    if recorded:
+        yield f"   (recorded: {recorded})."
 
 
 def recorded_flags() -> str:
