@@ -8,7 +8,7 @@ The rule of a verdict is lab.report.verdicts.judge.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -93,20 +93,24 @@ def usable(records: list[dict]) -> list[Setting]:
     of another beta or tau, which train it no differently, and so have dice. Dice have no balance loss, either: a baseline
     that was run alone has those of another alpha."""
     found = [Setting(record) for record in merge(records)]
-    for names, options in ((("none", "random"), ("beta", "tau")), (("random",), ("beta", "tau", "alpha"))):
-        free = dict.fromkeys(options)
-        keys = [key_of(setting.record | {"config": setting.record["config"] | free}) for setting in found]
-        bases = {key: setting for key, setting in zip(keys, found) if names[0] in setting.variants and not setting.borrows}
-        for key, setting in zip(keys, found):
-            alone = setting.variants == ["none"] if names == ("random",) else "none" not in setting.variants
-            if alone and key in bases:
-                commits, lent = {run["commit"] for run in setting.record["runs"]}, {}
-                pool = [run for run in bases[key].measured() if run["variant"] in names]
-                for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, if there is one
-                    lent[run["variant"], run["seed"], run["lr"]] = run | {"lent": True}
-                setting.record["runs"] = [*lent.values(), *setting.record["runs"]]
+    lend(found, ("none", "random"), ("beta", "tau"), lambda setting: "none" not in setting.variants)
+    lend(found, ("random",), ("beta", "tau", "alpha"), lambda setting: setting.variants == ["none"])
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
+
+
+def lend(settings: list[Setting], names: tuple[str, ...], options: tuple[str, ...], needs: Callable) -> None:
+    """Gives the settings that need them the runs of these variants from the one that differs in `options` alone."""
+    free = dict.fromkeys(options)
+    keys = [key_of(setting.record | {"config": setting.record["config"] | free}) for setting in settings]
+    bases = {key: setting for key, setting in zip(keys, settings) if names[0] in setting.variants and not setting.borrows}
+    for key, setting in zip(keys, settings):
+        if needs(setting) and key in bases:
+            commits, lent = {run["commit"] for run in setting.record["runs"]}, {}
+            pool = [run for run in bases[key].measured() if run["variant"] in names]
+            for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, if there is one
+                lent[run["variant"], run["seed"], run["lr"]] = run | {"lent": True}
+            setting.record["runs"] = [*lent.values(), *setting.record["runs"]]
 
 
 @dataclass
