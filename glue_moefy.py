@@ -122,7 +122,7 @@ from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmu
 from transformers.utils import logging
 
 from lab.moe import dynmoe, moefication
-from lab.moe.film import Film, affordable, evenly
+from lab.moe.film import COUNT, Film, affordable, evenly
 from lab.report import compare, figures, page
 from lab.report.tables import score_rows
 from lab.run import hub, runs
@@ -252,14 +252,16 @@ def make_film(job: Job, name: str, model, config: STGCConfig, steps: int) -> Fil
     """The film of a run, on as many training examples as a batch has, or as its training pays for, evenly spread over the
     data. The steps of --toy are a small part of its command: its films are whole."""
     train, accelerator, tokenizer = job.encoded["train"], job.accelerator, job.source.tokenizer
-    count = job.args.batch_size if job.args.toy else affordable(job.args.batch_size, steps)
+    size = job.args.batch_size
+    count, moments = (size, COUNT) if job.args.toy else affordable(size, steps)
     rows = [train[row] for row in evenly(len(train), count)]
     batch = DataCollatorWithPadding(tokenizer)(rows).to(accelerator.device)
     names = job.card.labels or range(job.task.num_labels)
     shown = use.show_texts(tokenizer, batch, job.task.columns, names)
     answer = partial(use.read_answers, names=names, count=len(shown.examples))
     where = job.folder / f"film-{name}", accelerator.unwrap_model(model)
-    return Film(*where, config, batch, shown, steps, answer, accelerator.autocast, accelerator.is_main_process)
+    how = accelerator.autocast, accelerator.is_main_process, moments
+    return Film(*where, config, batch, shown, steps, answer, *how)
 
 
 def save_model(job: Job, name: str, model) -> None:

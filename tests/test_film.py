@@ -50,12 +50,14 @@ def same_film(one, other):
     assert all(torch.equal(value, other[1][key]) for key, value in one[1].items())
 
 
-def test_a_short_training_pays_for_fewer_examples():
-    assert [film.affordable(32, steps) for steps in (20, 125, 400, 800, 5000)] == [4, 5, 16, 32, 32]
-    assert film.affordable(2, 20) == 2
+def test_a_short_training_pays_for_fewer_examples_and_moments():
+    found = [film.affordable(32, steps) for steps in (6, 50, 125, 500, 1000, 5000)]
+    assert found == [(4, 6), (4, 10), (4, 24), (16, 24), (32, 24), (32, 24)]
+    assert film.affordable(2, 20) == (2, 6)
 
 
 def test_moments_are_closer_together_at_the_beginning():
+    assert film.moments(50, 6) == [0, 4, 13, 23, 36, 50]
     for steps in (1, 7, 100, 520, 10**5):
         found = film.moments(steps)
         gaps = np.diff(found)
@@ -77,7 +79,7 @@ def test_variants_show_the_same_examples_and_start_alike(runs_of):
     (one, arrays), *others, (dice, drawn) = (read(folder, f"{name}-s0") for name in VARIANTS)
     assert dice["tokens"] == one["tokens"] and dice["layers"][0]["margin"] == [None] * len(one["steps"])
     assert (drawn["0.experts"][1:] != drawn["0.experts"][:-1]).float().mean() > 0.5  # each moment has draws of its own
-    assert one["steps"] == film.moments(6) and one["run"]["delta"] == 5 and len(one["examples"]) == 4
+    assert one["steps"] == film.moments(6, 6) and one["run"]["delta"] == 5 and len(one["examples"]) == 4
     for content, values in others:
         for key in ("steps", "tokens", "examples"):
             assert content[key] == one[key]
@@ -103,7 +105,7 @@ def test_the_record_has_the_probe_of_the_film(runs_of, words, tmp_path):  # noqa
             assert own[key] == layer[key][number]
         assert -1 <= own["feature_gradient"] <= 1 and own["bias_weight"] > 0 and own["consistency_by_chance"] < 0.5
         assert 0 < own["conflict_ratio"] <= own["conflict_ratio_others"]  # a pair is part of its mean
-    assert content["run"]["delta"] == 5 and content["steps"] == film.moments(6)  # moments 0 and 1 alone have twins
+    assert content["run"]["delta"] == 5 and content["steps"] == film.moments(6, 6)  # moments 0 and 1 alone have twins
     assert first["moved"] == sum(layer["moved"]) / 2 and last["moved"] is None
     run([*words, "--conflict-loss", "none", "--epochs", "9", "--patience", "0", "--lr", "0", "--film"])  # no gain after one
     (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]

@@ -1,4 +1,4 @@
-"""The film of a training: what each token of a fixed batch does at about 24 moments, for the page of `lab.report.page`.
+"""The film of a training: what each token of a fixed batch does at 24 moments or fewer, for the page of `lab.report.page`.
 
     film = Film(folder / "film-ce-s0", model, config, batch, shown, steps, answer)
     film.step_done(0)                      # then after each step of the loop; lab.run.training does both
@@ -57,9 +57,9 @@ KINDS = {  # of the JSON file. What it means: lab.report.page
 }
 
 
-def moments(steps: int) -> list[int]:
+def moments(steps: int, count: int = COUNT) -> list[int]:
     """The steps of the moments: from 0 to the last one, the early ones closer together."""
-    return sorted({round(steps * (number / (COUNT - 1)) ** 1.5) for number in range(COUNT)})
+    return sorted({round(steps * (number / (count - 1)) ** 1.5) for number in range(count)})
 
 
 def evenly(size: int, count: int) -> list[int]:
@@ -67,10 +67,11 @@ def evenly(size: int, count: int) -> list[int]:
     return torch.linspace(0, size - 1, min(size, count)).long().tolist()
 
 
-def affordable(size: int, steps: int) -> int:
-    """Of a batch of `size` examples, how many to look at, so that a film takes about a twentieth of a command of so many
-    steps or less: all of them cost as much as 30 steps. At least four."""
-    return min(size, max(4, size * steps // 800))
+def affordable(size: int, steps: int) -> tuple[int, int]:
+    """Of a batch of `size` examples how many to look at, and at how many moments, so that a film takes less than a twentieth
+    of a command of so many steps: all examples at all moments cost as much as 30 to 40 steps. At least four examples (a
+    short training looks at them at fewer moments) and six moments."""
+    return min(size, max(4, size * steps // 1000)), min(COUNT, max(6, steps // 5))
 
 
 def finite(value: float) -> float | None:
@@ -98,7 +99,8 @@ class Shown:
 
 class Film:
     """See the module. `config`: of the variant that trains. `answer(out)`: the answers to the shown examples, as texts.
-    `autocast`: around a forward. Only the process that `writes` has the files; all processes look at the same batch."""
+    `autocast`: around a forward. Only the process that `writes` has the files; all processes look at the same batch. `count`:
+    of moments."""
 
     def __init__(
         self,
@@ -111,8 +113,9 @@ class Film:
         answer: Callable[[object], list[str]],
         autocast: Callable = nullcontext,
         writes: bool = True,
+        count: int = COUNT,
     ):
-        self.path, self.model, self.batch, self.shown, self.steps = path, model, batch, shown, moments(steps)
+        self.path, self.model, self.batch, self.shown, self.steps = path, model, batch, shown, moments(steps, count)
         self.index_N = torch.as_tensor(shown.index, dtype=torch.long)
         self.answer, self.autocast, self.writes, self.delta = answer, autocast, writes, max(5, steps // 20)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
