@@ -91,10 +91,10 @@ one seed means anything."""
 def usable(records: list[dict]) -> list[Setting]:
     """The settings that compare something with the baseline, real data first. One that was run without a baseline has that
     of another beta or tau, which train it no differently, and so have dice. Dice have no balance loss, either: a baseline
-    that was run alone has those of another alpha."""
+    without dice has those of another alpha."""
     found = [Setting(record) for record in merge(records)]
     lend(found, ("none", "random"), ("beta", "tau"), lambda setting: "none" not in setting.variants)
-    lend(found, ("random",), ("beta", "tau", "alpha"), lambda setting: setting.variants == ["none"])
+    lend(found, ("random",), ("alpha",), lambda setting: "none" in setting.variants and "random" not in setting.variants)
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
 
