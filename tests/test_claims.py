@@ -4,12 +4,22 @@ import json
 from itertools import product
 
 import pytest
-from test_compare import run
+from test_compare import LR, run
 
 from lab.report import claims, evidence, pictures, records
 from lab.report.claims import ROOT, check, render
 from lab.report.compare import Paired
-from lab.report.verdicts import NO_ROUTING, NOT_RUN, Row, Setting, join, judge, sign_row
+from lab.report.verdicts import (
+    NO_ROUTING,
+    NOT_RUN,
+    Row,
+    Setting,
+    gap_of,
+    join,
+    judge,
+    say_gap,
+    sign_row,
+)
 from lab.run.cli import UserError
 
 
@@ -71,7 +81,7 @@ def test_rows_of_a_setting():
         and row.here.startswith("+2.9 [+2.6, +3.2], half width 0.3, 5 seeds")
         and row.verdict == "reproduced (dice not run, flat not run)"
     )
-    assert [other.verdict for other in others] == [NOT_RUN] * 5
+    assert [other.verdict for other in others] == [NOT_RUN] * 4
     random = a_record(none=none, ce=ce, placebo=none, random=[10, 12, 11, 14, 10])
     (row, *_) = evidence.glue_rows([Setting(records.merge([random])[0])])
     assert row.verdict == NO_ROUTING and "minus random +2.7" in row.here
@@ -135,24 +145,28 @@ def test_rows_of_sample_level_routings():
 
 
 @pytest.mark.parametrize(
-    ("ce", "placebo", "verdict"),
+    ("ce", "placebo", "dice", "gains", "falls"),
     [
-        (plus(3, 4, 3, 4, 3), NONE, "reproduced"),
-        (plus(3, 4, 3, 4, 3), plus(4, 3, 4, 3, 4), "the control does as well"),
-        (plus(0, 1, -1, 1, 0), NONE, "inconclusive"),
-        (plus(-3, -4, -3, -4, -3), NONE, "not reproduced"),
+        (plus(11, 12, 11, 12, 11), NONE, -4, "reproduced (flat not run)", "reproduced"),
+        (plus(3, 4, 3, 4, 3), NONE, -4, "smaller than the paper's", "reproduced"),
+        (plus(11, 12, 11, 12, 11), plus(12, 11, 12, 11, 12), -4, "the control does as well", "the control does as well"),
+        (plus(0, 1, -1, 1, 0), NONE, -4, "not reproduced", "inconclusive"),  # its end lies below the paper's 10.9
+        (plus(-3, -4, -3, -4, -3), NONE, -4, "not reproduced", "not reproduced"),
+        (plus(11, 12, 11, 12, 11), NONE, 0, NO_ROUTING, "reproduced"),  # dice do as well at this capacity
     ],
 )
-def test_rows_of_limited_capacity(ce, placebo, verdict):
-    """Table 10: with a capacity, STGC against its baseline and against its placebo."""
-    limited = {"none": NONE, "ce": ce, "placebo": placebo}
-    record = a_picture_record(dict.fromkeys(limited, NONE) | {"random": plus(-4, -5, -4, -5, -4)})
-    for one in [one for one in record["runs"] if one["variant"] in limited]:
-        scores = {"score": limited[one["variant"]][one["seed"]] / 200}
+def test_rows_of_limited_capacity(ce, placebo, dice, gains, falls):
+    """Table 10: by the rule of a gain, with the positive control at this capacity; beside it how far the score falls."""
+    limited = {"none": NONE, "ce": ce, "placebo": placebo, "random": plus(*[dice] * 4, dice - 0.5)}
+    record = a_picture_record(dict.fromkeys(limited, plus(*[9] * 5)) | {"random": plus(4, 5, 4, 5, 4)})
+    for one in record["runs"]:
+        scores = {"score": limited[one["variant"]][one["seed"]] / 100}
         one["limited"] = [{"capacity": capacity, "bpr": False, "scores": scores} for capacity in (0.5, 1.0)]
     (setting,) = [Setting(one) for one in records.merge([record])]
-    rows = [row.verdict for row in pictures.lvlm_rows([setting]) if row.where == "table 10"]
-    assert rows == [verdict, NOT_RUN]  # without and with Batch Prioritized Routing
+    rows = [row for row in pictures.lvlm_rows([setting]) if row.where == "table 10"]
+    assert [row.verdict for row in rows] == [gains, falls, NOT_RUN, NOT_RUN]  # the last two: Batch Prioritized Routing
+    assert rows[0].here.startswith(say_gap(gap_of(dict(enumerate(NONE)), dict(enumerate(ce)))))
+    assert "baseline 9.0 ± 0.0" in rows[1].here  # it falls from 9 points above
 
 
 def test_what_no_setting_can_judge_is_not_testable():
@@ -182,7 +196,7 @@ def test_a_setting_is_usable_at_the_doses_whose_half_width_is_small():
     for record in (wide, narrow):
         record["runs"] = [own | {"start": 0.1, "commit": "a"} for own in record["runs"]]
     rows = pictures.usable_rows(claims.usable([wide, narrow]))
-    assert [row.verdict for row in rows] == ["usable, but for a half width of 2.6", "usable"]
+    assert [row.verdict for row in rows] == ["usable, but for the half width", "usable"]
     assert rows[1].here.endswith("STGC minus the baseline -2.0 [-2.2, -1.8], half width 0.2, 5 seeds")
     gains = [row.verdict for row in pictures.lvlm_rows(claims.usable([wide, narrow])) if "Top-2" in row.claim]
     assert gains == ["not reproduced"] * 2  # at the paper's beta, and at one where the setting is usable
@@ -301,22 +315,29 @@ def test_rows_of_curves(tmp_path):
     rows = {row.where: row for row in evidence.curve_rows([setting])}
     assert rows["figure 4"].verdict == "the control does as well" and rows["figure 6"].verdict == "not reproduced"
     assert rows["figure 5"].here.startswith("-12.0 [") and rows["figure 5"].verdict == "reproduced (placebo not run)"
-    assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == "reproduced (placebo not run)"
+    same = "the control does as well"  # the baseline's conflicts are in the same layers
+    assert rows["figure 9"].here.startswith("+30.6 [") and rows["figure 9"].verdict == same
+    for one in record["runs"]:  # a baseline of another tau has flags of that tau
+        one["lent"] = one["variant"] == "none"
+    record["config"]["tau"] = 0.1
+    row = evidence.shallow_row(Row("figure 9", "x", "y"), Setting(records.merge([record])[0]))
+    assert row.verdict == "reproduced (placebo not run)" and "baseline" not in row.here
 
 
 @pytest.mark.parametrize(
-    ("ce", "placebo", "main_loss", "verdict"),
+    ("ce", "placebo", "flat", "main_loss", "verdict"),
     [
-        (-0.2, -0.1, 0.1, "reproduced"),
-        (-0.2, -0.2, 0.1, "the control does as well"),
-        (0.0, 0.0, 0.1, "inconclusive"),
-        (0.2, 0.0, 0.1, "not reproduced"),
-        (-0.2, -0.1, 0.0, "not testable here: the experts are equal copies"),
+        (-0.2, -0.1, 0.0, 0.1, "reproduced"),
+        (-0.2, -0.2, 0.0, 0.1, "the control does as well"),
+        (-0.2, -0.1, -0.2, 0.1, "the control does as well"),
+        (0.0, 0.0, 0.0, 0.1, "inconclusive"),
+        (0.2, 0.0, 0.0, 0.1, "not reproduced"),
+        (-0.2, -0.1, 0.0, 0.0, "not testable here: the experts are equal copies"),
     ],
 )
-def test_rows_of_the_conflict_loss_alone(ce, placebo, main_loss, verdict):
-    """The change of the conflict ratio, which shall fall, and by more than with the placebo."""
-    falls, rows = {"ce": ce, "placebo": placebo, "flat": 0.0}, []
+def test_rows_of_the_conflict_loss_alone(ce, placebo, flat, main_loss, verdict):
+    """The change of the conflict ratio, which shall fall, and by more than with the placebo and flat."""
+    falls, rows = {"ce": ce, "placebo": placebo, "flat": flat}, []
     for arm, seed in product(falls, range(4)):
         noise = 0.01 * (seed if arm == "ce" else -seed) - 0.015
         ends = [{"main_loss": 0.5, "layers": [{"conflict_ratio": 0.5}]}]
@@ -324,8 +345,9 @@ def test_rows_of_the_conflict_loss_alone(ce, placebo, main_loss, verdict):
         rows.append({"part": "routers", "arm": arm, "seed": seed, "curve": ends})
     record = {"rows": rows, "run": "lvlm", "model": "m", "command": "x"}
     ratio = lambda layers: layers[0]["conflict_ratio"]  # noqa: E731
-    row = evidence.alone_row(Row("figures 3, 8", "x", "yes"), record, "routers", -1, ratio)
+    row = evidence.alone_row(Row("figures 3, 8", "x", "yes"), record, "routers", -1, ratio, "conflict_ratio")
     assert row.verdict == verdict and f"main loss ce 0.50 ± 0.00 to {0.5 + main_loss:.2f}" in row.here
+    assert "4 orders of the batches, one model" in row.here and f"layer by layer: {0.5 + ce:.2f} ± 0.01;" in row.here
 
 
 def test_rows_of_saved_models():
@@ -369,6 +391,7 @@ def test_somebodys_record(tmp_path):
         ({"runs": whole["runs"][:5]}, "compares nothing with the baseline"),
         ({"config": whole["config"] | {"variants": ["none", "ce", "placebo"]}}, "placebo, seeds 0, 1, 2, 3, 4 is missing"),
         ({"config": whole["config"] | {"variants": ["ce"], "seeds": [0, 7]}}, "ce, seed 7 is missing; finish it"),
+        ({"config": whole["config"] | {"variants": ["ce"], "lrs": [LR, 0.5]}}, "ce, lr 0.5, seeds 0, 1, 2, 3, 4 is missing"),
     ):
         with pytest.raises(UserError, match=message):
             found(whole | wrong)

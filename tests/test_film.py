@@ -151,7 +151,7 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
     tokens = [{"text": str(n), "joined": False, "example": int(n) // 4, "patch": None} for n in index]
     examples = [{"kind": "text", "fields": [], "gold": "?", "image": None, "grid": None, "question": None}] * 5
     config = STGCConfig("ce", gradients=gradients, tau=0.1)
-    training = STGC(net, config)
+    STGC(net, config)  # the training's: its watches stay
     watches, state = [layer.watch for layer in net.moe], torch.get_rng_state()
     made = film.Film(tmp_path / "film-x", net, config, batch, film.Shown(examples, tokens, index), 30, lambda out: ["?"] * 5)
     made.step_done(0)
@@ -181,14 +181,34 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
         assert own["conflict_ratio"] == [pytest.approx(stats["conflict_ratio"])]
         assert own["margin"] == [pytest.approx(stats["router_margin"], abs=1e-6)]
         assert own["load"][0] == pytest.approx(stats["load"])
-        kept = batch["mask"].flatten()
-        assert sum(own["histogram"][0]) == verdict.judged_TK[kept].sum()
-    training.detach()
-    with torch.no_grad():
+        counts, real_T1 = [0] * film.BINS, batch["mask"].flatten().unsqueeze(1)
+        for n, k in (verdict.judged_TK & real_T1).nonzero().tolist():
+            similarity = sum(verdict.cos_TKL[n, k].tolist()) / verdict.cos_TKL.shape[2]
+            counts[min(int((similarity + 1) / 2 * film.BINS), film.BINS - 1)] += 1
+        assert own["histogram"] == [counts]
+
+
+def test_moved_is_the_share_of_real_tokens_with_another_first_expert():
+    net, mask = Net(), torch.rand(5, 4) > 0.2
+    batch = {"x": torch.randn(5, 4, 6), "mask": mask, "labels": torch.randint(3, (5, 4))}
+    made = film.Film(Path("film"), net, STGCConfig(), batch, film.Shown(), 30, lambda out: [])
+    real = [n for n, keep in enumerate(mask.flatten().tolist()) if keep]
+    firsts = [[], []]  # for each layer and step: the expert with the largest logit, of each token
+    for step in range(12):
         for layer in net.moe:
-            layer.router.weight.neg_()
-    made.step_done(made.delta)  # the twin: the least likely experts are the most likely ones now
-    assert [own["moved"] for own in made.content["layers"]] != [[0.0], [0.0]]
+            layer.router.weight.data += 0.2 * torch.randn_like(layer.router.weight)
+        made.step_done(step)
+        logits = []
+        hooks = [layer.router.register_forward_hook(lambda *call, to=logits: to.append(call[2])) for layer in net.moe]
+        net.eval()(**batch)
+        for hook, own, logits_TE in zip(hooks, firsts, logits, strict=True):
+            hook.remove()
+            own.append([row.index(max(row)) for row in logits_TE.tolist()])
+    pairs = [(step, step + made.delta) for step in made.content["steps"] if step + made.delta < 12]
+    assert len(pairs) > 3 and len(real) < 20
+    for own, first in zip(made.content["layers"], firsts):
+        expected = [sum(first[a][n] != first[b][n] for n in real) / len(real) for a, b in pairs]
+        assert own["moved"] == pytest.approx(expected, abs=1e-6) and 0 < sum(expected) < len(pairs)
 
 
 class Faint(Net):

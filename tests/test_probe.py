@@ -57,6 +57,12 @@ def cosine(one, other) -> float:
     return F.cosine_similarity(one, other, dim=0).item()
 
 
+def share_between(flags: list, groups: list) -> float:
+    """Of the flags' variance, the share between the groups."""
+    rows, mean = [[f for f, g in zip(flags, groups) if g == one] for one in set(groups)], sum(flags) / len(flags)
+    return sum(len(row) * (sum(row) / len(row) - mean) ** 2 for row in rows) / sum((f - mean) ** 2 for f in flags)
+
+
 # ---- 1. Against the definitions ----
 
 
@@ -133,15 +139,10 @@ def test_agreement_of_a_batch_with_two_others():
 
 def test_what_groups_explain():
     flags, groups = torch.tensor([1, 0, 0, 1, 1, 0]).bool(), torch.tensor([7, 7, 3, 3, 3, 1])
-
-    def slow(groups):
-        rows = [[float(f) for f, g in zip(flags, groups) if g == one] for one in set(groups)]
-        return sum(len(row) * (sum(row) / len(row) - 0.5) ** 2 for row in rows) / (6 * 0.25)
-
     share, chance = probe.explained(flags, groups)
-    close(share, slow(groups.tolist()))
+    close(share, share_between(flags.tolist(), groups.tolist()))
     orders = list(permutations(groups.tolist()))
-    close(chance, sum(map(slow, orders)) / len(orders))
+    close(chance, sum(share_between(flags.tolist(), order) for order in orders) / len(orders))
     assert probe.explained(flags, flags.long())[0] == 1 and probe.explained(flags[1:3], groups[1:3]) is None
 
 
@@ -150,6 +151,60 @@ def test_the_places_of_answers():
     label_T, position_T = report.answer_places(torch.tensor([[x, 5, 6, x, x, 7], [4, 4, x, 3, 3, 3]]))
     assert label_T.tolist() == [5, 6, x, x, 7, x, 4, x, 3, 3, 3, x]
     assert position_T[label_T != x].tolist() == [0, 1, 0, 0, 0, 1, 2]
+
+
+def test_the_causes_on_pictures_are_the_picture_and_the_place_in_the_answer():
+    _, _, (own,) = looks()
+    labels, layer = own.batch["labels"].tolist(), own.layers[0]
+    rows, flags = [token // 10 for token in layer.tokens_P.tolist()], layer.conflict_P.tolist()
+    answers, positions = [], []
+    for token, row, flag in zip(layer.tokens_P.tolist(), rows, flags):
+        place = token % 10
+        if place < 9 and labels[row][place + 1] != IGNORED:
+            start = place
+            while start > 0 and labels[row][start] != IGNORED:
+                start -= 1
+            answers.append(flag)
+            positions.append(place - start)
+    about, nothing = report.find_causes(own, layer, None, pictures=True)
+    assert nothing == {} and about.keys() == {"picture", "position"} and len(answers) < len(flags)
+    close(about["picture"], [share_between(flags, rows), 3 / (len(flags) - 1)])
+    close(about["position"], [share_between(answers, positions), (len(set(positions)) - 1) / (len(answers) - 1)])
+
+
+def test_the_cause_on_texts_is_the_sentence_and_each_label_has_its_share():
+    _, _, (own,) = looks()
+    layer, classes = own.layers[0], [3, 0, 3, 1]  # of the four sentences
+    rows, flags = [token // 10 for token in layer.tokens_P.tolist()], layer.conflict_P.tolist()
+    own = own._replace(batch=own.batch | {"labels": torch.tensor(classes)})
+    about, shares = report.find_causes(own, layer, ["a", "b", "c", "d"], pictures=False)
+    assert about.keys() == {"sentence"}
+    close(about["sentence"], [share_between(flags, rows), 3 / (len(flags) - 1)])
+    expected = {}
+    for i, name in ((0, "a"), (1, "b"), (3, "d")):
+        found = [flag for row, flag in zip(rows, flags) if classes[row] == i]
+        expected[name] = sum(found) / len(found)
+    assert min(expected.values()) > 0  # else the gap would be the largest share
+    assert shares == pytest.approx(expected | {"gap": max(a - b for a, b in product(expected.values(), repeat=2))})
+    alone = report.find_causes(own, layer.only(layer.tokens_P // 10 == 1), ["a", "b", "c", "d"], pictures=False)[1]
+    assert alone == pytest.approx({"a": expected["a"]})
+    assert report.find_causes(own, layer, None, pictures=False) == (about, {})
+
+
+def test_moved_in_the_record_is_of_a_quarter_around_each_moment():
+    steps = [0, 1, 4, 9, 16, 25, 31, 33, 36, 40]
+    moved = torch.rand(2, 8).tolist()  # twins five steps later: the last two moments have none
+    curves = dict.fromkeys(("margin", "conflict_ratio", "consistency", "load", "histogram"), steps)
+    content = {"steps": steps, "loss": steps, "run": {"delta": 5}}
+    content["layers"] = [{"name": f"moe.{i}", "moved": row} | curves for i, row in enumerate(moved)]
+    content["probe"] = [{"moment": number, "layers": [{"bias_weight": 0.9}, {}]} for number in (0, 5, 9)]
+    found = probe.for_record(content)
+    assert [(one["step"], one["loss"], one["delta"]) for one in found] == [(0, 0, 5), (25, 25, 5), (40, 40, 5)]
+    for one, near in zip(found, ([0, 1, 4, 9], [16, 25, 31, 33], [31, 33])):
+        for layer, row in zip(one["layers"], moved):
+            close(layer["moved"], sum(row[steps.index(step)] for step in near) / len(near))
+            assert all(layer[key] == one["step"] for key in curves)
+        assert [layer.get("bias_weight") for layer in one["layers"]] == [0.9, None]
 
 
 def test_confusing_tokens():

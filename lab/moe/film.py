@@ -99,8 +99,8 @@ class Shown:
 
 class Film:
     """See the module. `config`: of the variant that trains. `answer(out)`: the answers to the shown examples, as texts.
-    `autocast`: around a forward. Only the process that `writes` has the files; all processes look at the same batch. `count`:
-    of moments."""
+    `autocast`: around a forward. Only the process that `writes` has the files; all processes look at the same batch.
+    `count`: of moments."""
 
     def __init__(
         self,

@@ -4,15 +4,17 @@ A verdict on a score follows from paired 95 % t-intervals over the seeds: a = va
 controls (the placebo and flat, where they were run), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
-from lab.report.records import busiest, key_of, unusual
+from lab.report.records import busiest, ends_of, key_of, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
 
@@ -22,15 +24,15 @@ NOT_RUN, NOT_TESTABLE = "not run", "not testable here"
 NO_ROUTING = "routing does not matter here"
 
 
-CONTROLS = {  # variant -> its placebo and the same loss on all pairs
-    "ce": ("placebo", "flat"),
-    "mse": ("placebo-mse", "flat-mse"),
-    "reroute": ("placebo-reroute", None),
-    "ce-one": ("placebo-one", "flat-one"),
-}
-
-
 Gap = Paired | None
+
+
+def controls_of(variant: str) -> tuple[str, str]:
+    """The names of its placebo and its flat: the same loss, passes and gradients on pairs drawn by dice, and on all. What
+    has no conflict loss is compared with those of ce."""
+    rest = re.sub(r"^(ce|placebo|flat|none|random|dense)(-|$)", "", variant)
+    placebo, flat = (f"{control}-{rest}" if rest else control for control in ("placebo", "flat"))
+    return placebo, flat
 
 
 def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = None) -> str:
@@ -109,7 +111,12 @@ class Setting:
     @property
     def borrows(self) -> bool:
         """Whether its baseline is that of another beta or tau, or its dice are those of another alpha."""
-        return any(run.get("lent") for run in self.record["runs"])
+        return bool(self.lent)
+
+    @property
+    def lent(self) -> set[str]:
+        """The variants whose runs are another setting's."""
+        return {run["variant"] for run in self.record["runs"] if run.get("lent")}
 
     def runs(self, variant: str) -> list[dict]:
         """Of the learning rate with the most seeds, then with the best mean score on dev, as the paper's rows are made."""
@@ -152,23 +159,31 @@ class Setting:
         scores, base = self.sides(one, other, select)
         return gap_of(base, scores)
 
-    def verdict(self, gain: float, one: str = "ce", other: str = "none", select: str = "best") -> str:
-        """By `judge`, and which of the controls that it asks for were not run."""
-        placebo, flat = CONTROLS[one]
-        both = [name and self.gap(one, name, select) for name in (placebo, flat)]
-        c, routing = self.gap(placebo, "none", select), self.gap("none", "random", select)
-        verdict = judge(self.gap(one, other, select), *both, c, gain, routing)
+    def verdict(self, gain: float, one="ce", other="none", gap: Callable[[str, str], Gap] | None = None) -> str:
+        """By `judge`, and which of the controls that it asks for were not run. `gap`: the difference of two variants, by
+        default that of their best epochs."""
+        gap, names = gap or self.gap, controls_of(one)
+        both, routing = [gap(one, name) for name in names], gap("none", "random")
+        verdict = judge(gap(one, other), *both, gap(names[0], other), gain, routing)
         missing = ["dice not run"] if routing is None else ["dice: one seed"] if routing.low is None else []
         if verdict.startswith(("reproduced", "a gain")):
-            missing += [f"{name} not run" for name, gap in zip((placebo, flat), both) if name and gap is None]
+            missing += [f"{name} not run" for name, control in zip(names, both) if control is None]
         return f"{verdict} ({', '.join(missing)})" if missing and not verdict.startswith(NOT_RUN) else verdict
+
+    def beside(self, one: str, gap: Callable[[str, str], Gap] | None = None) -> str:
+        """What stands beside a difference of a variant: minus its controls and dice, and the positive control."""
+        gap = gap or self.gap
+        known = [(name, gap(one, name)) for name in (*controls_of(one), "random") if name in self.variants]
+        dice = gap("none", "random")
+        more = f"; baseline minus random {say_gap(dice)}" if dice else ""
+        return "".join(f"; minus {name} {say_gap(control)}" for name, control in known) + more
 
     def table(self) -> Iterator[str]:
         """Markdown: every variant's scores and its paired differences."""
-        others = ("none", "placebo", "flat", "random")
+        heads = ("baseline", "its placebo", "its flat", "random")
         exact = any("accuracy" in run["last"] and run["last"]["accuracy"] != run["last"]["score"] for run in self.measured())
-        heads = ["variant", "seeds", "best", "last", *["accuracy, last"] * exact, "dev loss"]
-        yield from header(*heads, *(f"minus {label(name)}" for name in others))
+        columns = ["variant", "seeds", "best", "last", *["accuracy, last"] * exact, "dev loss"]
+        yield from header(*columns, *(f"minus {name}" for name in heads))
         for name in self.variants:
             lent = " (lent)" if all(run.get("lent") for run in self.runs(name)) else ""
             cells = [f"{label(name)}{lent}", str(len(self.runs(name)))]
@@ -176,6 +191,7 @@ class Setting:
             for key, scale, digits in (*[("accuracy", 100, 1)] * exact, ("dev_loss", 1, 3)):
                 found = [*self.scores(name, "last", key, scale).values()]
                 cells.append(self.counted(name, found, digits))
+            others = ("none", *controls_of(name), "random")
             cells += [say_gap(self.gap(name, other) if name != other else None) for other in others]
             yield f"| {' | '.join(cells)} |"
 
@@ -186,7 +202,8 @@ class Setting:
         for name in self.variants:
             runs, cells = self.measured(name), [label(name)]
             for key, places in digits.items():
-                ends = [run[key][1] for run in runs if run.get(key) and (name, key) != ("random", "router_margin")]
+                both = [(run.get(key) or ends_of(run, key)) if run.get("curve") else run.get(key) for run in runs]
+                ends = [end[1] for end in both if end and (name, key) != ("random", "router_margin")]
                 cells.append(self.counted(name, ends, places))
             ends = [share for run in runs if run.get("curve") and (share := busiest(run)) is not None]
             yield f"| {' | '.join([*cells, self.counted(name, ends, 3)])} |"
@@ -210,14 +227,15 @@ class Setting:
         yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
 
 
-def series(settings: list[Setting], option: str, base, variant: str) -> list[dict]:
-    """Value of an option -> setting, of settings that differ in this option alone; those with `base`."""
+def series(settings: list[Setting], option: str, base, variant: str, also: tuple[str, ...] = ()) -> list[dict]:
+    """Value of an option -> setting, of settings that differ in this option alone, and in what goes with it (`also`); those
+    with `base`."""
     found: dict[str, dict] = {}
     for setting in settings:
         record, config = setting.record, setting.record["config"]
         if variant in setting.variants and option in config:
             data = None if option == "scenes" else record.get("data")
-            same = key_of(record | {"config": config | {option: None}, "data": data})
+            same = key_of(record | {"config": config | dict.fromkeys((option, *also)), "data": data})
             found.setdefault(same, {})[config[option]] = setting
     return [own for own in found.values() if base in own and len(own) > 1]
 
@@ -249,15 +267,11 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
     """A gain, in each setting that compares these two variants; "not run" if there is none."""
     found, gain = [], float(row.paper)
     for setting in settings:
-        gap, last = setting.gap(one, other), setting.gap(one, other, "last")
+        gap, last = setting.gap(one, other), partial(setting.gap, select="last")
         if gap is None:
             continue
-        here = f"{tell(gap)}; last epoch {say_gap(last)}"
-        controls = [(name, setting.gap(one, name)) for name in ("placebo", "flat", "random") if name in setting.variants]
-        here += "".join(f"; minus {name} {say_gap(control)}" for name, control in controls)
-        if dice := setting.gap("none", "random"):
-            here += f"; baseline minus random {say_gap(dice)}"
-        verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
+        here = f"{tell(gap)}; last epoch {say_gap(last(one, other))}{setting.beside(one)}"
+        verdict, last_verdict = (setting.verdict(gain, one, other, of) for of in (setting.gap, last))
         verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
     return found or [row]
