@@ -473,6 +473,7 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
         "--model .*nowhere: no such folder": ["--model", tmp_path / "nowhere"],
         "--model: model type 'gpt2' is not BERT-like": ["--model", other_model(tmp_path, model, GPT2Config())],
         "--top-k 5 is above --num-experts 4": ["--top-k", 5],
+        "--select random chooses pairs for a conflict loss": ["--select", "random", "--conflict-loss", "none"],
         "--moe-layers: layers='7' names 7, but the model has 3": ["--moe-layers", 7],
         "--moe-layers: layers='first'": ["--moe-layers", "first"],
         "--num-experts: 32 neurons cannot be split into 5": ["--experts", "split", "--num-experts", 5],

@@ -12,8 +12,8 @@ after the last.
 """
 
 import random
+from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import torch
 from torch import nn
@@ -22,8 +22,8 @@ from transformers import LlavaForConditionalGeneration
 from lab.moe.dynmoe import make_stgc
 from lab.moe.probe import mean_of
 from lab.report import probe
-from lab.report.figures import plt, save
-from lab.report.styles import style_of
+from lab.report.figures import plt, save, value_of
+from lab.report.styles import MARKERS, style_of
 from lab.run.cli import Parser, UserError, number, path, run_main, say
 from lab.run.files import write_json
 from lab.run.reading import read_json
@@ -112,31 +112,73 @@ def ratio_of(row: dict) -> float:
     return mean_of([layer.get("conflict_ratio") for layer in row["layers"]]) or 0.0
 
 
-SHOWN = {  # of a row: title -> value
-    "main loss": lambda row: row["main_loss"],
-    "conflict ratio": ratio_of,
-    "consistency": lambda row: mean_of([layer.get("consistency") for layer in row["layers"]]) or 0.0,
+SHOWN = {  # measured -> what it is, what to know of it, label of its axis
+    "main_loss": ("main loss", "no arm trains on it", "nats, if cross-entropy"),
+    "conflict_ratio": ("conflict ratio", "in the paper it falls", "flagged / all pairs"),
+    "consistency": ("consistency, mean over experts", "in the paper it rises", "mean cosine"),
+    "consistency_std": ("std of consistency over experts", "in the paper it rises", "std of mean cosines"),
 }
+PER_LAYER = {"conflict_ratio": "conflict ratio", "consistency": "consistency"}  # figures 9 and 3b
+
+
+def curves_of(record: dict, part: str, arm: str) -> list[list[dict]]:
+    """A curve per seed. Its rows also have the means over the MoE layers."""
+    curves = [row["curve"] for row in record["rows"] if (row["part"], row["arm"]) == (part, arm)]
+    means = lambda row: {key: mean_of([layer.get(key) for layer in row["layers"]]) for key in KEYS}  # noqa: E731
+    return [[row | means(row) for row in curve] for curve in curves]
+
+
+def plot_mean(axis, curves: list[list[dict]], key: str, layer: int | None = None, **look) -> None:
+    """A line of means over the seeds, of one MoE layer or of the mean over them. Steps without a value are left out."""
+    means = {rows[0]["step"]: mean_of([value_of(row, key, layer) for row in rows]) for rows in zip(*curves)}
+    shown = {step: value for step, value in means.items() if value is not None}
+    axis.plot([*shown], [*shown.values()], **look)
+
+
+def finish(axes, label: str) -> None:
+    """What panels have in common that share an axis. It begins at 0: a line that hardly moves shall look so."""
+    top = max((value for axis in axes for line in axis.lines for value in line.get_ydata()), default=0.0)
+    for axis in axes:
+        axis.set(xlabel="step", ylim=(0, 1.08 * top or 1))
+        axis.grid(alpha=0.25)
+        if axis is not axes[0]:
+            axis.tick_params(labelleft=False)
+    axes[0].set_ylabel(label)
 
 
 def plot_arms(record: dict, target: Path) -> Path:
-    """Main loss, conflict ratio and consistency over the steps: a line per arm, the mean over the seeds; a row of panels per
-    part that is trained."""
-    figure, axes = plt.subplots(len(PARTS), len(SHOWN), figsize=(4 * len(SHOWN), 2.6 * len(PARTS)), squeeze=False)
-    for part, line in zip(PARTS, axes):
-        for axis, (title, value) in zip(line, SHOWN.items()):
+    """What SHOWN names, over the steps: a line per arm, the mean over seeds and MoE layers; a row of panels per trained part.
+    With several MoE layers, below it what PER_LAYER names: a panel per arm, with a line per layer, the deeper the darker."""
+    curves = {(part, arm): curves_of(record, part, arm) for part, arm in product(PARTS, ARMS)}
+    layers = max((len(row["curve"][0]["layers"]) for row in record["rows"]), default=0)
+    seeds = len({row["seed"] for row in record["rows"]})
+    blocks = 1 + (layers > 1)
+    figure = plt.figure(figsize=(3.5 * len(SHOWN), 5.9 * blocks))
+    upper, *lower = figure.subfigures(blocks, 1, squeeze=False).flat
+    legend = {"loc": "outside lower center", "frameon": False, "title_fontsize": 9}
+    for part, line in zip(PARTS, upper.subplots(len(PARTS), len(SHOWN))):
+        for axis, (key, (title, note, label)) in zip(line, SHOWN.items()):
             for arm in ARMS:
-                curves = [row["curve"] for row in record["rows"] if (row["part"], row["arm"]) == (part, arm)]
-                steps = [row["step"] for row in curves[0]]
-                means = [mean(value(curve[i]) for curve in curves) for i in range(len(steps))]
                 colour, style, marker = style_of(arm)
-                axis.plot(steps, means, style, marker=marker, markersize=4, color=colour, label=arm)
-            low, high = axis.get_ylim()
-            if high - low < (least := 0.02 * abs(high)):  # a line that does not move shall look so
-                axis.set_ylim(low - least, high + least)
-            axis.set(title=f"{title}, {part} trained", xlabel="step")
-            axis.grid(alpha=0.25)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
+                look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
+                plot_mean(axis, curves[part, arm], key, label=arm, **look)
+            axis.set_title(f"{title}\n{part} trained; {note}")
+            finish([axis], label)
+    note = f"a line: mean over {seeds} seeds"
+    upper.legend(*axis.get_legend_handles_labels(), ncols=len(ARMS), title=f"{note} and the MoE layers", **legend)
+    for below in lower:
+        for part, line in zip(PARTS, below.subplots(len(PARTS), len(PER_LAYER) * len(ARMS))):
+            for i, (key, title) in enumerate(PER_LAYER.items()):
+                axes = line[i * len(ARMS) : (i + 1) * len(ARMS)]
+                for axis, arm in zip(axes, ARMS):
+                    for layer in range(layers):
+                        look = {"color": str(0.7 - 0.6 * layer / (layers - 1)), "marker": MARKERS[layer % len(MARKERS)]}
+                        plot_mean(axis, curves[part, arm], key, layer, label=f"MoE layer {layer + 1}", markersize=5, **look)
+                    axis.set_title(f"{title}, {arm}\n{part} trained")
+                finish(axes, SHOWN[key][-1])
+        below.legend(*axis.get_legend_handles_labels(), ncols=min(6, layers), title=note, **legend)
+    names = [str(record[key]) for key in ("run", "model") if key in record]
+    figure.suptitle(f"Training on the conflict loss alone: {', '.join([*names, f'MoE layers: {layers}'])}", fontsize=11)
     return save(figure, target)
 
 

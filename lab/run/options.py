@@ -130,6 +130,8 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
     if args.select == "all" and (args.gradients == "weight" or args.conflict_loss == "reroute"):
         flag = "--gradients weight" if args.gradients == "weight" else "--conflict-loss reroute"
         parser.error(f"--select all reads no gradients: leave out {flag}, or --select")
+    if args.select != parser.get_default("select") and args.conflict_loss == "none":
+        parser.error(f"--select {args.select} chooses pairs for a conflict loss: leave it out, or --conflict-loss none")
     args.compare, given = bool(args.compare or args.variants), args.variants
     args.variants = sum(given or [COMPARED], []) if args.compare else [variant_name(args)]
     if not args.variants:
