@@ -45,8 +45,69 @@ def test_the_main_loss_does_not_train(net_and_batches):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def drawn(monkeypatch, record, target):
+    """The panels of a record's picture, by their titles, and its legends."""
+    figures = []
+    monkeypatch.setattr(alone.plt, "close", figures.append)
+    assert alone.plot_arms(record, target) == target and target.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.undo()
+    alone.plt.close(figures[0])
+    legends = [[text.get_text() for text in part.legends[0].get_texts()] for part in figures[0].subfigs]
+    return {axis.get_title(): axis for axis in figures[0].axes}, legends
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_picture_has_a_panel_of_every_value(layers, tmp_path, monkeypatch):
+    """Arms over the steps, for each part and value, the std over experts too; for each layer, where there are several. Lines
+    are means over the seeds. A value that no seed has leaves a gap."""
+    numbers = iter(torch.rand(2000).tolist())
+
+    def curve():
+        measured = lambda: [{key: next(numbers) for key in alone.KEYS} for _ in range(layers)]  # noqa: E731
+        return [{"step": step, "main_loss": next(numbers), "layers": measured()} for step in (0, 5, 7)]
+
+    runs = [(part, arm, seed) for part in alone.PARTS for arm in alone.ARMS for seed in (3, 4)]
+    rows = [{"part": part, "arm": arm, "seed": seed, "curve": curve()} for part, arm, seed in runs]
+    for row in rows:
+        row["curve"][1]["layers"][0].pop("consistency_std")
+    panels, legends = drawn(monkeypatch, {"rows": rows}, tmp_path / "alone.png")
+
+    def value(row, key, layer=None):
+        own = [each[key] for each in row["layers"][slice(layer, None if layer is None else layer + 1)] if key in each]
+        return row[key] if key == "main_loss" else sum(own) / len(own) if own else None
+
+    def check(title, key, part, looks, lines):
+        """`lines`: arm and layer of each."""
+        panel = panels.pop(title)
+        assert panel.get_xlabel() == "step" and panel.get_ylim()[0] == 0
+        assert len({(line.get_color(), line.get_marker()) for line in panel.lines}) == len(panel.lines) == looks
+        for line, (arm, layer) in zip(panel.lines, lines, strict=True):
+            both = [row["curve"] for row in rows if (row["part"], row["arm"]) == (part, arm)]
+            found = [(a["step"], value(a, key, layer), value(b, key, layer)) for a, b in zip(*both)]
+            points = [(step, (a + b) / 2) for step, a, b in found if a is not None]
+            assert len(points) == 3 - (key == "consistency_std" and layers == 1)
+            assert line.get_xydata() == pytest.approx(torch.tensor(points).numpy(), abs=1e-6)  # float32 numbers
+            assert panel.get_ylim()[1] > max(number for _, number in points)
+        return panel
+
+    for part in alone.PARTS:
+        for key, title in {
+            "main_loss": f"main loss\n{part} trained; no arm trains on it",
+            "conflict_ratio": f"conflict ratio\n{part} trained; in the paper it falls",
+            "consistency": f"consistency, mean over experts\n{part} trained; in the paper it rises",
+            "consistency_std": f"std of consistency over experts\n{part} trained; in the paper it rises",
+        }.items():
+            assert check(title, key, part, 3, [(arm, None) for arm in alone.ARMS]).get_ylabel()
+        for key, name in {"conflict_ratio": "conflict ratio", "consistency": "consistency"}.items() if layers > 1 else ():
+            titles = {arm: f"{name}, {arm}\n{part} trained" for arm in alone.ARMS}
+            own = [check(title, key, part, 3, [(arm, layer) for layer in range(3)]) for arm, title in titles.items()]
+            assert own[0].get_ylabel() and len({panel.get_ylim() for panel in own}) == 1  # one axis for all arms
+    assert not panels
+    assert legends == [["ce", "placebo", "flat"], ["MoE layer 1", "MoE layer 2", "MoE layer 3"]][: 1 + (layers > 1)]
+
+
 def test_the_picture_of_a_record(net_and_batches, tmp_path, monkeypatch, capsys):
-    """A panel per trained part and value; anything but a record is named."""
+    """From the command line; anything but a record is named."""
     net, batches = net_and_batches
     arms = [(part, arm, select) for part in alone.PARTS for arm, select in alone.ARMS.items()]
     train = lambda part, select: alone.train_alone(  # noqa: E731

@@ -8,7 +8,7 @@ RUN is the output folder of toy_lvlm.py, whose stage II is made into an MoE as s
 routers only, or everything that the run trained. A seed fixes the batches, of training examples, so the arms are compared
 seed by seed. Dropout is off. The record has, per arm and seed, the main loss, and per MoE layer the conflict ratio, the
 consistency and its standard deviation over experts: of one batch that is not trained on, before every `--every`-th step and
-after the last.
+after the last. The picture shows all of it; with several MoE layers also the ratio and the consistency of each.
 """
 
 import random
@@ -147,8 +147,8 @@ def finish(axes, label: str) -> None:
 
 
 def plot_arms(record: dict, target: Path) -> Path:
-    """What SHOWN names, over the steps: a line per arm, the mean over seeds and MoE layers; a row of panels per trained part.
-    With several MoE layers, below it what PER_LAYER names: a panel per arm, with a line per layer, the deeper the darker."""
+    """What SHOWN names, over the steps: a line per arm, the mean over seeds and MoE layers; a row of panels per part. With
+    several MoE layers, below it what PER_LAYER names: a panel per arm, with a line per layer, the deeper the darker."""
     curves = {(part, arm): curves_of(record, part, arm) for part, arm in product(PARTS, ARMS)}
     layers = max((len(row["curve"][0]["layers"]) for row in record["rows"]), default=0)
     seeds = len({row["seed"] for row in record["rows"]})
@@ -172,11 +172,12 @@ def plot_arms(record: dict, target: Path) -> Path:
                 axes = line[i * len(ARMS) : (i + 1) * len(ARMS)]
                 for axis, arm in zip(axes, ARMS):
                     for layer in range(layers):
-                        look = {"color": str(0.7 - 0.6 * layer / (layers - 1)), "marker": MARKERS[layer % len(MARKERS)]}
+                        look = {"color": str(0.65 - 0.55 * layer / (layers - 1)), "marker": MARKERS[layer % len(MARKERS)]}
                         plot_mean(axis, curves[part, arm], key, layer, label=f"MoE layer {layer + 1}", markersize=5, **look)
                     axis.set_title(f"{title}, {arm}\n{part} trained")
                 finish(axes, SHOWN[key][-1])
-        below.legend(*axis.get_legend_handles_labels(), ncols=min(6, layers), title=note, **legend)
+        order = f"{note}, of one MoE layer; layer 1 is nearest to the input"
+        below.legend(*axis.get_legend_handles_labels(), ncols=min(6, layers), title=order, **legend)
     names = [str(record[key]) for key in ("run", "model") if key in record]
     figure.suptitle(f"Training on the conflict loss alone: {', '.join([*names, f'MoE layers: {layers}'])}", fontsize=11)
     return save(figure, target)
