@@ -364,7 +364,8 @@ def margin_of(setting: Setting, variant: str) -> float | None:
 
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
-    makers = (glue_rows, pictures.lvlm_rows, pictures.sweep_rows, curve_rows, probe_rows)
+    makers = (pictures.lvlm_rows, pictures.sweep_rows, curve_rows, probe_rows)
     makers += (control_rows, pictures.usable_rows, router_rows, dose_rows)
     rows = [row for make in makers for row in make(settings)]
-    return [*rows, *gate_rows(settings, records), *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]
+    rows = [*glue_rows(settings), *gate_rows(settings, records), *rows]
+    return [*rows, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]
