@@ -142,8 +142,8 @@ def test_tables_of_other_losses():
     (row,) = (row for row in rows if row.where == "table 9")
     assert row.here.startswith("+1.3 [") and row.verdict == "reproduced"
     mse, reroute = (row for row in rows if row.claim.startswith("with another loss"))
-    assert mse.here.startswith("+1.1 [") and "minus flat +1.1" in mse.here and mse.verdict == "reproduced"
-    assert reroute.here.startswith("-1.2 [") and "flat" not in reroute.here and reroute.verdict == "not reproduced"
+    assert mse.here.startswith("mse +1.1 [") and "minus flat +1.1" in mse.here and mse.verdict == "reproduced"
+    assert reroute.here.startswith("reroute -1.2 [") and "flat" not in reroute.here and reroute.verdict == "not reproduced"
     assert verdicts((scores | {"placebo": scores["ce"]}, {}), where="table 9") == ["the control does as well"]
     wide = {"ce": plus(5, 6, 5, 6, 5), "mse": plus(4, 4, 4, 4, 4.5), "placebo": plus(3, 7, 3.5, 6, 5)}  # above none alone
     assert verdicts((scores | wide, {}), where="table 9") == ["a gain, the selection undecided"]

@@ -47,9 +47,10 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
     for setting, one in product(usual, ("mse", "reroute")):
         if gap := setting.gap(one, controls_of(one)[0]):
             flat = setting.gap(one, controls_of(one)[1])
-            more = f" ({one}; minus the baseline {say_gap(setting.gap(one, 'none'))}"
-            more += f"; minus flat {say_gap(flat)})" if flat else ")"
-            rows.append(sign_row(row, gap, 1, setting, more, score=True))
+            more = f"; minus the baseline {say_gap(setting.gap(one, 'none'))}"
+            more += f"; minus flat {say_gap(flat)}" if flat else ""
+            own = sign_row(row, gap, 1, setting, more, score=True)
+            rows.append(replace(own, here=f"{one} {own.here}"))
     found += rows or [row]
     return judge_untestable([*found, *capacity_rows(usual)], settings)
 
