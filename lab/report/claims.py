@@ -10,6 +10,7 @@ The rule of a verdict is lab.report.verdicts.judge.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from lab.report.verdicts import (
     is_above,
     join,
     no_lead,
+    own_gaps,
     say_gap,
 )
 from lab.run.cli import Parser, UserError, path, run_main, say
@@ -168,12 +170,7 @@ def wins(runs: regimes.Runs, names: list[str], own: tuple, other: tuple) -> tupl
 def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> Iterator[str]:
     """Five sentences that a busy reader can quote."""
 
-    def known(one: str, other: str) -> list[tuple[Setting, Paired]]:
-        """The settings whose own runs compare these two."""
-        own = [setting for setting in settings if not setting.lent & {one, other}]
-        gaps = [(setting, setting.gap(one, other)) for setting in own]
-        return [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
-
+    known = partial(own_gaps, settings)
     seeds = max(gap.seeds for _, gap in known("ce", "none"))
     own = [(setting, gap) for setting, gap in known("ce", "none") if gap.seeds == seeds]
     texts = [f"{setting.record['name']} {say_gap(gap)}" for setting, gap in own]
@@ -198,20 +195,12 @@ def sentences(settings: list[Setting], records: list[dict], search: Search, rows
     own = [(setting, *(setting.gap("ce", other) for other in ("none", "placebo"))) for setting in lead]
     texts = [f"{say_gap(gap)} on {s.record['name']}, minus its placebo {say_gap(more)}" for s, gap, more in own if gap]
     yield f"{text}{'; there STGC minus its baseline is: ' if texts else ''}{'; '.join(texts)}."
-    texts = []
-    for name, own in probes_of(records).items():
-        first, last = max(own, key=loss_of), min(own, key=loss_of)
-        texts.append(f"{name} {first['kappa']:.2f} to {last['kappa']:.2f}")
     text = "How far other batches flag the same tokens, beyond chance (kappa; 1 is always), with the least and the most "
-    yield f"{text}trained model: {'; '.join(texts)}."
+    yield f"{text}trained model: {kappas(records)}."
     strong, weak = max(search.margin), min(search.margin)
     text = f"The loss levels the router: at beta {strong:g} its margin is {search.margin[strong]:.2f} of the baseline's, "
     text += f"at {weak:g} {search.margin[weak]:.2f}; where routing matters, accuracy moves by {search.change[strong]:+.1f} "
     yield f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
-
-
-def loss_of(probe: dict) -> float:
-    return probe["loss"]
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
@@ -222,6 +211,15 @@ def probes_of(records: list[dict]) -> dict[str, list[dict]]:
         for one in record.get("probes", []):
             found.setdefault(record["name"].partition("-")[0] + parts, []).append(one)
     return found
+
+
+def kappas(records: list[dict]) -> str:
+    """kappa of the least and of the most trained model, by data."""
+    texts = []
+    for name, probes in probes_of(records).items():
+        first, last = (of(probes, key=lambda probe: probe["loss"]) for of in (max, min))
+        texts.append(f"{name} {first['kappa']:.2f} to {last['kappa']:.2f}")
+    return "; ".join(texts)
 
 
 def synthetic(search: Search) -> Iterator[str]:
@@ -322,9 +320,7 @@ def front(records: list[dict]) -> Iterator[str]:
         here = f"{say_gap(gap)} points, {gap.seeds} seeds ({where}); minus placebo {say_gap(control)}"
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
-    pairs = {name: (max(own, key=loss_of), min(own, key=loss_of)) for name, own in probes_of(records).items()}
-    texts = [f"{name} {most['kappa']:.2f} to {least['kappa']:.2f}" for name, (most, least) in pairs.items()]
-    here = f"kappa, least to most trained: {'; '.join(texts)}"
+    here = f"kappa, least to most trained: {kappas(records)}"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]

@@ -17,6 +17,9 @@ from lab.report.verdicts import (
     gains,
     gap_of,
     is_above,
+    judge_fall,
+    judge_sign,
+    own_gaps,
     say_gap,
     series,
     sign_row,
@@ -86,10 +89,8 @@ def falling_row(row: Row, key: str, setting: Setting) -> Row:
     if not ends["ce"]:
         return replace(row, setting=setting)
     texts = [f"{label(v)} {' to '.join(spread([*side], 3) for side in zip(*own))}" for v, own in ends.items() if own]
-    fall, *same = (bool(own) and mean(last < first for first, last in own) > 0.5 for own in ends.values())
-    verdict = "the control does as well" if fall and any(same) else verdict_of(fall)
-    verdict += " (placebo not run)" if verdict == "reproduced" and not ends["placebo"] else ""
-    return replace(row, here="; ".join(texts), verdict=verdict, setting=setting)
+    falls = {v: mean(last < first for first, last in own) > 0.5 for v, own in ends.items() if own}
+    return replace(row, here="; ".join(texts), verdict=judge_fall(falls), setting=setting)
 
 
 def shallow_row(row: Row, setting: Setting) -> Row:
@@ -149,10 +150,7 @@ def probe_rows(settings: list[Setting]) -> list[Row]:
         falls = {v: mean(last < first for first, last in own) > 0.5 for v, own in shares.items() if own}
         if "ce" in falls:
             texts = [f"{label(v)} {' to '.join(spread([*side], 2) for side in zip(*shares[v]))}" for v in falls]
-            fall, *same = (falls.get(v, False) for v in ("ce", "none", "placebo"))
-            verdict = "the control does as well" if fall and any(same) else verdict_of(fall)
-            verdict += " (placebo not run)" if verdict == "reproduced" and "placebo" not in falls else ""
-            row = replace(shift, here=f"share below 0: {'; '.join(texts)}", verdict=verdict, setting=setting)
+            row = replace(shift, here=f"share below 0: {'; '.join(texts)}", verdict=judge_fall(falls), setting=setting)
             row.picture = f"{runs[0]['curve'].parent.name}/curves.png"
             found["figure 7"].append(row)
     return [row for first in (correlate, rises, shift) for row in found[first.where] or [first]]
@@ -287,9 +285,7 @@ def alone_row(row: Row, record: dict, part: str, sign: int, value: Callable, eac
     gaps = [gap_of(dict.fromkeys(own, 0.0), own), *(gap_of(changes[arm], own) for arm in ("placebo", "flat"))]
     if any(gap is None or gap.low is None for gap in gaps):
         return row
-    (low, high), *beyond = (sorted((sign * gap.low, sign * gap.high)) for gap in gaps)
-    verdict = "not reproduced" if high < 0 else "inconclusive" if low <= 0 else "the control does as well"
-    verdict = "reproduced" if low > 0 and all(end > 0 for end, _ in beyond) else verdict
+    verdict = judge_sign(gaps[0], sign, *gaps[1:])
     losses = {arm: [[curve[at]["main_loss"] for curve in of.values()] for at in (0, -1)] for arm, of in curves.items()}
     if part == "routers" and all(abs(a - b) < 1e-6 for both in losses.values() for a, b in zip(*both)):
         verdict = f"{NOT_TESTABLE}: the experts are equal copies"
@@ -321,8 +317,7 @@ def control_rows(settings: list[Setting]) -> list[Row]:
         ("ce-one", "ce", "does the loss cost through the features? one pass, which spares them, minus two passes"),
     ):
         row = Row("new", claim, "not asked")
-        gaps = [(setting, setting.gap(one, other)) for setting in settings if not setting.borrows]
-        known = [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
+        known = own_gaps(settings, one, other)
         found += [replace(row, here=tell(gap), verdict="measured", setting=setting) for setting, gap in known] or [row]
     return found
 
@@ -364,8 +359,8 @@ def margin_of(setting: Setting, variant: str) -> float | None:
 
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
-    makers = (pictures.lvlm_rows, pictures.sweep_rows, curve_rows, probe_rows)
-    makers += (control_rows, pictures.usable_rows, router_rows, dose_rows)
-    rows = [row for make in makers for row in make(settings)]
-    rows = [*glue_rows(settings), *gate_rows(settings, records), *rows]
-    return [*rows, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]
+    """All rows of the page, in its order."""
+    found = [*glue_rows(settings), *gate_rows(settings, records), *pictures.lvlm_rows(settings)]
+    for make in (pictures.sweep_rows, curve_rows, probe_rows, control_rows, pictures.usable_rows, router_rows, dose_rows):
+        found += make(settings)
+    return [*found, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]

@@ -60,27 +60,37 @@ def capacity_rows(settings: list[Setting]) -> list[Row]:
     it falls from that without a limit."""
     found = []
     for bpr, gain in ((False, "+10.9"), (True, "+7.0")):
-        where = f"at capacity 0.5{', batch prioritized' * bpr}"
-        gains, falls = Row("table 10", f"{where}, STGC gains", gain), []
+        half, where = (0.5, bpr), f"at capacity 0.5{', batch prioritized' * bpr}"
+        gain_row = Row("table 10", f"{where}, STGC gains", gain)
         claim = f"{where}, STGC loses less of its score (reproduced: its fall lies below the baseline's)"
-        fall, own = Row("table 10", claim, "less"), []
-        for setting in settings:
-            low = {name: scores for name in setting.variants if (scores := limited(setting, name, 0.5, bpr))}
-            if not {"none", "ce"} <= low.keys():
-                continue
-            gap = lambda one, other, low=low: gap_of(low.get(other, {}), low.get(one, {}))  # noqa: E731
-            texts = "".join(f"; {label(name)} {spread([*scores.values()])}" for name, scores in low.items())
-            here = f"{tell(gap('ce', 'none'))}{texts}{setting.beside('ce', gap)}"
-            own.append(replace(gains, here=here, verdict=setting.verdict(float(gain), gap=gap), setting=setting))
-            lost = {}
-            for name, scores in low.items():
-                full = setting.scores(name, "last")
-                lost[name] = {seed: full[seed] - score for seed, score in scores.items()}
-            more = "".join(f"; {label(name)} {spread([*values.values()])}" for name, values in lost.items())
-            both = gap_of(lost["none"], lost["ce"]), gap_of(lost.get("placebo", {}), lost["ce"])
-            falls.append(sign_row(fall, both[0], -1, setting, more, both[1], score=True))
-        found += [*(own or [gains]), *(falls or [fall])]
+        fall_row = Row("table 10", claim, "less")
+        tested = [setting for setting in settings if setting.gap("ce", "none", half)]
+        found += [capacity_row(gain_row, setting, half) for setting in tested] or [gain_row]
+        found += [fall_of(fall_row, setting, half) for setting in tested] or [fall_row]
     return found
+
+
+def capacity_row(row: Row, setting: Setting, half: tuple[float, bool]) -> Row:
+    """The gain with experts of this size."""
+    scores = {name: own for name in setting.variants if (own := limited(setting, name, *half))}
+    here = tell(setting.gap("ce", "none", half)) + each(scores) + setting.beside("ce", half)
+    return replace(row, here=here, verdict=setting.verdict(float(row.paper), select=half), setting=setting)
+
+
+def fall_of(row: Row, setting: Setting, half: tuple[float, bool]) -> Row:
+    """How far the scores fall from those without a limit, ce's beside the others'."""
+    falls = {}
+    for name in setting.variants:
+        full = setting.scores(name, "last")
+        if low := limited(setting, name, *half):
+            falls[name] = {seed: full[seed] - score for seed, score in low.items()}
+    gap, placebo = gap_of(falls["none"], falls["ce"]), gap_of(falls.get("placebo", {}), falls["ce"])
+    return sign_row(row, gap, -1, setting, each(falls), placebo, score=True)
+
+
+def each(values: dict[str, dict[int, float]]) -> str:
+    """Variant -> seed -> value, as a text that follows a difference."""
+    return "".join(f"; {label(name)} {spread([*own.values()])}" for name, own in values.items())
 
 
 def leads(setting: Setting) -> tuple[Paired | None, Paired | None, Paired | None]:

@@ -6,7 +6,7 @@ controls (the placebo and flat, where they were run), c = placebo - baseline, an
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -25,6 +25,15 @@ NO_ROUTING = "routing does not matter here"
 
 
 Gap = Paired | None
+
+
+def score_of(run: dict, select: str | tuple[float, bool]) -> float | None:
+    """In %: of the best epoch (of records without, the last), of the last, or of experts of a (capacity, bpr)."""
+    if isinstance(select, tuple):
+        found = [own["scores"] for own in run.get("limited") or [] if (own["capacity"], own["bpr"]) == select]
+    else:
+        found = [run.get(select) or run["last"]]
+    return 100 * found[0]["score"] if found else None
 
 
 def controls_of(variant: str) -> tuple[str, str]:
@@ -60,9 +69,30 @@ def no_lead(routing: Gap) -> bool:
     return routing is not None and routing.low is not None and routing.low <= 0
 
 
-def is_above(gap: Paired | None) -> bool:
-    """Whether an interval is known and lies above 0."""
-    return gap is not None and gap.low is not None and gap.low > 0
+def is_above(gap: Gap, sign: int = 1) -> bool:
+    """Whether an interval is known and lies above 0, with sign -1 below it."""
+    return gap is not None and gap.low is not None and min(sign * gap.low, sign * gap.high) > 0
+
+
+def judge_sign(gap: Gap, sign: int, *controls: Gap) -> str:
+    """The verdict on a known difference that shall lie above 0 (sign 1) or below it (-1). `controls`: the same minus each
+    control; what a control shares is not due to STGC."""
+    if not is_above(gap, sign):
+        return "not reproduced" if is_above(gap, -sign) else "inconclusive"
+    return "reproduced" if all(is_above(one, sign) for one in controls) else "the control does as well"
+
+
+def judge_fall(falls: dict[str, bool]) -> str:
+    """The verdict on a value that shall fall with ce (variant -> whether it does)."""
+    if falls["ce"] and (falls.get("none") or falls.get("placebo")):
+        return "the control does as well"
+    return verdict_of(falls["ce"]) + (" (placebo not run)" if falls["ce"] and "placebo" not in falls else "")
+
+
+def own_gaps(settings: list["Setting"], one: str, other: str) -> list[tuple["Setting", Paired]]:
+    """The settings whose own runs compare these two over seeds, and the difference."""
+    gaps = [(setting, setting.gap(one, other)) for setting in settings if not setting.lent & {one, other}]
+    return [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
 
 
 def say_gap(gap: Paired | None, digits: int = 1) -> str:
@@ -144,14 +174,15 @@ class Setting:
         for variant in (one, other):
             rates, own = {run["lr"] for run in self.runs(variant)}, {}
             for run in self.measured(variant):
-                own.setdefault(run["seed"], []).extend([run] if run["lr"] in rates else [])
+                if run["lr"] in rates and score_of(run, select) is not None:
+                    own.setdefault(run["seed"], []).append(run)
             runs.append(own)
         found: tuple[dict[int, float], dict[int, float]] = {}, {}
         for seed in sorted(runs[0].keys() & runs[1].keys()):
             both = product(runs[0][seed], runs[1][seed])
             pair = min(both, key=lambda pair: pair[0].get("commit") != pair[1].get("commit"))  # the first of them
             for side, run in zip(found, pair):
-                side[seed] = 100 * (run.get(select) or run["last"])["score"]
+                side[seed] = score_of(run, select)
         return found
 
     def gap(self, one: str, other: str, select: str = "best") -> Paired | None:
@@ -159,10 +190,9 @@ class Setting:
         scores, base = self.sides(one, other, select)
         return gap_of(base, scores)
 
-    def verdict(self, gain: float, one="ce", other="none", gap: Callable[[str, str], Gap] | None = None) -> str:
-        """By `judge`, and which of the controls that it asks for were not run. `gap`: the difference of two variants, by
-        default that of their best epochs."""
-        gap, names = gap or self.gap, controls_of(one)
+    def verdict(self, gain: float, one="ce", other="none", select="best") -> str:
+        """By `judge`, and which of the controls that it asks for were not run."""
+        gap, names = partial(self.gap, select=select), controls_of(one)
         both, routing = [gap(one, name) for name in names], gap("none", "random")
         verdict = judge(gap(one, other), *both, gap(names[0], other), gain, routing)
         missing = ["dice not run"] if routing is None else ["dice: one seed"] if routing.low is None else []
@@ -170,9 +200,9 @@ class Setting:
             missing += [f"{name} not run" for name, control in zip(names, both) if control is None]
         return f"{verdict} ({', '.join(missing)})" if missing and not verdict.startswith(NOT_RUN) else verdict
 
-    def beside(self, one: str, gap: Callable[[str, str], Gap] | None = None) -> str:
+    def beside(self, one: str, select="best") -> str:
         """What stands beside a difference of a variant: minus its controls and dice, and the positive control."""
-        gap = gap or self.gap
+        gap = partial(self.gap, select=select)
         known = [(name, gap(one, name)) for name in (*controls_of(one), "random") if name in self.variants]
         dice = gap("none", "random")
         more = f"; baseline minus random {say_gap(dice)}" if dice else ""
@@ -267,11 +297,11 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
     """A gain, in each setting that compares these two variants; "not run" if there is none."""
     found, gain = [], float(row.paper)
     for setting in settings:
-        gap, last = setting.gap(one, other), partial(setting.gap, select="last")
+        gap, last = (setting.gap(one, other, select) for select in ("best", "last"))
         if gap is None:
             continue
-        here = f"{tell(gap)}; last epoch {say_gap(last(one, other))}{setting.beside(one)}"
-        verdict, last_verdict = (setting.verdict(gain, one, other, of) for of in (setting.gap, last))
+        here = f"{tell(gap)}; last epoch {say_gap(last)}{setting.beside(one)}"
+        verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
         verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
     return found or [row]
@@ -286,12 +316,9 @@ def sign_row(
     if gap is None or gap.low is None:
         verdict = judge(gap, None, None, None, 0.0)
         return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
-    low, high = sorted((sign * gap.low, sign * gap.high))
-    verdict = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
-    if isinstance(placebo, Paired):
-        more += f"; minus placebo {say_gap(placebo, digits)}"
-        ends = sorted((sign * placebo.low, sign * placebo.high)) if placebo.low is not None else [0, 0]
-        verdict = "the control does as well" if verdict == "reproduced" and ends[0] <= 0 else verdict
+    known = [placebo] if isinstance(placebo, Paired) else []
+    more += "".join(f"; minus placebo {say_gap(one, digits)}" for one in known)
+    verdict = judge_sign(gap, sign, *known)
     routing = setting.gap("none", "random")
     missing = ["placebo not run"] if placebo is None and verdict == "reproduced" else []
     missing += ["dice not run"] if score and routing is None else []
