@@ -9,6 +9,7 @@ from test_compare import LR, run
 from lab.report import claims, evidence, pictures, records
 from lab.report.claims import ROOT, check, render
 from lab.report.compare import Paired
+from lab.report.tables import spread
 from lab.report.verdicts import (
     NO_ROUTING,
     NOT_RUN,
@@ -145,28 +146,31 @@ def test_rows_of_sample_level_routings():
 
 
 @pytest.mark.parametrize(
-    ("ce", "placebo", "dice", "gains", "falls"),
+    ("ce", "placebo", "dice", "verdict"),
     [
-        (plus(11, 12, 11, 12, 11), NONE, -4, "reproduced (flat not run)", "reproduced"),
-        (plus(3, 4, 3, 4, 3), NONE, -4, "smaller than the paper's", "reproduced"),
-        (plus(11, 12, 11, 12, 11), plus(12, 11, 12, 11, 12), -4, "the control does as well", "the control does as well"),
-        (plus(0, 1, -1, 1, 0), NONE, -4, "not reproduced", "inconclusive"),  # its end lies below the paper's 10.9
-        (plus(-3, -4, -3, -4, -3), NONE, -4, "not reproduced", "not reproduced"),
-        (plus(11, 12, 11, 12, 11), NONE, 0, NO_ROUTING, "reproduced"),  # dice do as well at this capacity
+        (plus(11, 12, 11, 12, 11), NONE, -4, "reproduced (flat not run)"),
+        (plus(3, 4, 3, 4, 3), NONE, -4, "smaller than the paper's"),
+        (plus(11, 12, 11, 12, 11), plus(12, 11, 12, 11, 12), -4, "the control does as well"),
+        (plus(0, 1, -1, 1, 0), NONE, -4, "not reproduced"),  # its end lies below the paper's 10.9
+        (plus(11, 12, 11, 12, 11), NONE, 0, NO_ROUTING),  # dice do as well at this capacity
     ],
 )
-def test_rows_of_limited_capacity(ce, placebo, dice, gains, falls):
-    """Table 10: by the rule of a gain, with the positive control at this capacity; beside it how far the score falls."""
+def test_rows_of_limited_capacity(ce, placebo, dice, verdict):
+    """Table 10: by the rule of a gain, with the positive control at this capacity."""
     limited = {"none": NONE, "ce": ce, "placebo": placebo, "random": plus(*[dice] * 4, dice - 0.5)}
     record = a_picture_record(dict.fromkeys(limited, plus(*[9] * 5)) | {"random": plus(4, 5, 4, 5, 4)})
     for one in record["runs"]:
         scores = {"score": limited[one["variant"]][one["seed"]] / 100}
         one["limited"] = [{"capacity": capacity, "bpr": False, "scores": scores} for capacity in (0.5, 1.0)]
     (setting,) = [Setting(one) for one in records.merge([record])]
-    rows = [row for row in pictures.lvlm_rows([setting]) if row.where == "table 10"]
-    assert [row.verdict for row in rows] == [gains, falls, NOT_RUN, NOT_RUN]  # the last two: Batch Prioritized Routing
-    assert rows[0].here.startswith(say_gap(gap_of(dict(enumerate(NONE)), dict(enumerate(ce)))))
-    assert "baseline 9.0 ± 0.0" in rows[1].here  # it falls from 9 points above
+    plain, prioritized = (row for row in pictures.lvlm_rows([setting]) if row.where == "table 10")
+    assert plain.verdict == verdict and prioritized.verdict == NOT_RUN
+    assert plain.here.startswith(say_gap(gap_of(dict(enumerate(NONE)), dict(enumerate(ce)))))
+    table = [*pictures.capacity_table(setting)]
+    assert table[2].startswith(f"| baseline | {spread(NONE)} |") and len(table) == 8
+    for one in record["runs"]:
+        one["lent"] = one["variant"] == "none"
+    assert len([*pictures.capacity_table(Setting(records.merge([record])[0]))]) == 7  # it stands where it was run
 
 
 def test_what_no_setting_can_judge_is_not_testable():
@@ -229,19 +233,27 @@ def test_a_baseline_is_the_same_at_any_tau():
 
 def test_dice_are_the_same_at_any_alpha():
     """They have no balance loss. A baseline has: of another alpha it is compared, not lent."""
-    base = a_picture_record({"none": NONE, "random": plus(-4, -5, -4, -5, -4), "ce": NONE})
-    more = ({"none": plus(-1, -2, -1, -2, -1)}, 0.1), ({"ce": NONE}, 0.2), ({"none": NONE, "ce": plus(1, 2, 1, 2, 1)}, 0.0)
-    parts = [base, *(a_picture_record(scores, alpha=alpha) for scores, alpha in more)]
-    for part in parts:
-        part["runs"] = [one | {"commit": "a"} for one in part["runs"]]
-    settings = claims.usable(parts)
+
+    def parts_of(dice):
+        base = a_picture_record({"none": NONE, "random": dice, "ce": NONE})
+        more = (
+            ({"none": plus(-1, -2, -1, -2, -1.5)}, 0.1),
+            ({"ce": NONE}, 0.2),
+            ({"none": NONE, "ce": plus(1, 2, 1, 2, 1)}, 0.0),
+        )
+        parts = [base, *(a_picture_record(scores, alpha=alpha) for scores, alpha in more)]
+        return [part | {"runs": [one | {"commit": "a"} for one in part["runs"]]} for part in parts]
+
+    settings = claims.usable(parts_of(plus(-4, -5, -4, -5, -4)))
     found = {s.record["config"]["alpha"]: (s.borrows, s.gap("none", "random").mean) for s in settings}
-    assert found == {0.0: (True, pytest.approx(4.4)), 0.01: (False, pytest.approx(4.4)), 0.1: (True, pytest.approx(3.0))}
+    assert found == {0.0: (True, pytest.approx(4.4)), 0.01: (False, pytest.approx(4.4)), 0.1: (True, pytest.approx(2.9))}
     rows = pictures.sweep_rows(settings)
     assert [row.verdict for row in rows if row.where == "table 8"] == ["reproduced"]
     (row,) = (row for row in rows if "weight of the balance loss" in row.claim)
     assert row.here.startswith("alpha 0: +1.4 [+0.7, +2.1], half width 0.7, 5 seeds (baseline 81.2 ± 1.9); alpha 0.01: +0.0")
     assert row.verdict == "measured"
+    (row,) = (row for row in pictures.sweep_rows(claims.usable(parts_of(NONE))) if "weight of the balance loss" in row.claim)
+    assert row.verdict == NO_ROUTING
 
 
 def test_a_baseline_is_the_same_at_any_beta():
@@ -258,7 +270,9 @@ def test_a_baseline_is_the_same_at_any_beta():
     for parts, mean in (([whole, dose], 1.4), ([dose, whole], 1.4), ([whole, again, dose], 0.3)):
         settings = {setting.record["config"]["beta"]: setting for setting in claims.usable(parts)}
         assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(mean)
-        assert evidence.margin_of(settings[0.01], "ce") == pytest.approx(0.25)
+        assert evidence.margins_of(settings[0.01], "ce") == dict.fromkeys(range(5), pytest.approx(0.25))
+        same = "Pairs of ce and the baseline of one commit: 0 of 5."
+        assert (same in " ".join(settings[0.01].notes())) == (again not in parts)
         assert settings[0.01].borrows and not settings[0.1].borrows
     others = claims.usable([whole, record(0.01, "a", lr=1.0, ce=NONE)])
     assert [setting.record["config"]["lr"] for setting in others] == [1e-4]
@@ -287,8 +301,12 @@ def test_the_best_learning_rate_counts_as_in_the_papers_table():
 def test_a_placebo_that_does_as_well_is_said():
     setting, row = Setting(records.merge([a_record(none=NONE, ce=NONE)])[0]), Row("figure 5", "x", "y")
     same = "the control does as well"
-    for beyond, verdict in ((None, "reproduced (placebo not run)"), (gap(-3, -1), "reproduced"), (gap(-1, 1), same)):
-        assert sign_row(row, gap(-3, -1), -1, setting, placebo=beyond).verdict == verdict
+    one = Paired(-2.0, None, None, 0, 0, 1)
+    cases = (None, "reproduced (placebo not run)"), (gap(-3, -1), "reproduced"), (gap(-1, 1), same), (one, same)
+    for beyond, verdict in cases:
+        assert sign_row(row, gap(-3, -1), -1, setting, controls={"placebo": beyond}).verdict == verdict
+    both = {"baseline": gap(-1, 1), "placebo": gap(-3, -1)}
+    assert sign_row(row, gap(-3, -1), -1, setting, controls=both).verdict == same
     assert sign_row(row, gap(-3, -1), -1, setting).verdict == "reproduced"  # a claim without a placebo
     assert sign_row(row, gap(1, 3), -1, setting).verdict == "not reproduced"
     assert sign_row(row, gap(-1, 3), -1, setting).verdict == "inconclusive"
@@ -321,7 +339,7 @@ def test_rows_of_curves(tmp_path):
         one["lent"] = one["variant"] == "none"
     record["config"]["tau"] = 0.1
     row = evidence.shallow_row(Row("figure 9", "x", "y"), Setting(records.merge([record])[0]))
-    assert row.verdict == "reproduced (placebo not run)" and "baseline" not in row.here
+    assert row.verdict == "reproduced (baseline not run, placebo not run)" and "baseline" not in row.here
 
 
 @pytest.mark.parametrize(
@@ -365,7 +383,8 @@ def test_rows_of_saved_models():
         return [row.verdict for row in evidence.saved_rows([{"name": "lvlm", "probes": probes}])]
 
     assert found([-0.03, 0.01]) == ["measured", "measured", "reproduced", "reproduced"]
-    assert found([-0.03, 0.02], other=3.0) == ["measured", "measured", "not reproduced", "not reproduced"]
+    assert found([-0.03, 0.02], other=3.0) == ["measured", "measured", "not reproduced", "inconclusive"]
+    assert found([0.03, 0.01])[-1] == "not reproduced"
 
 
 def test_somebodys_record(tmp_path):

@@ -10,7 +10,6 @@ The rule of a verdict is lab.report.verdicts.judge.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -68,7 +67,7 @@ That restless routing is a regulariser, as routing by dice is: it may help where
 it costs where experts have learnt different things. The placebo, the same loss on as many pairs drawn by dice, does
 the same to the router; so does the loss on all pairs (flat). What is STGC's own is therefore the difference to these
 two, not to the baseline. Small synthetic settings (`results/regimes.json`) show it, in medians. Left out are those of
-Top-1 with a weight that is not 1, where a level router also shrinks the layer's output:"""
+Top-1 with a weight that is not 1, where a level router also shrinks the layer's output."""
 RULE = """\
 A score is compared by paired 95 % t-intervals over the seeds. The first rule that fits gives the verdict:
 
@@ -86,10 +85,8 @@ A score is compared by paired 95 % t-intervals over the seeds. The first rule th
 | measured; usable | a question that the paper does not ask; the toy LVLM as a judge of routing |
 
 In brackets: which control was not run. Best epochs are chosen on dev, as in the paper's source; the last epoch stands
-beside them. A claim without a gain names its predicate; so do those that compare other things than STGC with the baseline
-(tables 3, 4, 5, 8, DynMoE's gate). The toy LVLM judges wherever its router beats dice; where its half width is above 0.7
-points, which the row on its use says, small differences stay open. Where a repeated run differs by some points, no
-difference of one seed means anything."""
+beside them. Every other claim names its rule in brackets. On the toy LVLM a half width above 0.7 points leaves small
+differences open. Where a repeated run differs by some points, no difference of one seed means anything."""
 
 
 def usable(records: list[dict]) -> list[Setting]:
@@ -112,24 +109,24 @@ def lend(settings: list[Setting], names: tuple[str, ...], options: tuple[str, ..
         if needs(setting) and key in bases:
             commits, lent = {run["commit"] for run in setting.record["runs"]}, {}
             pool = [run for run in bases[key].measured() if run["variant"] in names]
-            for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, if there is one
+            for run in sorted(pool, key=lambda run: run["commit"] in commits):  # of the same commit, else the newest
                 lent[run["variant"], run["seed"], run["lr"]] = run | {"lent": True}
             setting.record["runs"] = [*lent.values(), *setting.record["runs"]]
 
 
 @dataclass
 class Search:
-    """What the search over small synthetic settings found (lab.bench.regimes)."""
+    """What the search over small synthetic settings found (lab.bench.regimes). A pair of counts: better, and worse."""
 
     settings: int
     matters: int  # where the learned router beats dice
-    restless: tuple[int, float]  # settings where dice beat the learned router, and their median gain in points
-    hits: dict[float, int]  # beta -> settings where ce beats both the baseline and the placebo, last step or best checkpoint
+    restless: tuple[int, float]  # where dice beat the learned router, and their median gain in points
+    hits: dict[float, int]  # beta -> where ce beats baseline and placebo, at the last step or the best checkpoint
     change: dict[float, float]  # beta -> median change of accuracy by ce where routing matters, in points
     margin: dict[float, float]  # beta -> median of the router's margin, of the baseline's
-    one: dict[str, tuple[int, int]]  # ce-one at the largest beta, against another: settings where it is better, and worse
+    choice: dict[float, list[tuple[int, int]]]  # beta -> ce against placebo and flat
+    one: dict[str, tuple[int, int]]  # ce-one at the largest beta, against ce and its own placebo
     between: float  # the largest difference of the medians of ce, placebo and flat at one beta, in points
-    choice: dict[float, list[tuple[int, int]]]  # beta -> of placebo and flat: settings where ce is better than it, and worse
     apart: dict[str, list[Paired]]  # experts trained apart: ce, and the loss on long gradients, minus the placebo
 
 
@@ -139,68 +136,89 @@ def read_search() -> Search:
     dice = {name: regimes.gap(runs, name, regimes.RANDOM) for name in names}
     matters = [name for name in names if dice[name].verdict == "worse"]
     better = [gap.mean for gap in dice.values() if gap.verdict == "better"]
-    found = Search(len(names), len(matters), (len(better), median(better or [0])), {}, {}, {}, {}, 0.0, {}, {})
     seeds = sorted({run[3] for run in record["runs"] if run[3] < regimes.FIRST_FRESH})
-    hits = find_hits([run for run in record["runs"] if run[0] in names], names, seeds)
+    hits = [at for _, at in find_hits([run for run in record["runs"] if run[0] in names], names, seeds)]
+    change, choice, between = {}, {}, 0.0
     for beta in regimes.BETAS:
-        own = ("ce", beta)
-        found.hits[beta] = sum(at == beta for _, at in hits)
-        found.change[beta] = median(regimes.gap(runs, name, own).mean for name in matters)
-        found.margin[beta] = regimes.median_margin(runs, names, own)
+        change[beta] = median(regimes.gap(runs, name, ("ce", beta)).mean for name in matters)
+        choice[beta] = [regimes.wins(runs, names, ("ce", beta), (other, beta)) for other in ("placebo", "flat")]
         middles = [median(regimes.gap(runs, name, (variant, beta)).mean for name in names) for variant in regimes.DOSED]
-        found.between = max(found.between, max(middles) - min(middles))
-        found.choice[beta] = [wins(runs, names, own, (other, beta)) for other in ("placebo", "flat")]
-    most = max(regimes.BETAS)
-    for other in ("ce", "placebo-one"):
-        found.one[other] = wins(runs, names, ("ce-one", most), (other, most))
-    apart = [name for name in names if record["settings"][name].get("start") == "trained"]
+        between = max(between, max(middles) - min(middles))
+    most, apart = max(regimes.BETAS), {}
+    trained = [name for name in names if record["settings"][name].get("start") == "trained"]
     for variant in ("ce", "long"):
         sides = (variant, most), ("placebo", most)
-        found.apart[variant] = [regimes.gap(runs, n, *sides) for n in apart if all((n, *side) in runs for side in sides)]
-    return found
+        apart[variant] = [regimes.gap(runs, n, *sides) for n in trained if all((n, *side) in runs for side in sides)]
+    return Search(
+        settings=len(names),
+        matters=len(matters),
+        restless=(len(better), median(better or [0])),
+        hits={beta: hits.count(beta) for beta in regimes.BETAS},
+        change=change,
+        margin={beta: regimes.median_margin(runs, names, ("ce", beta)) for beta in regimes.BETAS},
+        choice=choice,
+        one={other: regimes.wins(runs, names, ("ce-one", most), (other, most)) for other in ("ce", "placebo-one")},
+        between=between,
+        apart=apart,
+    )
 
 
-def wins(runs: regimes.Runs, names: list[str], own: tuple, other: tuple) -> tuple[int, int]:
-    """In how many settings a variant is better than another, and in how many worse, by the interval."""
-    known = [name for name in names if {(name, *own), (name, *other)} <= runs.keys()]
-    verdicts = [regimes.gap(runs, name, own, other).verdict for name in known]
-    return verdicts.count("better"), verdicts.count("worse")
-
-
-def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> Iterator[str]:
+def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> list[str]:
     """Five sentences that a busy reader can quote."""
+    flags = "How far other batches flag the same tokens, beyond chance (kappa; 1 is always), from the least to the most "
+    flags += f"trained model: {kappas(records)}."
+    gains, routing = say_gains(settings), say_routing(settings, search)
+    return [gains, say_selection(settings, search, rows), routing, flags, say_dose(search)]
 
-    known = partial(own_gaps, settings)
-    seeds = max(gap.seeds for _, gap in known("ce", "none"))
-    own = [(setting, gap) for setting, gap in known("ce", "none") if gap.seeds == seeds]
-    texts = [f"{setting.record['name']} {say_gap(gap)}" for setting, gap in own]
-    none = all(gap.low <= 0 <= gap.high for _, gap in own)
-    more = "; all contain 0, so no difference is shown" if none else ""
-    even = [setting.record["name"] for setting, _ in own if no_lead(setting.gap("none", "random"))]
-    more += f" (on {' and '.join(even)} experts drawn by dice do as well as the router)" if even else ""
-    yield f"STGC minus its baseline, {seeds} paired seeds, in points: {', '.join(texts)}{more}."
-    gaps, hits = [gap for _, gap in known("ce", "placebo")], max(search.hits.values())
-    above = sum(gap.low > 0 for gap in gaps)
+
+def say_gains(settings: list[Setting]) -> str:
+    known = own_gaps(settings, "ce", "none")
+    seeds = max(gap.seeds for _, gap in known)
+    most = [(setting, gap) for setting, gap in known if gap.seeds == seeds]
+    text = ", ".join(f"{setting.record['name']} {say_gap(gap)}" for setting, gap in most)
+    if all(gap.low <= 0 <= gap.high for _, gap in most):
+        text += "; all contain 0, so no difference is shown"
+    if even := [setting.record["name"] for setting, _ in most if no_lead(setting.gap("none", "random"))]:
+        text += f" (on {' and '.join(even)} experts drawn by dice do as well as the router)"
+    return f"STGC minus its baseline, {seeds} paired seeds, in points: {text}."
+
+
+def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> str:
+    gaps, hits = [gap for _, gap in own_gaps(settings, "ce", "placebo")], max(search.hits.values())
+    above = sum(is_above(gap) for gap in gaps)
     text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
     text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
     text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
     alone = [row.verdict for row in rows if "trains routers: the conflict ratio falls" in row.claim]
     alone = [verdict for verdict in alone if not verdict.startswith((NOT_RUN, NOT_TESTABLE))]
-    beyond = f"{alone.count('reproduced')} of {len(alone)} models"
-    yield f"{text}; trained alone, the routers lower the conflict ratio by more than with the placebo in {beyond}."
-    dice = known("none", "random")
+    text += "; trained alone, the routers lower the conflict ratio by more than with the placebo and flat in "
+    return f"{text}{alone.count('reproduced')} of {len(alone)} models."
+
+
+def say_routing(settings: list[Setting], search: Search) -> str:
+    dice = own_gaps(settings, "none", "random")
     lead = [setting for setting, gap in dice if gap.low > 0]
     text = f"The learned router beats experts drawn by dice in {len(lead)} of {len(dice)} trained settings and in "
     text += f"{search.matters} of {search.settings} synthetic ones, and no score can judge it elsewhere"
-    own = [(setting, *(setting.gap("ce", other) for other in ("none", "placebo"))) for setting in lead]
-    texts = [f"{say_gap(gap)} on {s.record['name']}, minus its placebo {say_gap(more)}" for s, gap, more in own if gap]
-    yield f"{text}{'; there STGC minus its baseline is: ' if texts else ''}{'; '.join(texts)}."
-    text = "How far other batches flag the same tokens, beyond chance (kappa; 1 is always), with the least and the most "
-    yield f"{text}trained model: {kappas(records)}."
+    there = []
+    for setting in lead:
+        none, placebo = (setting.gap("ce", other) for other in ("none", "placebo"))
+        if none:
+            there.append(f"{say_gap(none)} on {where(setting)}, minus its placebo {say_gap(placebo)}")
+    return f"{text}{'; there STGC minus its baseline is: ' if there else ''}{'; '.join(there)}."
+
+
+def say_dose(search: Search) -> str:
     strong, weak = max(search.margin), min(search.margin)
     text = f"The loss levels the router: at beta {strong:g} its margin is {search.margin[strong]:.2f} of the baseline's, "
     text += f"at {weak:g} {search.margin[weak]:.2f}; where routing matters, accuracy moves by {search.change[strong]:+.1f} "
-    yield f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
+    return f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
+
+
+def where(setting: Setting) -> str:
+    """Its data and its number of experts."""
+    config = setting.record["config"]
+    return f"{setting.record['name']}, {config['num_experts']}Top{config['top_k']}"
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
@@ -214,11 +232,13 @@ def probes_of(records: list[dict]) -> dict[str, list[dict]]:
 
 
 def kappas(records: list[dict]) -> str:
-    """kappa of the least and of the most trained model, by data."""
+    """kappa of the least and of the most trained model, by data, and a lower one between them."""
     texts = []
     for name, probes in probes_of(records).items():
-        first, last = (of(probes, key=lambda probe: probe["loss"]) for of in (max, min))
-        texts.append(f"{name} {first['kappa']:.2f} to {last['kappa']:.2f}")
+        first, *_, last = (probe["kappa"] for probe in sorted(probes, key=lambda probe: -probe["loss"]))
+        lowest = min(probe["kappa"] for probe in probes)
+        between = f", {lowest:.2f} on the way," if lowest < min(first, last) - 0.05 else ""  # more than its error
+        texts.append(f"{name} {first:.2f}{between} to {last:.2f}")
     return "; ".join(texts)
 
 
@@ -226,41 +246,41 @@ def synthetic(search: Search) -> Iterator[str]:
     """Markdown: what the synthetic settings say of the loss, of restless routing, and of the choice of pairs."""
     count = search.settings
     heads = ["beta", "margin / the baseline's", "points where routing matters", "beats baseline and placebo"]
-    yield from header(*heads, "better, worse than its placebo", "than flat")
+    yield from header(*heads, "against its placebo", "against flat")
     for beta in search.margin:
         cells = [f"{beta:g}", f"{search.margin[beta]:.2f}", f"{search.change[beta]:+.1f}", f"{search.hits[beta]} of {count}"]
-        yield f"| {' | '.join([*cells, *(f'{better}, {worse}' for better, worse in search.choice[beta])])} |"
+        yield f"| {' | '.join([*cells, *(f'{better}+ {worse}-' for better, worse in search.choice[beta])])} |"
+    yield from ("", "2+ 1-: by the interval better in two settings, worse in one. Points and counts are of the last step;")
+    yield from ("in the fourth column the best checkpoint counts, too.", "")
     dice, gain = search.restless
-    yield ""
-    yield f"Dice beat the learned router in {dice} of {count} settings, by a median of {gain:.1f} points, and lose to it in"
-    yield f"{search.matters}."
+    text = f"Dice beat the learned router in {dice} of the settings, by {gain:.1f} points in the median"
+    yield f"{text}; the router beats dice in {search.matters}."
     text = "With both losses held to the router, as in one pass, accuracy at beta {:g} is better than with two passes in "
-    text += "{} of {} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
-    (better, worse), own = search.one["ce"], search.one["placebo-one"]
-    yield text.format(max(search.margin), better, count, worse, *own)
+    text += "{} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
+    yield text.format(max(search.margin), *search.one["ce"], *search.one["placebo-one"])
     ce, long = (" and ".join(map(say_gap, search.apart[variant])) for variant in ("ce", "long"))
-    yield f"Where each expert was trained on one task and a new router learns to choose, ce minus its placebo is {ce};"
-    yield f"with the loss on the pairs of the longest gradients instead it is {long}."
-    yield "(A trial without records gave -6 and +25 points there; this search does not find them.)"
+    text = f"Where each expert was trained on one task and a new router learns to choose, ce minus its placebo is {ce};"
+    yield f"{text} with the loss on the pairs of the longest gradients instead it is {long}."
     yield from ("", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", "")
     above, below = (max(side) for side in zip(*(pair for pairs in search.choice.values() for pair in pairs)))
-    yield f"One line or several? At no beta are the medians of ce, placebo and flat more than {search.between:.1f} points"
-    tail = "" if above else " of them: the dose decides, and the choice of pairs helps nowhere"
-    yield f"apart; ce is better than placebo or flat in at most {above} of {count} settings, and worse in at most"
-    yield f"{below}{tail}."
+    text = "One line or several? At any beta the medians of ce, placebo and flat differ by at most "
+    text += f"{search.between:.1f} points. At the last step ce is better than placebo or flat in at most {above} settings"
+    tail = "" if above else ": the dose decides, and the choice of pairs helps in none"
+    yield f"{text}, and worse in at most {below}{tail}."
 
 
 def router_table(settings: list[Setting], tags: dict[int, str]) -> Iterator[str]:
     """Markdown: the router's margin at the end of training, as a share of the baseline's, and the share of moved tokens."""
-    yield from header("setting", "variant", "margin / the baseline's", "moved", "after steps")
+    yield from header("setting", "variant", "margin / the baseline's", "seeds", "moved, mean over layers", "after steps")
     for setting in settings:
-        ratios = {name: evidence.margin_of(setting, name) for name in setting.variants if name != "random"}
-        for name, ratio in ratios.items():
-            if ratio is not None and any(ratios[other] is not None for other in ratios if other != "none"):
+        ratios = {name: evidence.margins_of(setting, name) for name in setting.variants if name != "random"}
+        for name, own in ratios.items():
+            if own and any(ratios[other] for other in ratios if other != "none"):
                 probes = [run["probe"][-1] for run in setting.measured(name) if run.get("probe")]
-                moved = [layer["moved"] for probe in probes for layer in probe["layers"] if layer["moved"] is not None]
-                cells = [tags[id(setting)], label(name), f"{ratio:.2f}", spread(moved, 2) if moved else "-"]
-                cells.append(", ".join(str(delta) for delta in sorted({probe["delta"] for probe in probes})) or "-")
+                moved = [evidence.layer_mean(probe["layers"], "moved") for probe in probes]
+                moved = [value for value in moved if value is not None]
+                cells = [tags[id(setting)], label(name), spread([*own.values()], 2), str(len(own))]
+                cells += [spread(moved, 2), ", ".join(sorted({str(probe["delta"]) for probe in probes}))] if moved else "--"
                 yield f"| {' | '.join(cells)} |"
 
 
@@ -331,14 +351,14 @@ def front(records: list[dict]) -> Iterator[str]:
     verdict = " / ".join(dict.fromkeys(one.verdict for one in own)) or row.verdict
     found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})", here=here, verdict=verdict))
     row = most("without the conflicting pairs")
-    values = [float(one.here.partition(" ")[0]) for one in rows if one.claim == row.claim and one.here != "-"]
+    harms = [one["harm"]["fresh"] for record in records for one in record.get("probes", []) if one.get("harm")]
+    values = [fresh["no conflicting"]["minus_all"][1][0] for fresh in harms]
     here = f"loss {min(values):+.4f} to {max(values):+.4f}, {len(values)} models"
     found.append(replace(row, claim=f"without conflicting pairs a step lowers a fresh loss more ({row.where})", here=here))
-    row = most("what does the loss leave of the router's margin")
     here = ", ".join(f"{ratio:.2f} of it at beta {beta:g}" for beta, ratio in search.margin.items())
     cost = ", ".join(f"{change:+.1f}" for change in search.change.values())
     here += f"; points, where routing matters: {cost}"
-    found.append(replace(row, claim="what the loss does to the router's margin", here=here))
+    found.append(Row("new", "what the loss does to the router's margin", "not asked", here, "measured"))
     for row in found:
         yield f"| {row.claim} | {row.paper} | {row.here} | {row.verdict} |"
 

@@ -6,7 +6,7 @@ from itertools import product
 from statistics import mean
 
 from lab.report import pictures
-from lab.report.compare import COLUMNS, PUBLISHED
+from lab.report.compare import COLUMNS, PUBLISHED, Paired
 from lab.report.records import RESULTS, ends_of, merge
 from lab.report.tables import read_bench, spread
 from lab.report.verdicts import (
@@ -16,7 +16,6 @@ from lab.report.verdicts import (
     gain_rows,
     gains,
     gap_of,
-    is_above,
     judge_fall,
     judge_sign,
     own_gaps,
@@ -37,10 +36,14 @@ def glue_rows(settings: list[Setting]) -> list[Row]:
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
     found = []
     for i, (name, title) in enumerate(COLUMNS.items()):
-        own = [s for s in settings if s.record["name"] == name and not s.borrows]
-        own = [s for s in own if s.record["data"]["train"] == TASKS[name].rows]
+        own = [s for s in settings if s.record["name"] == name and is_whole(s) and not s.borrows]
         found += gain_rows(Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}"), own)
     return found
+
+
+def is_whole(setting: Setting) -> bool:
+    """Whether it was trained on all data of its task."""
+    return setting.record["data"]["train"] == TASKS[setting.record["name"]].rows
 
 
 def gate_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
@@ -50,8 +53,8 @@ def gate_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
     row, found = Row("table 12", claim, f"{own[-1] - base[-1]:+.1f} on average"), []
     gates = [Setting(record) for record in merge(records) if record["config"].get("router") == "dynmoe"]
     for i, (name, title) in enumerate(COLUMNS.items()):
-        texts = [setting for setting in (*settings, *gates) if setting.record["name"] == name]
-        for one in series(texts, "router", "cosine", "none", also=("max_experts",)):
+        same = [one for one in (*settings, *gates) if one.record["name"] == name and is_whole(one)]
+        for one in series(same, "router", "cosine", "none", also=("max_experts",)):
             if "dynmoe" in one:
                 gap = gap_of(one["cosine"].scores("none"), one["dynmoe"].scores("none"))
                 more = f" ({title}; the paper {own[i] - base[i]:+.1f})"
@@ -73,7 +76,7 @@ def curve_rows(settings: list[Setting]) -> list[Row]:
     row = Row("figure 5", claim, "more even")
     for setting in whole:
         none, ce, placebo = (ends_by_seed(setting, variant, "load", 0) for variant in ("none", "ce", "placebo"))
-        found.append(sign_row(row, gap_of(none, ce), -1, setting, "; % of the pairs", gap_of(placebo, ce)))
+        found.append(sign_row(row, gap_of(none, ce), -1, setting, "; % of the pairs", {"placebo": gap_of(placebo, ce)}))
     found += [] if whole else [row]
     claim = "conflicts remain in shallow layers (reproduced: the first MoE layer's ratio minus the last one's lies above 0)"
     row = Row("figure 9", claim, "shallow")
@@ -104,11 +107,9 @@ def shallow_row(row: Row, setting: Setting) -> Row:
         if first:
             steps[name] = {seed: first[seed] - last[seed] for seed in first}
             texts.append(f"{label(name)} {spread([*first.values()])} and {spread([*last.values()])}")
-    none, placebo = (gap_of(steps[name], steps["ce"]) if name in steps else None for name in ("none", "placebo"))
     more, zero = f"; % of the pairs ({'; '.join(texts)})", dict.fromkeys(steps["ce"], 0.0)
-    found = sign_row(row, gap_of(zero, steps["ce"]), 1, setting, more, placebo)
-    shared = none is not None and not is_above(none) and found.verdict.startswith("reproduced")
-    return replace(found, verdict="the control does as well") if shared else found
+    controls = {label(name): gap_of(steps.get(name, {}), steps["ce"]) for name in ("none", "placebo")}
+    return sign_row(row, gap_of(zero, steps["ce"]), 1, setting, more, controls)
 
 
 def ends_by_seed(setting: Setting, variant: str, key: str, layer: int) -> dict[int, float]:
@@ -121,39 +122,53 @@ def ends_by_seed(setting: Setting, variant: str, key: str, layer: int) -> dict[i
 
 
 def probe_rows(settings: list[Setting]) -> list[Row]:
-    """Figure 7, table 13 and section 6.1: from the probe of each film, at its last moment, setting by setting."""
+    """Section 6.1, table 13 and figure 7: from the probe of each film, at its last moment, setting by setting."""
     claim = "similarities by biases and by whole weights correlate (reproduced: above 0.9 in most layers)"
-    correlate = Row("sec. 6.1", claim, "> 0.9")
+    rows = {correlation_row: Row("sec. 6.1", claim, "> 0.9")}
     claim = "STGC raises the correlation of an expert's features and gradients (reproduced: ce minus baseline above 0, mean "
-    claim += "over the MoE layers)"
-    rises = Row("table 13", claim, "0.265 to 0.356")
+    rows[feature_row] = Row("table 13", f"{claim}over the MoE layers)", "0.265 to 0.356")
     claim = "fewer similarities lie below 0 after training with STGC than before (reproduced: in most layers)"
-    shift = Row("figure 7", claim, "a shift to the right")
-    found: dict[str, list[Row]] = {row.where: [] for row in (correlate, rises, shift)}
-    for setting in settings:
-        runs = filmed(setting)
-        values = probed(runs, "bias_weight")
-        if values:
-            count = len({(run["variant"], run["seed"], run["commit"]) for run in runs})
-            here = f"{spread(values, 2)}, {count} run{'s' * (count > 1)}"
-            verdict = verdict_of(mean(value > 0.9 for value in values) > 0.5)
-            found["sec. 6.1"].append(replace(correlate, here=here, verdict=verdict, setting=setting))
-        sides = {}
-        for name in ("none", "ce", "placebo"):
-            own = [run for run in setting.measured(name) if run.get("probe")]
-            sides[name] = {run["seed"]: mean(values) for run in own if (values := probed([run], "feature_gradient"))}
-        if gap := gap_of(sides["none"], sides["ce"]):
-            more = "; ".join(f"{label(name)} {spread([*own.values()], 2)}" for name, own in sides.items() if own)
-            row = sign_row(rises, gap, 1, setting, f"; {more}", gap_of(sides["placebo"], sides["ce"]), digits=3)
-            found["table 13"].append(replace(row, here=more) if gap.low is None else row)
-        shares = {v: [pair for run in runs if run["variant"] == v for pair in shares_below(run)] for v in sides}
-        falls = {v: mean(last < first for first, last in own) > 0.5 for v, own in shares.items() if own}
-        if "ce" in falls:
-            texts = [f"{label(v)} {' to '.join(spread([*side], 2) for side in zip(*shares[v]))}" for v in falls]
-            row = replace(shift, here=f"share below 0: {'; '.join(texts)}", verdict=judge_fall(falls), setting=setting)
-            row.picture = f"{runs[0]['curve'].parent.name}/curves.png"
-            found["figure 7"].append(row)
-    return [row for first in (correlate, rises, shift) for row in found[first.where] or [first]]
+    rows[shift_row] = Row("figure 7", claim, "a shift to the right")
+    found = []
+    for make, row in rows.items():
+        found += [made for setting in settings if (made := make(row, setting))] or [row]
+    return found
+
+
+def correlation_row(row: Row, setting: Setting) -> Row | None:
+    runs = filmed(setting)
+    if not (values := probed(runs, "bias_weight")):
+        return None
+    count = len({(run["variant"], run["seed"], run["commit"]) for run in runs})
+    here = f"{spread(values, 2)}, the layers of {count} run{'s' * (count > 1)}"
+    return replace(row, here=here, verdict=verdict_of(mean(value > 0.9 for value in values) > 0.5), setting=setting)
+
+
+def feature_row(row: Row, setting: Setting) -> Row | None:
+    sides = {}
+    for name in ("none", "ce", "placebo"):
+        ends = {run["seed"]: run["probe"][-1]["layers"] for run in setting.measured(name) if run.get("probe")}
+        means = {seed: layer_mean(layers, "feature_gradient") for seed, layers in ends.items()}
+        sides[name] = {seed: value for seed, value in means.items() if value is not None}
+    if not (gap := gap_of(sides["none"], sides["ce"])):
+        return None
+    more = "; ".join(f"{label(name)} {spread([*own.values()], 2)}" for name, own in sides.items() if own)
+    controls = {"placebo": gap_of(sides["placebo"], sides["ce"])}
+    found = sign_row(row, gap, 1, setting, f"; {more}", controls, digits=3)
+    return replace(found, here=more) if gap.low is None else found
+
+
+def shift_row(row: Row, setting: Setting) -> Row | None:
+    runs, shares = filmed(setting), {}
+    for run in runs:
+        shares.setdefault(run["variant"], []).extend(shares_below(run))
+    shares = {name: shares[name] for name in ("none", "ce", "placebo") if shares.get(name)}
+    if "ce" not in shares:
+        return None
+    texts = [f"{label(name)} {' to '.join(spread([*side], 2) for side in zip(*own))}" for name, own in shares.items()]
+    verdict = judge_fall({name: mean(last < first for first, last in own) > 0.5 for name, own in shares.items()})
+    here, picture = f"share below 0, layer by layer: {'; '.join(texts)}", f"{runs[0]['curve'].parent.name}/curves.png"
+    return replace(row, here=here, verdict=verdict, setting=setting, picture=picture)
 
 
 def filmed(setting: Setting) -> list[dict]:
@@ -165,6 +180,12 @@ def probed(runs: list[dict], key: str) -> list[float]:
     """A value of every MoE layer at the last moment of the runs' films."""
     layers = [layer for run in runs for layer in run["probe"][-1]["layers"]]
     return [layer[key] for layer in layers if layer.get(key) is not None]
+
+
+def layer_mean(layers: list[dict], key: str) -> float | None:
+    """Mean over the layers that know this value."""
+    values = [layer[key] for layer in layers if layer.get(key) is not None]
+    return mean(values) if values else None
 
 
 def shares_below(run: dict) -> list[tuple[float, float]]:
@@ -201,9 +222,10 @@ def saved_rows(records: list[dict]) -> list[Row]:
         if arms := one.get("harm"):
             names = ("no conflicting", "no random", "no random of equal length")
             (gap, error), (dice, _), (long, _) = (arms["fresh"][arm]["minus_all"][1] for arm in names)
+            interval = Paired(gap, gap - 2 * error, gap + 2 * error, 0, 0, 0)
             here = f"{gap:+.4f} ± {error:.4f} (standard error), a step of {arms['sizes'][1]:g} of the expert's length; "
             here += f"without as many random pairs {dice:+.4f}, of equal length {long:+.4f}; {where}"
-            found.append(replace(harm, here=here, verdict=verdict_of(gap + 2 * error < 0), command=command))
+            found.append(replace(harm, here=here, verdict=judge_sign(interval, -1), command=command))
     return found
 
 
@@ -327,40 +349,29 @@ def dose_rows(settings: list[Setting]) -> list[Row]:
     claim = "where the loss leaves the router half of its margin, STGC beats its placebo (reproduced: by its interval)"
     row, found = Row("new", claim, "not asked"), []
     for setting in settings:
-        ratio, gap = margin_of(setting, "ce"), setting.gap("ce", "placebo")
-        if ratio is not None and ratio >= 0.5 and gap and gap.low is not None:
-            more = f"; minus the baseline {say_gap(setting.gap('ce', 'none'))}; margin {ratio:.2f} of the baseline's"
+        ratios, gap = [*margins_of(setting, "ce").values()], setting.gap("ce", "placebo")
+        if ratios and mean(ratios) >= 0.5 and gap and gap.low is not None:
+            more = f"; minus the baseline {say_gap(setting.gap('ce', 'none'))}"
+            more += f"; margin {mean(ratios):.2f} of the baseline's ({len(ratios)} seeds)"
             found.append(sign_row(row, gap, 1, setting, more, score=True))
     return found or [row]
 
 
-def router_rows(settings: list[Setting]) -> list[Row]:
-    """What the loss does to the router's margin."""
-    row = Row("new", "what does the loss leave of the router's margin? its share at the end of the baseline's", "not asked")
-    found = []
-    for setting in settings:
-        ratios = {name: ratio for name in ("ce", "placebo", "flat") if (ratio := margin_of(setting, name)) is not None}
-        if "ce" in ratios:
-            here = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-            found.append(replace(row, here=here, verdict="measured", setting=setting))
-    return found or [row]
-
-
-def margin_of(setting: Setting, variant: str) -> float | None:
-    """The router's margin at the end of training, as a share of the baseline's of the same seed, if possible of the same
-    commit: mean over seeds."""
-    ratios = {}
+def margins_of(setting: Setting, variant: str) -> dict[int, float]:
+    """seed -> the router's margin at the end of training, as a share of the baseline's of the same seed, if possible of the
+    same commit."""
+    ratios: dict[int, float] = {}
     for run in setting.measured(variant):
         bases = [one for one in setting.measured("none") if one["seed"] == run["seed"] and one.get("router_margin")]
         bases = [one for one in bases if one["commit"] == run["commit"]] or bases
         if bases and run.get("router_margin"):
             ratios.setdefault(run["seed"], run["router_margin"][1] / bases[0]["router_margin"][1])
-    return mean(ratios.values()) if ratios else None
+    return ratios
 
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
     """All rows of the page, in its order."""
     found = [*glue_rows(settings), *gate_rows(settings, records), *pictures.lvlm_rows(settings)]
-    for make in (pictures.sweep_rows, curve_rows, probe_rows, control_rows, pictures.usable_rows, router_rows, dose_rows):
+    for make in (pictures.sweep_rows, curve_rows, probe_rows, control_rows, pictures.usable_rows, dose_rows):
         found += make(settings)
     return [*found, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]

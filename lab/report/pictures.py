@@ -16,6 +16,7 @@ from lab.report.verdicts import (
     gain_rows,
     gains,
     gap_of,
+    lacks_dice,
     no_lead,
     say_gap,
     series,
@@ -56,41 +57,19 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
 
 
 def capacity_rows(settings: list[Setting]) -> list[Row]:
-    """Table 10: experts of half the usual size, where the positive control is that of this size. Beside the score: how far
-    it falls from that without a limit."""
+    """Table 10: experts of half the usual size, where the positive control is that of this size."""
     found = []
     for bpr, gain in ((False, "+10.9"), (True, "+7.0")):
-        half, where = (0.5, bpr), f"at capacity 0.5{', batch prioritized' * bpr}"
-        gain_row = Row("table 10", f"{where}, STGC gains", gain)
-        claim = f"{where}, STGC loses less of its score (reproduced: its fall lies below the baseline's)"
-        fall_row = Row("table 10", claim, "less")
-        tested = [setting for setting in settings if setting.gap("ce", "none", half)]
-        found += [capacity_row(gain_row, setting, half) for setting in tested] or [gain_row]
-        found += [fall_of(fall_row, setting, half) for setting in tested] or [fall_row]
+        half, row = (0.5, bpr), Row("table 10", f"at capacity 0.5{', batch prioritized' * bpr}, STGC gains", gain)
+        rows = []
+        for setting in settings:
+            if gap := setting.gap("ce", "none", half):
+                scores = {name: own for name in setting.variants if (own := limited(setting, name, *half))}
+                here = tell(gap) + "".join(f"; {label(name)} {spread([*own.values()])}" for name, own in scores.items())
+                here += setting.beside("ce", half)
+                rows.append(replace(row, here=here, verdict=setting.verdict(float(gain), select=half), setting=setting))
+        found += rows or [row]
     return found
-
-
-def capacity_row(row: Row, setting: Setting, half: tuple[float, bool]) -> Row:
-    """The gain with experts of this size."""
-    scores = {name: own for name in setting.variants if (own := limited(setting, name, *half))}
-    here = tell(setting.gap("ce", "none", half)) + each(scores) + setting.beside("ce", half)
-    return replace(row, here=here, verdict=setting.verdict(float(row.paper), select=half), setting=setting)
-
-
-def fall_of(row: Row, setting: Setting, half: tuple[float, bool]) -> Row:
-    """How far the scores fall from those without a limit, ce's beside the others'."""
-    falls = {}
-    for name in setting.variants:
-        full = setting.scores(name, "last")
-        if low := limited(setting, name, *half):
-            falls[name] = {seed: full[seed] - score for seed, score in low.items()}
-    gap, placebo = gap_of(falls["none"], falls["ce"]), gap_of(falls.get("placebo", {}), falls["ce"])
-    return sign_row(row, gap, -1, setting, each(falls), placebo, score=True)
-
-
-def each(values: dict[str, dict[int, float]]) -> str:
-    """Variant -> seed -> value, as a text that follows a difference."""
-    return "".join(f"; {label(name)} {spread([*own.values()])}" for name, own in values.items())
 
 
 def leads(setting: Setting) -> tuple[Paired | None, Paired | None, Paired | None]:
@@ -106,8 +85,8 @@ def leads(setting: Setting) -> tuple[Paired | None, Paired | None, Paired | None
 
 
 def judge_use(setting: Setting) -> str:
-    """ "usable" where the baseline ends 3 points above its start and above dice, and STGC minus the baseline is known to 0.7
-    points over five seeds or more. Where the last is open: "so far"."""
+    """Says "usable" if the baseline ends 3 points above its start and above dice, and STGC minus the baseline is known to
+    0.7 points over five seeds or more. Where the last is open: "so far"."""
     *gaps, ce = leads(setting)
     if not all(gap is not None and gap.mean >= 3 for gap in gaps):
         return "not usable"
@@ -147,7 +126,7 @@ def limited(setting: Setting, variant: str, capacity: float, bpr: bool) -> dict[
 
 def capacity_table(setting: Setting) -> Iterator[str]:
     """Markdown: every variant's scores with experts of limited capacity; nothing where none was tested."""
-    runs = [run for run in setting.record["runs"] if run.get("limited")]
+    runs = [run for run in setting.record["runs"] if run.get("limited") and not run.get("lent")]
     tested = dict.fromkeys((own["capacity"], own["bpr"]) for run in runs for own in run["limited"])
     if tested:
         yield from header("variant", *(f"capacity {size:g}{', BPR' * bpr}" for size, bpr in tested))
@@ -182,7 +161,8 @@ def alpha_row(row: Row, own: dict[float, Setting]) -> Row:
     for alpha, setting in sorted(own.items()):
         base = spread([*setting.scores("none").values()])
         texts.append(f"alpha {alpha:g}: {tell(setting.gap('ce', 'none'))} (baseline {base})")
-    verdict = NO_ROUTING if no_lead(own[0.01].gap("none", "random")) else "measured"
+    routing = own[0.01].gap("none", "random")
+    verdict = NO_ROUTING if no_lead(routing) else ", ".join(["measured", *lacks_dice(routing)])
     return replace(row, here="; ".join(texts), verdict=verdict, setting=own[0.01])
 
 
@@ -200,5 +180,5 @@ def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> R
     else:
         above, below = all(gap.low > 0 for gap in known), any(gap.high < 0 for gap in known)
         verdict = "reproduced" if above else "not reproduced" if below else "inconclusive"
-        verdict += "" if routing else " (dice not run)"
+        verdict += f" ({', '.join(lacks_dice(routing))})" if lacks_dice(routing) else ""
     return replace(row, here=here, verdict=verdict, setting=own[best])

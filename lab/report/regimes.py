@@ -55,6 +55,13 @@ def gap(runs: Runs, name: str, own: tuple, other: tuple = NONE, key: str = "accu
     return paired(*({seed: 100 * run[key] for seed, run in side if (seed >= FIRST_FRESH) == fresh} for side in both))
 
 
+def wins(runs: Runs, names: list[str], own: tuple, other: tuple, key: str = "accuracy") -> tuple[int, int]:
+    """In how many settings that have both a variant is better than another, and in how many worse, by the interval."""
+    known = [name for name in names if {(name, *own), (name, *other)} <= runs.keys()]
+    verdicts = [gap(runs, name, own, other, key).verdict for name in known]
+    return verdicts.count("better"), verdicts.count("worse")
+
+
 def average(runs: Runs, name: str, own: tuple, key: str, fresh: bool = False) -> float:
     return mean(run[key] for seed, run in runs[(name, *own)].items() if (seed >= FIRST_FRESH) == fresh)
 
@@ -78,8 +85,8 @@ def summary_table(runs: Runs, names: list[str]) -> str:
         row = [variant, "" if beta is None else f"{beta:g}"]
         row += [f"{median(gap(runs, name, own, key=key).mean for name in names):+.1f}" for key in KEYS]
         for other in (NONE, (CONTROL.get(variant, "placebo"), beta), ("flat", beta), RANDOM):
-            verdicts = [gap(runs, name, own, other).verdict for name in names if own != other and (name, *other) in runs]
-            row.append(f"{verdicts.count('better')}+ {verdicts.count('worse')}-" if verdicts else "")
+            known = own != other and any((name, *other) in runs for name in names)
+            row.append("{}+ {}-".format(*wins(runs, names, own, other)) if known else "")
         learned = own not in (RANDOM, ORACLE)
         row.append(f"{median_margin(runs, names, own):.3f}" if learned else "")
         row.append(f"{median(average(runs, name, own, 'moved') for name in names):.2f}")

@@ -37,9 +37,9 @@ def score_of(run: dict, select: str | tuple[float, bool]) -> float | None:
 
 
 def controls_of(variant: str) -> tuple[str, str]:
-    """The names of its placebo and its flat: the same loss, passes and gradients on pairs drawn by dice, and on all. What
-    has no conflict loss is compared with those of ce."""
-    rest = re.sub(r"^(ce|placebo|flat|none|random|dense)(-|$)", "", variant)
+    """The names of its placebo and its flat: the same loss, passes and gradients on pairs drawn by dice, and on all. Not
+    each of these variants exists."""
+    rest = re.sub(r"^(ce|placebo|flat)(-|$)", "", variant)
     placebo, flat = (f"{control}-{rest}" if rest else control for control in ("placebo", "flat"))
     return placebo, flat
 
@@ -69,6 +69,13 @@ def no_lead(routing: Gap) -> bool:
     return routing is not None and routing.low is not None and routing.low <= 0
 
 
+def lacks_dice(routing: Gap) -> list[str]:
+    """What a verdict on a score says where the positive control does not judge."""
+    if routing is None:
+        return ["dice not run"]
+    return [f"dice: {'one seed' if routing.seeds == 1 else 'no spread'}"] if routing.low is None else []
+
+
 def is_above(gap: Gap, sign: int = 1) -> bool:
     """Whether an interval is known and lies above 0, with sign -1 below it."""
     return gap is not None and gap.low is not None and min(sign * gap.low, sign * gap.high) > 0
@@ -95,7 +102,7 @@ def own_gaps(settings: list["Setting"], one: str, other: str) -> list[tuple["Set
     return [(setting, gap) for setting, gap in gaps if gap and gap.low is not None]
 
 
-def say_gap(gap: Paired | None, digits: int = 1) -> str:
+def say_gap(gap: Gap, digits: int = 1) -> str:
     """Mean and interval, such as points."""
     if gap is None:
         return "-"
@@ -105,12 +112,12 @@ def say_gap(gap: Paired | None, digits: int = 1) -> str:
     return f"{show(gap.mean)} [{show(gap.low)}, {show(gap.high)}]"
 
 
-def gap_of(one: dict[int, float], other: dict[int, float]) -> Paired | None:
+def gap_of(one: dict[int, float], other: dict[int, float]) -> Gap:
     """other - one, over the seeds of both; None without any."""
     return paired(one, other) if one.keys() & other.keys() else None
 
 
-def tell(gap: Paired | None, digits: int = 1) -> str:
+def tell(gap: Gap, digits: int = 1) -> str:
     """A gap with its half width and seeds."""
     if gap is None or gap.low is None:
         return say_gap(gap, digits)
@@ -185,7 +192,7 @@ class Setting:
                 side[seed] = score_of(run, select)
         return found
 
-    def gap(self, one: str, other: str, select: str = "best") -> Paired | None:
+    def gap(self, one: str, other: str, select: str = "best") -> Gap:
         """one - other, in points; None if they share no seed."""
         scores, base = self.sides(one, other, select)
         return gap_of(base, scores)
@@ -195,7 +202,7 @@ class Setting:
         gap, names = partial(self.gap, select=select), controls_of(one)
         both, routing = [gap(one, name) for name in names], gap("none", "random")
         verdict = judge(gap(one, other), *both, gap(names[0], other), gain, routing)
-        missing = ["dice not run"] if routing is None else ["dice: one seed"] if routing.low is None else []
+        missing = lacks_dice(routing)
         if verdict.startswith(("reproduced", "a gain")):
             missing += [f"{name} not run" for name, control in zip(names, both) if control is None]
         return f"{verdict} ({', '.join(missing)})" if missing and not verdict.startswith(NOT_RUN) else verdict
@@ -226,14 +233,17 @@ class Setting:
             yield f"| {' | '.join(cells)} |"
 
     def training(self) -> Iterator[str]:
-        """Markdown: what every variant's training reached, means over its last tenth and over the MoE layers."""
+        """Markdown: what every variant's training reached, means over its last tenth and over the MoE layers. Dice have no
+        margin, and a baseline that was lent from another tau has other flags."""
         digits = {"loss": 3, "router_margin": 4, "conflict_ratio": 3, "consistency": 3}
         yield from header("variant", "training loss", "margin", "conflict ratio", "consistency", "busiest expert's share")
         for name in self.variants:
             runs, cells = self.measured(name), [label(name)]
+            void = ["router_margin"] if name == "random" else []
+            void += ["conflict_ratio", "consistency"] if name in self.lent and self.record["config"]["tau"] else []
             for key, places in digits.items():
                 both = [(run.get(key) or ends_of(run, key)) if run.get("curve") else run.get(key) for run in runs]
-                ends = [end[1] for end in both if end and (name, key) != ("random", "router_margin")]
+                ends = [end[1] for end in both if end and key not in void]
                 cells.append(self.counted(name, ends, places))
             ends = [share for run in runs if run.get("curve") and (share := busiest(run)) is not None]
             yield f"| {' | '.join([*cells, self.counted(name, ends, 3)])} |"
@@ -245,7 +255,8 @@ class Setting:
 
     def notes(self) -> Iterator[str]:
         if self.borrows:
-            yield "Lent: run at another beta or tau, which train it no differently; dice have no balance loss, either."
+            text = "Lent rows: the baseline of another beta or tau, whose training is the same, or dice of another alpha, "
+            yield text + "which have no balance loss."
         for first, again in self.record["repeated"]:
             ends = [first.get("best") or first["last"], again.get("best") or again["last"], first["last"], again["last"]]
             best, last = (100 * (ends[i + 1]["score"] - ends[i]["score"]) for i in (0, 2))
@@ -254,7 +265,14 @@ class Setting:
             yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap}."
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
         text = "Another commit may mean another machine, too. Runs of one commit are paired, if there are some."
-        yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
+        yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}{self.paired_commits()}"
+
+    def paired_commits(self) -> str:
+        """How many pairs of ce and the baseline are of one commit, where not all of them are."""
+        sides = [[(run["seed"], run.get("commit")) for run in self.measured(name)] for name in ("ce", "none")]
+        seeds = {seed for seed, _ in sides[0]} & {seed for seed, _ in sides[1]}
+        same = {seed for seed, _ in {*sides[0]} & {*sides[1]}}
+        return f" Pairs of ce and the baseline of one commit: {len(same)} of {len(seeds)}." if same != seeds else ""
 
 
 def series(settings: list[Setting], option: str, base, variant: str, also: tuple[str, ...] = ()) -> list[dict]:
@@ -308,20 +326,19 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
 
 
 def sign_row(
-    row: Row, gap: Gap, sign: int, setting: Setting, more="", placebo: Gap | str = "-", score=False, digits: int = 1
+    row: Row, gap: Gap, sign: int, setting: Setting, more="", controls: dict[str, Gap] | None = None, score=False, digits=1
 ) -> Row:
-    """A difference that shall lie above 0 (sign 1) or below it (-1). `more`: what follows the interval. `placebo`: the same
-    of the variant minus its placebo, None if that was not run, "-" if the claim has none; a difference that this does not
-    share is the control's, too. `score`: a score, which can judge a routing only where dice do worse."""
+    """A difference that shall lie above 0 (sign 1) or below it (-1). `more`: what follows the interval. `controls`: name ->
+    the same of the variant minus this control, None if that was not run. `score`: a score, which can judge a routing only
+    where dice do worse."""
     if gap is None or gap.low is None:
         verdict = judge(gap, None, None, None, 0.0)
         return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
-    known = [placebo] if isinstance(placebo, Paired) else []
-    more += "".join(f"; minus placebo {say_gap(one, digits)}" for one in known)
-    verdict = judge_sign(gap, sign, *known)
-    routing = setting.gap("none", "random")
-    missing = ["placebo not run"] if placebo is None and verdict == "reproduced" else []
-    missing += ["dice not run"] if score and routing is None else []
+    known = {name: one for name, one in (controls or {}).items() if one}
+    more += "".join(f"; minus {name} {say_gap(one, digits)}" for name, one in known.items())
+    verdict, routing = judge_sign(gap, sign, *known.values()), setting.gap("none", "random")
+    missing = [f"{name} not run" for name in controls or {} if name not in known and verdict == "reproduced"]
+    missing += lacks_dice(routing) if score else []
     verdict += f" ({', '.join(missing)})" if missing else ""
     verdict = NO_ROUTING if score and no_lead(routing) else verdict
     return replace(row, here=f"{tell(gap, digits)}{more}", verdict=verdict, setting=setting)
