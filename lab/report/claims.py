@@ -237,8 +237,8 @@ def kappas(records: list[dict]) -> str:
     for name, probes in probes_of(records).items():
         first, *_, last = (probe["kappa"] for probe in sorted(probes, key=lambda probe: -probe["loss"]))
         lowest = min(probe["kappa"] for probe in probes)
-        between = f", {lowest:.2f} on the way," if lowest < min(first, last) - 0.05 else ""  # more than its error
-        texts.append(f"{name} {first:.2f}{between} to {last:.2f}")
+        points = [first, *[lowest] * (lowest < min(first, last) - 0.05), last]  # lower by more than its error
+        texts.append(f"{name} {' to '.join(f'{kappa:.2f}' for kappa in points)}")
     return "; ".join(texts)
 
 
