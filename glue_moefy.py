@@ -259,9 +259,8 @@ def make_film(job: Job, name: str, model, config: STGCConfig, steps: int) -> Fil
     names = job.card.labels or range(job.task.num_labels)
     shown = use.show_texts(tokenizer, batch, job.task.columns, names)
     answer = partial(use.read_answers, names=names, count=len(shown.examples))
-    where = job.folder / f"film-{name}", accelerator.unwrap_model(model)
-    how = accelerator.autocast, accelerator.is_main_process, moments
-    return Film(*where, config, batch, shown, steps, answer, *how)
+    where, main = (job.folder / f"film-{name}", accelerator.unwrap_model(model)), accelerator.is_main_process
+    return Film(*where, config, batch, shown, steps, answer, accelerator.autocast, writes=main, count=moments)
 
 
 def save_model(job: Job, name: str, model) -> None:

@@ -69,9 +69,10 @@ def evenly(size: int, count: int) -> list[int]:
 
 def affordable(size: int, steps: int) -> tuple[int, int]:
     """Of a batch of `size` examples how many to look at, and at how many moments, so that a film takes less than a twentieth
-    of a command of so many steps: all examples at all moments cost as much as 30 to 40 steps. At least four examples (a
-    short training looks at them at fewer moments) and six moments."""
-    return min(size, max(4, size * steps // 1000)), min(COUNT, max(6, steps // 5))
+    of a command of so many steps: all examples at all moments cost as much as 30 to 40 steps. At least four examples and six
+    moments, which cost more where a training has few steps or small batches."""
+    examples = min(size, max(4, size * steps // 1000))
+    return examples, min(COUNT, max(6, COUNT * size * steps // (1000 * examples)))
 
 
 def finite(value: float) -> float | None:

@@ -121,7 +121,7 @@ SHOWN = {  # measured -> what it is, what to know of it, label of its axis
 PER_LAYER = {"conflict_ratio": "conflict ratio", "consistency": "consistency"}  # figures 9 and 3b
 
 
-def curves_of(record: dict, part: str, arm: str) -> list[list[dict]]:
+def mean_curves(record: dict, part: str, arm: str) -> list[list[dict]]:
     """A curve per seed. Its rows also have the means over the MoE layers."""
     curves = [row["curve"] for row in record["rows"] if (row["part"], row["arm"]) == (part, arm)]
     means = lambda row: {key: mean_of([layer.get(key) for layer in row["layers"]]) for key in KEYS}  # noqa: E731
@@ -136,7 +136,7 @@ def plot_mean(axis, curves: list[list[dict]], key: str, layer: int | None = None
 
 
 def finish(axes, label: str) -> None:
-    """What panels have in common that share an axis. It begins at 0: a line that hardly moves shall look so."""
+    """Panels with one y axis. It starts at 0, so that a small change looks small."""
     top = max((value for axis in axes for line in axis.lines for value in line.get_ydata()), default=0.0)
     for axis in axes:
         axis.set(xlabel="step", ylim=(0, 1.08 * top or 1))
@@ -147,40 +147,58 @@ def finish(axes, label: str) -> None:
 
 
 def plot_arms(record: dict, target: Path) -> Path:
-    """What SHOWN names, over the steps: a line per arm, the mean over seeds and MoE layers; a row of panels per part. With
-    several MoE layers, below it what PER_LAYER names: a panel per arm, with a line per layer, the deeper the darker."""
-    curves = {(part, arm): curves_of(record, part, arm) for part, arm in product(PARTS, ARMS)}
+    """What SHOWN names, and with several MoE layers below it what PER_LAYER names, over the steps."""
+    curves = {(part, arm): mean_curves(record, part, arm) for part, arm in product(PARTS, ARMS)}
     layers = max((len(row["curve"][0]["layers"]) for row in record["rows"]), default=0)
-    seeds = len({row["seed"] for row in record["rows"]})
+    note = f"a line: mean over {len({row['seed'] for row in record['rows']})} seeds"
     blocks = 1 + (layers > 1)
     figure = plt.figure(figsize=(3.5 * len(SHOWN), 5.9 * blocks))
     upper, *lower = figure.subfigures(blocks, 1, squeeze=False).flat
-    legend = {"loc": "outside lower center", "frameon": False, "title_fontsize": 9}
-    for part, line in zip(PARTS, upper.subplots(len(PARTS), len(SHOWN))):
-        for axis, (key, (title, note, label)) in zip(line, SHOWN.items()):
+    plot_values(upper, curves, note)
+    for below in lower:
+        plot_layers(below, curves, layers, note)
+    names = [str(record[key]) for key in ("run", "model") if key in record]
+    figure.suptitle(f"Training on the conflict loss alone: {', '.join([*names, f'MoE layers: {layers}'])}", fontsize=11)
+    return save(figure, target)
+
+
+Curves = dict[tuple[str, str], list[list[dict]]]  # (part, arm) -> a curve per seed
+
+
+def plot_values(figure, curves: Curves, note: str) -> None:
+    """A row of panels per part: a line per arm, the mean over seeds and MoE layers."""
+    panels = figure.subplots(len(PARTS), len(SHOWN))
+    for part, line in zip(PARTS, panels):
+        for axis, (key, (title, what, label)) in zip(line, SHOWN.items()):
             for arm in ARMS:
                 colour, style, marker = style_of(arm)
                 look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
                 plot_mean(axis, curves[part, arm], key, label=arm, **look)
-            axis.set_title(f"{title}\n{part} trained; {note}")
+            axis.set_title(f"{title}\n{part} trained; {what}")
             finish([axis], label)
-    note = f"a line: mean over {seeds} seeds"
-    upper.legend(*axis.get_legend_handles_labels(), ncols=len(ARMS), title=f"{note} and the MoE layers", **legend)
-    for below in lower:
-        for part, line in zip(PARTS, below.subplots(len(PARTS), len(PER_LAYER) * len(ARMS))):
-            for i, (key, title) in enumerate(PER_LAYER.items()):
-                axes = line[i * len(ARMS) : (i + 1) * len(ARMS)]
-                for axis, arm in zip(axes, ARMS):
-                    for layer in range(layers):
-                        look = {"color": str(0.65 - 0.55 * layer / (layers - 1)), "marker": MARKERS[layer % len(MARKERS)]}
-                        plot_mean(axis, curves[part, arm], key, layer, label=f"MoE layer {layer + 1}", markersize=5, **look)
-                    axis.set_title(f"{title}, {arm}\n{part} trained")
-                finish(axes, SHOWN[key][-1])
-        order = f"{note}, of one MoE layer; layer 1 is nearest to the input"
-        below.legend(*axis.get_legend_handles_labels(), ncols=min(6, layers), title=order, **legend)
-    names = [str(record[key]) for key in ("run", "model") if key in record]
-    figure.suptitle(f"Training on the conflict loss alone: {', '.join([*names, f'MoE layers: {layers}'])}", fontsize=11)
-    return save(figure, target)
+    name_lines(figure, panels, f"{note} and the MoE layers")
+
+
+def plot_layers(figure, curves: Curves, layers: int, note: str) -> None:
+    """A row of panels per part: of each value a panel per arm, with a line per layer, the deeper the darker."""
+    panels = figure.subplots(len(PARTS), len(PER_LAYER) * len(ARMS))
+    for part, line in zip(PARTS, panels):
+        for i, (key, title) in enumerate(PER_LAYER.items()):
+            axes = line[i * len(ARMS) : (i + 1) * len(ARMS)]
+            for axis, arm in zip(axes, ARMS):
+                for layer in range(layers):
+                    look = {"color": str(0.65 - 0.55 * layer / (layers - 1)), "marker": MARKERS[layer % len(MARKERS)]}
+                    plot_mean(axis, curves[part, arm], key, layer, label=f"MoE layer {layer + 1}", markersize=5, **look)
+                axis.set_title(f"{title}, {arm}\n{part} trained")
+            finish(axes, SHOWN[key][-1])
+    name_lines(figure, panels, f"{note}, of one MoE layer; layer 1 is nearest to the input")
+
+
+def name_lines(figure, panels, title: str) -> None:
+    """One legend, for all panels have the same lines."""
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    look = {"loc": "outside lower center", "frameon": False, "title_fontsize": 9}
+    figure.legend(handles, labels, ncols=min(6, len(labels)), title=title, **look)
 
 
 def main() -> None:
