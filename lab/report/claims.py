@@ -187,6 +187,7 @@ def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> s
     gaps, hits = [gap for _, gap in own_gaps(settings, "ce", "placebo")], max(search.hits.values())
     above = sum(is_above(gap) for gap in gaps)
     text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
+    text += f" ({len(gaps) / 40:.1f} are expected by chance)" if above else ""
     text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
     text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
     alone = [row.verdict for row in rows if "trains routers: the conflict ratio falls" in row.claim]
