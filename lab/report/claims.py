@@ -217,9 +217,10 @@ def say_dose(search: Search) -> str:
 
 
 def where(setting: Setting) -> str:
-    """Its data and its number of experts."""
+    """Its data, its number of experts, and of generated pictures an unusual number."""
     config = setting.record["config"]
-    return f"{setting.record['name']}, {config['num_experts']}Top{config['top_k']}"
+    few = f", {config['scenes']} pictures" if config.get("scenes", 12000) != 12000 else ""
+    return f"{setting.record['name']}, {config['num_experts']}Top{config['top_k']}{few}"
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
