@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from lab.bench.regimes import find_hits
+from lab.moe.probe import mean_of
 from lab.report import evidence, pictures, regimes
 from lab.report.compare import Paired
 from lab.report.records import RESULTS, key_of, merge, read_all
@@ -279,7 +280,7 @@ def router_table(settings: list[Setting], tags: dict[int, str]) -> Iterator[str]
         for name, own in ratios.items():
             if own and any(ratios[other] for other in ratios if other != "none"):
                 probes = [run["probe"][-1] for run in setting.measured(name) if run.get("probe")]
-                moved = [evidence.layer_mean(probe["layers"], "moved") for probe in probes]
+                moved = [mean_of([layer["moved"] for layer in probe["layers"]]) for probe in probes]
                 moved = [value for value in moved if value is not None]
                 cells = [tags[id(setting)], label(name), spread([*own.values()], 2), str(len(own))]
                 cells += [spread(moved, 2), ", ".join(sorted({str(probe["delta"]) for probe in probes}))] if moved else "--"
@@ -314,11 +315,8 @@ def render(records: list[dict]) -> str:
         lines += fold(f"{tag}: {setting.title}", [line for part in parts if (own := [*part]) for line in (*own, "")][:-1])
     lines += ["## Commands", "", *(f'- <a id="{tag.lower()}"></a>{tag}: `{command}`' for command, tag in commands.items())]
     count = len(re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", "\n".join(lines)))
-    text = (
-        f"{count} intervals stand on this page, some twice, and more are behind its counts, such as 1 of 18. Of twenty, one "
-    )
-    text += "misses by chance; no correction is made."
-    lines[at:at] = [text, ""]
+    text = f"{count} intervals stand on this page, some twice, and more are behind its counts, such as 1 of 18."
+    lines[at:at] = [f"{text} Of twenty, one misses by chance; no correction is made.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -337,9 +335,7 @@ def front(records: list[dict]) -> Iterator[str]:
     for claim in ("STGC gains on CoLA", "STGC gains with Top-2"):
         row = most(claim)
         gap, control = row.setting.gap("ce", "none"), row.setting.gap("ce", "placebo")
-        record, config = row.setting.record, row.setting.record["config"]
-        where = f"{record['name']}, {config['num_experts']}Top{config['top_k']}"
-        here = f"{say_gap(gap)} points, {gap.seeds} seeds ({where}); minus placebo {say_gap(control)}"
+        here = f"{say_gap(gap)} points, {gap.seeds} seeds ({where(row.setting)}); minus placebo {say_gap(control)}"
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
     here = f"kappa, least to most trained: {kappas(records)}"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import product
 from statistics import mean
 
+from lab.moe.probe import mean_of
 from lab.report import pictures
 from lab.report.compare import COLUMNS, PUBLISHED, Paired
 from lab.report.records import RESULTS, ends_of, merge
@@ -148,7 +149,7 @@ def feature_row(row: Row, setting: Setting) -> Row | None:
     sides = {}
     for name in ("none", "ce", "placebo"):
         ends = {run["seed"]: run["probe"][-1]["layers"] for run in setting.measured(name) if run.get("probe")}
-        means = {seed: layer_mean(layers, "feature_gradient") for seed, layers in ends.items()}
+        means = {seed: mean_of([layer.get("feature_gradient") for layer in layers]) for seed, layers in ends.items()}
         sides[name] = {seed: value for seed, value in means.items() if value is not None}
     if not (gap := gap_of(sides["none"], sides["ce"])):
         return None
@@ -180,12 +181,6 @@ def probed(runs: list[dict], key: str) -> list[float]:
     """A value of every MoE layer at the last moment of the runs' films."""
     layers = [layer for run in runs for layer in run["probe"][-1]["layers"]]
     return [layer[key] for layer in layers if layer.get(key) is not None]
-
-
-def layer_mean(layers: list[dict], key: str) -> float | None:
-    """Mean over the layers that know this value."""
-    values = [layer[key] for layer in layers if layer.get(key) is not None]
-    return mean(values) if values else None
 
 
 def shares_below(run: dict) -> list[tuple[float, float]]:

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from lab.report.compare import Paired
 from lab.report.tables import header, spread
 from lab.report.verdicts import (
     NO_ROUTING,
     NOT_RUN,
     NOT_TESTABLE,
+    Gap,
     Row,
     Setting,
     controls_of,
@@ -19,6 +19,7 @@ from lab.report.verdicts import (
     lacks_dice,
     no_lead,
     say_gap,
+    score_of,
     series,
     sign_row,
     tell,
@@ -73,7 +74,7 @@ def capacity_rows(settings: list[Setting]) -> list[Row]:
     return found
 
 
-def leads(setting: Setting) -> tuple[Paired | None, Paired | None, Paired | None]:
+def leads(setting: Setting) -> tuple[Gap, Gap, Gap]:
     """What tells whether a setting of toy_lvlm.py can judge routing, at the last step: its baseline minus its start, minus
     dice, and STGC minus the baseline. Copies whose weights sum to 1 start as stage II ends. Others have their own start,
     which older records do not know."""
@@ -121,8 +122,8 @@ def judge_untestable(rows: list[Row], settings: list[Setting]) -> list[Row]:
 
 def limited(setting: Setting, variant: str, capacity: float, bpr: bool) -> dict[int, float]:
     """seed -> score in %, with experts of limited capacity."""
-    rows = [(run["seed"], own) for run in setting.runs(variant) for own in run.get("limited") or []]
-    return {seed: 100 * own["scores"]["score"] for seed, own in rows if (own["capacity"], own["bpr"]) == (capacity, bpr)}
+    scores = {run["seed"]: score_of(run, (capacity, bpr)) for run in setting.runs(variant)}
+    return {seed: score for seed, score in scores.items() if score is not None}
 
 
 def capacity_table(setting: Setting) -> Iterator[str]:
@@ -183,5 +184,5 @@ def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> R
     else:
         above, below = all(gap.low > 0 for gap in known), any(gap.high < 0 for gap in known)
         verdict = "reproduced" if above else "not reproduced" if below else "inconclusive"
-        verdict += f" ({', '.join(lacks_dice(routing))})" if lacks_dice(routing) else ""
+        verdict += "".join(f" ({missing})" for missing in lacks_dice(routing))
     return replace(row, here=here, verdict=verdict, setting=own[best])

@@ -42,9 +42,8 @@ def ends_in(lines: list[dict], key: str, layer: int | None = None) -> tuple[floa
     return (mean(values[:tenth]), mean(values[-tenth:])) if len(values) > 1 else None
 
 
-def busiest(run: dict) -> float | None:
-    """The busiest expert's share of the pairs at the end of a run's training, mean over the MoE layers."""
-    lines = read_lines(run["curve"])
+def busiest(lines: list[dict]) -> float | None:
+    """The busiest expert's share of the pairs at the end of a curve, mean over the MoE layers."""
     layers = next((line["layers"] for line in lines if line.get("layers")), [])
     ends = [ends_in(lines, "load", layer) for layer in range(len(layers))]
     return mean(end[1] for end in ends) if ends and all(ends) else None

@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
-from lab.report.records import busiest, ends_of, key_of, unusual
+from lab.report.records import busiest, ends_in, key_of, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
+from lab.run.runs import read_lines
 
 # ---- 1. Verdicts ----
 
@@ -239,13 +240,14 @@ class Setting:
         yield from header("variant", "training loss", "margin", "conflict ratio", "consistency", "busiest expert's share")
         for name in self.variants:
             runs, cells = self.measured(name), [label(name)]
+            curves = [read_lines(run["curve"]) if run.get("curve") else [] for run in runs]
             void = ["router_margin"] if name == "random" else []
             void += ["conflict_ratio", "consistency"] if name in self.lent and self.record["config"]["tau"] else []
             for key, places in digits.items():
-                both = [(run.get(key) or ends_of(run, key)) if run.get("curve") else run.get(key) for run in runs]
+                both = [run.get(key) or ends_in(lines, key) for run, lines in zip(runs, curves)]
                 ends = [end[1] for end in both if end and key not in void]
                 cells.append(self.counted(name, ends, places))
-            ends = [share for run in runs if run.get("curve") and (share := busiest(run)) is not None]
+            ends = [share for lines in curves if (share := busiest(lines)) is not None]
             yield f"| {' | '.join([*cells, self.counted(name, ends, 3)])} |"
 
     def counted(self, variant: str, values: list[float], digits: int) -> str:
