@@ -191,6 +191,11 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
     settings = claims.usable([base, dose])
     assert [setting.lent for setting in settings] == [set(), {"none", "random"}]
     one, two, three, *_ = claims.sentences(settings, [], claims.read_search(), [])
-    assert one.startswith("STGC minus its baseline, 5 paired seeds, in points: lvlm-scenes -0.2 [")
-    assert two.startswith("It beats the placebo") and "in 1 of 2 trained settings" in two
-    assert three.startswith("The learned router beats experts drawn by dice in 1 of 1 trained settings and in 1 of 1 ")
+    assert one.startswith("With the most paired seeds, 5, STGC minus its baseline is -0.2 [")
+    assert one.endswith("] points on lvlm-scenes: no difference is shown.")
+    assert two.startswith("The learned router beats dice in 1 of 1 trained settings, and there STGC minus its baseline is ")
+    assert two.endswith("(lvlm-scenes, 4Top2); of 1 synthetic settings the router matters in 1.")
+    assert "STGC beats the placebo" in three and "in 1 of 2 trained settings (+" in three and "; by chance 0.1)" in three
+    base = a_picture_record({"none": NONE, "random": WORSE, "ce": WORSE})
+    two_costs = claims.say_routing(claims.usable([base]), claims.read_search())
+    assert "there STGC costs score: it minus its baseline is -" in two_costs

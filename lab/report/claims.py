@@ -166,29 +166,43 @@ def read_search() -> Search:
 
 def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> list[str]:
     """Five sentences that a busy reader can quote."""
-    flags = "How far other batches flag the same tokens, beyond chance (kappa; 1 is always), from the least to the most "
-    flags += f"trained model: {kappas(records)}."
+    flags = "Do other batches flag the same tokens? Their agreement beyond chance (kappa; 1 is full) is, from the least to "
+    flags += f"the most trained model, {kappas(records)}."
     gains, routing = say_gains(settings), say_routing(settings, search)
-    return [gains, say_selection(settings, search, rows), routing, flags, say_dose(search)]
+    return [gains, routing, say_selection(settings, search, rows), flags, say_dose(search)]
 
 
 def say_gains(settings: list[Setting]) -> str:
     known = own_gaps(settings, "ce", "none")
     seeds = max(gap.seeds for _, gap in known)
     most = [(setting, gap) for setting, gap in known if gap.seeds == seeds]
-    text = ", ".join(f"{setting.record['name']} {say_gap(gap)}" for setting, gap in most)
+    text = listed([f"{say_gap(gap)} points on {setting.record['name']}" for setting, gap in most])
+    text = f"With the most paired seeds, {seeds}, STGC minus its baseline is {text}"
     if all(gap.low <= 0 <= gap.high for _, gap in most):
-        text += "; all contain 0, so no difference is shown"
+        text += ": no difference is shown"
     if even := [setting.record["name"] for setting, _ in most if no_lead(setting.gap("none", "random"))]:
-        text += f" (on {' and '.join(even)} experts drawn by dice do as well as the router)"
-    return f"STGC minus its baseline, {seeds} paired seeds, in points: {text}."
+        text += f"; on {listed(even)} experts drawn by dice do as well as the router, so no score can judge a routing there"
+    return f"{text}."
+
+
+def say_routing(settings: list[Setting], search: Search) -> str:
+    dice = own_gaps(settings, "none", "random")
+    lead = [setting for setting, gap in dice if gap.low > 0]
+    text = f"The learned router beats dice in {len(lead)} of {len(dice)} trained settings"
+    gaps = [(setting, gap) for setting in lead if (gap := setting.gap("ce", "none"))]
+    if gaps:
+        cost = all(is_above(gap, -1) for _, gap in gaps)
+        text += f", and there STGC {'costs score: it minus' if cost else 'minus'} its baseline is "
+        text += listed([f"{say_gap(gap)} points ({where(setting)})" for setting, gap in gaps])
+    return f"{text}; of {search.settings} synthetic settings the router matters in {search.matters}."
 
 
 def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> str:
-    gaps, hits = [gap for _, gap in own_gaps(settings, "ce", "placebo")], max(search.hits.values())
-    above = sum(is_above(gap) for gap in gaps)
-    text = f"It beats the placebo, the same loss on as many pairs drawn by dice, in {above} of {len(gaps)} trained settings"
-    text += f" ({len(gaps) / 40:.1f} are expected by chance)" if above else ""
+    known, hits = own_gaps(settings, "ce", "placebo"), max(search.hits.values())
+    above = [f"{say_gap(gap)} points, {where(setting)}" for setting, gap in known if is_above(gap)]
+    text = "Does it matter which pairs get the loss? STGC beats the placebo, the same loss on as many pairs drawn by dice, "
+    text += f"in {len(above)} of {len(known)} trained settings"
+    text += f" ({listed(above)}; by chance {len(known) / 40:.1f})" if above else ""
     text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
     text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
     alone = [row.verdict for row in rows if "trains routers: the conflict ratio falls" in row.claim]
@@ -197,17 +211,9 @@ def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> s
     return f"{text}{alone.count('reproduced')} of {len(alone)} models."
 
 
-def say_routing(settings: list[Setting], search: Search) -> str:
-    dice = own_gaps(settings, "none", "random")
-    lead = [setting for setting, gap in dice if gap.low > 0]
-    text = f"The learned router beats experts drawn by dice in {len(lead)} of {len(dice)} trained settings and in "
-    text += f"{search.matters} of {search.settings} synthetic ones, and no score can judge it elsewhere"
-    there = []
-    for setting in lead:
-        none, placebo = (setting.gap("ce", other) for other in ("none", "placebo"))
-        if none:
-            there.append(f"{say_gap(none)} on {where(setting)}, minus its placebo {say_gap(placebo)}")
-    return f"{text}{'; there STGC minus its baseline is: ' if there else ''}{'; '.join(there)}."
+def listed(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def say_dose(search: Search) -> str:
