@@ -21,6 +21,7 @@ from lab.report.verdicts import (
     judge_sign,
     own_gaps,
     say_gap,
+    score_sign_row,
     series,
     sign_row,
     tell,
@@ -59,7 +60,7 @@ def gate_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
             if "dynmoe" in one:
                 gap = gap_of(one["cosine"].scores("none"), one["dynmoe"].scores("none"))
                 more = f" ({title}; the paper {own[i] - base[i]:+.1f})"
-                found.append(sign_row(row, gap, -1, one["cosine"], more, score=True))
+                found.append(score_sign_row(row, gap, -1, one["cosine"], more))
     return found or [row]
 
 
@@ -348,7 +349,7 @@ def dose_rows(settings: list[Setting]) -> list[Row]:
         if ratios and mean(ratios) >= 0.5 and gap and gap.low is not None:
             more = f"; minus the baseline {say_gap(setting.gap('ce', 'none'))}"
             more += f"; margin {mean(ratios):.2f} of the baseline's ({len(ratios)} seeds)"
-            found.append(sign_row(row, gap, 1, setting, more, score=True))
+            found.append(score_sign_row(row, gap, 1, setting, more))
     return found or [row]
 
 

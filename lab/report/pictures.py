@@ -20,8 +20,8 @@ from lab.report.verdicts import (
     no_lead,
     say_gap,
     score_of,
+    score_sign_row,
     series,
-    sign_row,
     tell,
 )
 from lab.run.options import label
@@ -43,7 +43,7 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
     for name, gain in (("embedding", "-0.4"), ("feature", "-0.1"), ("task", "-8.4")):
         row = Row("table 4", f"routing by sample ({name}) is worse (reproduced: below 0, and as far as the paper's)", gain)
         gaps = [(setting, gap) for setting in usual if (gap := setting.gap(name, "none"))]
-        found += [sign_row(row, gap, -1, s, score=True, gain=float(gain)) for s, gap in gaps] or [row]
+        found += [score_sign_row(row, gap, -1, s, gain=float(gain)) for s, gap in gaps] or [row]
     found += gain_rows(Row("table 9", "CE gains more than MSE", "+0.3"), usual, "ce", "mse")
     claim = "with another loss STGC beats its own placebo (reproduced: by its interval)"
     row, rows = Row("new", claim, "not asked"), []
@@ -52,7 +52,7 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
             flat = setting.gap(one, controls_of(one)[1])
             more = f"; minus the baseline {say_gap(setting.gap(one, 'none'))}"
             more += f"; minus flat {say_gap(flat)}" if flat else ""
-            own = sign_row(row, gap, 1, setting, more, score=True)
+            own = score_sign_row(row, gap, 1, setting, more)
             rows.append(replace(own, here=f"{one} {own.here}"))
     found += rows or [row]
     return judge_untestable([*found, *capacity_rows(usual)], settings)
@@ -148,14 +148,14 @@ def sweep_rows(settings: list[Setting]) -> list[Row]:
     row = Row("table 8", claim, "-0.1")
     own = [one for one in series(settings, "alpha", 0.01, "none") if 0.1 in one]
     gaps = [gap_of(one[0.01].scores("none"), one[0.1].scores("none")) for one in own]
-    found += [sign_row(row, gap, -1, one[0.1], score=True, gain=0.1) for gap, one in zip(gaps, own)] or [row]
+    found += [score_sign_row(row, gap, -1, one[0.1], gain=0.1) for gap, one in zip(gaps, own)] or [row]
     row = Row("new", "does the weight of the balance loss decide what STGC gives? ce minus the baseline", "not asked")
     found += [alpha_row(row, own) for own in series(settings, "alpha", 0.01, "ce")] or [row]
     claim = "four times the data, a larger gain (reproduced: their difference lies above 0, and as far as the paper's)"
     row = Row("table 3", claim, "+0.4")
     own = [one for one in series(settings, "scenes", 12000, "ce") if 3000 in one]
     gaps = [gap_of(gains(one[3000]), gains(one[12000])) for one in own]
-    found += [sign_row(row, gap, 1, one[3000], score=True, gain=0.4) for gap, one in zip(gaps, own)] or [row]
+    found += [score_sign_row(row, gap, 1, one[3000], gain=0.4) for gap, one in zip(gaps, own)] or [row]
     return judge_untestable(found, settings)
 
 

@@ -334,27 +334,34 @@ def sign_row(
     setting: Setting,
     more: str = "",
     controls: dict[str, Gap] | None = None,
-    score: bool = False,
     digits: int = 1,
-    gain: float = 0.0,
 ) -> Row:
     """A difference that shall lie above 0 (sign 1) or below it (-1). `more`: what follows the interval. `controls`: name ->
-    the same of the variant minus this control, None if that was not run. `score`: a score, which can judge a routing only
-    where dice do worse. `gain`: the paper's difference, which a reproduced one reaches."""
+    the same of the variant minus this control, None if that was not run."""
     if gap is None or gap.low is None:
         verdict = judge(gap, None, None, None, 0.0)
         return replace(row, here=f"{say_gap(gap)}{more}", verdict=verdict, setting=setting)
     known = {name: one for name, one in (controls or {}).items() if one}
     more += "".join(f"; minus {name} {say_gap(one, digits)}" for name, one in known.items())
-    verdict, routing = judge_sign(gap, sign, *known.values()), setting.gap("none", "random")
+    verdict = judge_sign(gap, sign, *known.values())
+    missing = [f"{name} not run" for name in controls or {} if name not in known and verdict == "reproduced"]
+    verdict += f" ({', '.join(missing)})" if missing else ""
+    return replace(row, here=f"{tell(gap, digits)}{more}", verdict=verdict, setting=setting)
+
+
+def score_sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more: str = "", gain: float = 0.0) -> Row:
+    """The same of a score, which can judge a routing only where dice do worse. `gain`: the paper's difference, which a
+    reproduced one reaches."""
+    found, routing = sign_row(row, gap, sign, setting, more), setting.gap("none", "random")
+    if found.verdict.startswith(NOT_RUN):
+        return found
+    if no_lead(routing):
+        return replace(found, verdict=NO_ROUTING)
+    verdict = found.verdict
     if max(sign * gap.low, sign * gap.high) < abs(gain):
         shorter = {"inconclusive": "not reproduced", "reproduced": "smaller than the paper's"}
         verdict = shorter.get(verdict, verdict)
-    missing = [f"{name} not run" for name in controls or {} if name not in known and verdict == "reproduced"]
-    missing += lacks_dice(routing) if score else []
-    verdict += f" ({', '.join(missing)})" if missing else ""
-    verdict = NO_ROUTING if score and no_lead(routing) else verdict
-    return replace(row, here=f"{tell(gap, digits)}{more}", verdict=verdict, setting=setting)
+    return replace(found, verdict=verdict + "".join(f" ({missing})" for missing in lacks_dice(routing)))
 
 
 def verdict_of(holds: bool) -> str:
