@@ -192,7 +192,7 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
     assert [setting.lent for setting in settings] == [set(), {"none", "random"}]
     one, two, three, *_ = claims.sentences(settings, [], claims.read_search(), [])
     assert one.startswith("With the most paired seeds, 5, STGC minus its baseline is -0.2 [")
-    assert one.endswith("] points on lvlm-scenes: no difference is shown.")
+    assert one.endswith("] points (lvlm-scenes, 4Top2): no difference is shown.")
     assert two.startswith("The learned router beats dice in 1 of 1 trained settings, and there STGC minus its baseline is ")
     assert two.endswith("(lvlm-scenes, 4Top2); of 1 synthetic settings the router matters in 1.")
     assert "STGC beats the placebo" in three and "in 1 of 2 trained settings (+" in three and "; by chance 0.1)" in three

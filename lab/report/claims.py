@@ -176,12 +176,13 @@ def say_gains(settings: list[Setting]) -> str:
     known = own_gaps(settings, "ce", "none")
     seeds = max(gap.seeds for _, gap in known)
     most = [(setting, gap) for setting, gap in known if gap.seeds == seeds]
-    text = listed([f"{say_gap(gap)} points on {setting.record['name']}" for setting, gap in most])
+    text = listed([f"{say_gap(gap)} points ({where(setting)})" for setting, gap in most])
     text = f"With the most paired seeds, {seeds}, STGC minus its baseline is {text}"
     if all(gap.low <= 0 <= gap.high for _, gap in most):
         text += ": no difference is shown"
-    if even := [setting.record["name"] for setting, _ in most if no_lead(setting.gap("none", "random"))]:
-        text += f"; on {listed(even)} experts drawn by dice do as well as the router, so no score can judge a routing there"
+    if even := sum(no_lead(setting.gap("none", "random")) for setting, _ in most):
+        which = "in each" if even == len(most) else f"in {even} of {len(most)}"
+        text += f"; {which} experts drawn by dice do as well as the router, so no score can judge a routing there"
     return f"{text}."
 
 
@@ -224,10 +225,11 @@ def say_dose(search: Search) -> str:
 
 
 def where(setting: Setting) -> str:
-    """Its data, its number of experts, and of generated pictures an unusual number."""
+    """Its data, its number of experts, whether they are parts, and of generated pictures an unusual number."""
     config = setting.record["config"]
-    few = f", {config['scenes']} pictures" if config.get("scenes", 12000) != 12000 else ""
-    return f"{setting.record['name']}, {config['num_experts']}Top{config['top_k']}{few}"
+    more = [f"{config['num_experts']}Top{config['top_k']}", *["parts"] * (config.get("experts") == "split")]
+    more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
+    return ", ".join([setting.record["name"], *more])
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
