@@ -7,8 +7,9 @@ RUN is the output folder of toy_lvlm.py, whose stage II is made into an MoE as s
 --save-model. The loss acts on conflicting pairs (ce), on as many random ones (placebo) or on all (flat). It trains the
 routers only, or everything that the run trained. A seed fixes the batches, of training examples, so the arms are compared
 seed by seed. Dropout is off. The record has, per arm and seed, the main loss, and per MoE layer the conflict ratio, the
-consistency and its standard deviation over experts: of one batch that is not trained on, before every `--every`-th step and
-after the last. The picture shows all of it; with several MoE layers also the ratio and the consistency of each.
+judged ratio (the pairs that have a gradient), the consistency and its standard deviation over experts: of one batch that
+is not trained on, before every `--every`-th step and after the last. The picture shows all of it; with several MoE layers
+also the ratio and the consistency of each.
 """
 
 import random
@@ -50,7 +51,7 @@ def measure(model: nn.Module, batch: dict, tau: float) -> dict:
     stgc = STGC(model, STGCConfig("none", tau=tau))
     main_loss = model(**batch).loss
     stgc.loss(main_loss)
-    rows = [{key: row[key] for key in KEYS if key in row} for row in stgc.stats()]
+    rows = [{key: row[key] for key in (*KEYS, "judged_ratio") if key in row} for row in stgc.stats()]
     for layer, watch in zip(stgc.layers, watches):
         layer.watch = watch
     return {"main_loss": main_loss.item(), "layers": rows}

@@ -49,13 +49,16 @@ other losses. The *placebo* (placebo-mse, ...) gives the same loss to as many pa
 *random*, or dice, draws the experts of each token and has no loss of the router. *8Top2*: 8 experts, 2 per token. A
 *linear* or *cosine* router scores them. Experts are *copies* of one FFN, or *parts* of it: split by its neurons.
 Stages I, II, III: as in MoE-LLaVA, the last trains the experts. The *conflict ratio* is the share of flagged pairs,
-*consistency* the mean cosine of the gradients on an expert.
+*consistency* the mean cosine of the gradients on an expert. *Weight not 1*: with 1 expert per token and no
+normalization levelling the router also shrinks the layer's output, which dice do not. *Points*: 100 times Matthews'
+correlation (CoLA), the mean of accuracy and F1 (MRPC), % of right answers (the others). The toy LVLM is scored once, at
+its end.
 
 `python -m lab.report.claims` writes this page from the records in `results/`. In the commands `models/` and `data/`
 are local copies of the hub's `sentence-transformers/all-MiniLM-L6-v2` and `nyu-mll/glue`, and `runs/` holds what other
 commands made: `runs/lvlm-base-s0` the dense stages of `python toy_lvlm.py --variants none,random --seeds 0 --no-film
---output-dir runs/lvlm-base-s0`, `runs/lvlm-probe` a copy of `runs/lvlm-base`, the others the folder of that name in a
-command of this page or in [results/](../results/README.md)."""
+--output-dir runs/lvlm-base-s0`, `runs/lvlm-probe` a copy of what made `results/lvlm-stages`, the others the folder of that
+name in a command of this page or in [results/](../results/README.md)."""
 LOSS = """\
 The conflict loss lowers a token's score on the expert where it conflicts. It never says where the token shall go, and
 it does not rest when a token has moved: a flag depends on the mean gradient of the batch, every batch flags pairs, and
@@ -64,18 +67,18 @@ and what remains is a router whose scores are nearly equal. Its *margin* (the pr
 that of the first one not chosen) shrinks as beta grows, and tokens keep changing experts: *moved* is the share of a
 batch's tokens whose first expert differs some steps later.
 
-That restless routing is a regulariser, as routing by dice is: it may help where a model overfits few noisy data, and
-it costs where experts have learnt different things. The placebo, the same loss on as many pairs drawn by dice, does
-the same to the router; so does the loss on all pairs (flat). What is STGC's own is therefore the difference to these
-two, not to the baseline. Small synthetic settings (`results/regimes.json`) show it, in medians. Left out are those of
-Top-1 with a weight that is not 1, where a level router also shrinks the layer's output."""
+Restless routing may help where a model overfits few noisy data, and it costs where experts have learnt different
+things. The placebo, the same loss on as many pairs drawn by dice, does the same to the router; so does the loss on all
+pairs (flat). What is STGC's own is therefore the difference to these two, not to the baseline. Small synthetic settings
+(`results/regimes.json`) show it, in medians. Left out are those of Top-1 with a weight that is not 1, where a level
+router also shrinks the layer's output."""
 RULE = """\
 A score is compared by paired 95 % t-intervals over the seeds. The first rule that fits gives the verdict:
 
 | verdict | where |
 | --- | --- |
 | not run | there is no interval |
-| routing does not matter here | baseline minus dice holds 0 or lies below: no score can judge a routing |
+| routing does not matter here | baseline minus dice holds 0 or lies below: no score is shown to judge a routing |
 | inconclusive | the gain over the baseline holds 0 and the paper's gain |
 | not reproduced | the gain ends below the paper's, and begins at or below 0 |
 | smaller than the paper's | the gain lies above 0 and below the paper's |
@@ -121,7 +124,8 @@ class Search:
 
     settings: int
     matters: int  # where the learned router beats dice
-    restless: tuple[int, float]  # where dice beat the learned router, and their median gain in points
+    seeds: int
+    restless: list[tuple[Paired, Paired]]  # where dice beat the learned router: dice, and ce at the largest beta
     hits: dict[float, int]  # beta -> where ce beats baseline and placebo, at the last step or the best checkpoint
     change: dict[float, float]  # beta -> median change of accuracy by ce where routing matters, in points
     margin: dict[float, float]  # beta -> median of the router's margin, of the baseline's
@@ -136,7 +140,7 @@ def read_search() -> Search:
     names = regimes.sound(record, regimes.settings_of(record, runs))
     dice = {name: regimes.gap(runs, name, regimes.RANDOM) for name in names}
     matters = [name for name in names if dice[name].verdict == "worse"]
-    better = [gap.mean for gap in dice.values() if gap.verdict == "better"]
+    restless = [name for name in names if dice[name].verdict == "better"]
     seeds = sorted({run[3] for run in record["runs"] if run[3] < regimes.FIRST_FRESH})
     hits = [at for _, at in find_hits([run for run in record["runs"] if run[0] in names], names, seeds)]
     change, choice, between = {}, {}, 0.0
@@ -153,7 +157,8 @@ def read_search() -> Search:
     return Search(
         settings=len(names),
         matters=len(matters),
-        restless=(len(better), median(better or [0])),
+        seeds=len(seeds),
+        restless=[(dice[name], regimes.gap(runs, name, ("ce", most))) for name in restless],
         hits={beta: hits.count(beta) for beta in regimes.BETAS},
         change=change,
         margin={beta: regimes.median_margin(runs, names, ("ce", beta)) for beta in regimes.BETAS},
@@ -166,8 +171,8 @@ def read_search() -> Search:
 
 def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> list[str]:
     """Five sentences that a busy reader can quote."""
-    flags = "Do other batches flag the same tokens? Their agreement beyond chance (kappa; 1 is full) is, from the least to "
-    flags += f"the most trained model, {kappas(records)}."
+    flags = "Do other batches flag the same tokens? Their agreement beyond chance (kappa; 1 is full) is, from the highest "
+    flags += f"to the lowest main loss of the probed models, {kappas(records)}."
     gains, routing = say_gains(settings), say_routing(settings, search)
     return [gains, routing, say_selection(settings, search, rows), flags, say_dose(search)]
 
@@ -176,13 +181,13 @@ def say_gains(settings: list[Setting]) -> str:
     known = own_gaps(settings, "ce", "none")
     seeds = max(gap.seeds for _, gap in known)
     most = [(setting, gap) for setting, gap in known if gap.seeds == seeds]
-    text = listed([f"{say_gap(gap)} points ({where(setting)})" for setting, gap in most])
+    text = listed([f"{say_gap(gap)} points ({setting.brief})" for setting, gap in most])
     text = f"With the most paired seeds, {seeds}, STGC minus its baseline is {text}"
     if all(gap.low <= 0 <= gap.high for _, gap in most):
         text += ": no difference is shown"
     if even := sum(no_lead(setting.gap("none", "random")) for setting, _ in most):
         which = "in each" if even == len(most) else f"in {even} of {len(most)}"
-        text += f"; {which} experts drawn by dice do as well as the router, so no score can judge a routing there"
+        text += f"; {which} the router is not shown to beat experts drawn by dice, so no score can judge a routing there"
     return f"{text}."
 
 
@@ -193,23 +198,28 @@ def say_routing(settings: list[Setting], search: Search) -> str:
     gaps = [(setting, gap) for setting in lead if (gap := setting.gap("ce", "none"))]
     if gaps:
         cost = all(is_above(gap, -1) for _, gap in gaps)
-        text += f", and there STGC {'costs score: it minus' if cost else 'minus'} its baseline is "
-        text += listed([f"{say_gap(gap)} points ({where(setting)})" for setting, gap in gaps])
+        betas = listed([f"{beta:g}" for beta in sorted({setting.record["config"]["beta"] for setting, _ in gaps})])
+        text += f", and there STGC at beta {betas}{' costs score; it' * cost} minus its baseline is "
+        text += listed([f"{say_gap(gap)} points ({setting.brief})" for setting, gap in gaps])
     return f"{text}; of {search.settings} synthetic settings the router matters in {search.matters}."
 
 
 def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> str:
     known, hits = own_gaps(settings, "ce", "placebo"), max(search.hits.values())
-    above = [f"{say_gap(gap)} points, {where(setting)}" for setting, gap in known if is_above(gap)]
+    above = [f"{say_gap(gap)} points, {setting.brief}" for setting, gap in known if is_above(gap)]
     text = "Does it matter which pairs get the loss? STGC beats the placebo, the same loss on as many pairs drawn by dice, "
     text += f"in {len(above)} of {len(known)} trained settings"
     text += f" ({listed(above)}; by chance {len(known) / 40:.1f})" if above else ""
-    text += f", and placebo and baseline at any one beta in at most {hits} of {search.settings} synthetic ones"
+    many = f"at most {hits}" if hits else "none"
+    text += f", and placebo and baseline at any one beta in {many} of {search.settings} synthetic ones"
     text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
-    alone = [row.verdict for row in rows if "trains routers: the conflict ratio falls" in row.claim]
-    alone = [verdict for verdict in alone if not verdict.startswith((NOT_RUN, NOT_TESTABLE))]
-    text += "; trained alone, the routers lower the conflict ratio by more than with the placebo and flat in "
-    return f"{text}{alone.count('reproduced')} of {len(alone)} models."
+    wins = []
+    for what in ("the conflict ratio falls", "consistency rises"):
+        alone = [row.verdict for row in rows if f"trains routers: {what} (" in row.claim]
+        alone = [verdict for verdict in alone if not verdict.startswith((NOT_RUN, NOT_TESTABLE))]
+        wins.append(f"{alone.count('reproduced')} of {len(alone)}")
+    text += f". With the loss alone, routers lower the conflict ratio by more than with the placebo and flat in {wins[0]} "
+    return f"{text}models, and raise the consistency by more in {wins[1]}."
 
 
 def listed(parts: list[str]) -> str:
@@ -224,14 +234,6 @@ def say_dose(search: Search) -> str:
     return f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
 
 
-def where(setting: Setting) -> str:
-    """Its data, its number of experts, whether they are parts, and of generated pictures an unusual number."""
-    config = setting.record["config"]
-    more = [f"{config['num_experts']}Top{config['top_k']}", *["parts"] * (config.get("experts") == "split")]
-    more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
-    return ", ".join([setting.record["name"], *more])
-
-
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
     """The data's name, and how its experts began -> the probes of saved models that learn it."""
     found: dict[str, list[dict]] = {}
@@ -243,7 +245,7 @@ def probes_of(records: list[dict]) -> dict[str, list[dict]]:
 
 
 def kappas(records: list[dict]) -> str:
-    """kappa of the least and of the most trained model, by data, and a lower one between them."""
+    """kappa at the highest and at the lowest main loss, by data, and a lower one between them."""
     texts = []
     for name, probes in probes_of(records).items():
         first, *_, last = (probe["kappa"] for probe in sorted(probes, key=lambda probe: -probe["loss"]))
@@ -263,20 +265,26 @@ def synthetic(search: Search) -> Iterator[str]:
         yield f"| {' | '.join([*cells, *(f'{better}+ {worse}-' for better, worse in search.choice[beta])])} |"
     yield from ("", "2+ 1-: by the interval better in two settings, worse in one. Points and counts are of the last step;")
     yield from ("in the fourth column the best checkpoint counts, too.", "")
-    dice, gain = search.restless
-    text = f"Dice beat the learned router in {dice} of the settings, by {gain:.1f} points in the median"
-    yield f"{text}; the router beats dice in {search.matters}."
+    text = f"The router beats dice in {search.matters} of the {search.settings} settings, with {search.seeds} seeds each; "
+    text += f"dice beat the router in {len(search.restless)}"
+    if search.restless:
+        dice, ce = zip(*search.restless)
+        better = sum(gap.verdict == "better" for gap in ce)
+        text += f", by {median(gap.mean for gap in dice):.1f} points in the median. There STGC at beta "
+        text += f"{max(search.margin):g} beats the baseline in {better}; its median is {median(gap.mean for gap in ce):+.1f}"
+    yield f"{text}."
     text = "With both losses held to the router, as in one pass, accuracy at beta {:g} is better than with two passes in "
     text += "{} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
     yield text.format(max(search.margin), *search.one["ce"], *search.one["placebo-one"])
     ce, long = (" and ".join(map(say_gap, search.apart[variant])) for variant in ("ce", "long"))
-    text = f"Where each expert was trained on one task and a new router learns to choose, ce minus its placebo is {ce};"
-    yield f"{text} with the loss on the pairs of the longest gradients instead it is {long}."
+    text = "Where each expert was trained on one task and a new router learns to choose (task mark strong, and weak), ce "
+    yield f"{text}minus its placebo is {ce} points; with the loss on the pairs of the longest gradients it is {long}."
     yield from ("", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", "")
     above, below = (max(side) for side in zip(*(pair for pairs in search.choice.values() for pair in pairs)))
     text = "One line or several? At any beta the medians of ce, placebo and flat differ by at most "
-    text += f"{search.between:.1f} points. At the last step ce is better than placebo or flat in at most {above} settings"
-    tail = "" if above else ": the dose decides, and the choice of pairs helps in none"
+    many = f"at most {above}" if above else "none"
+    text += f"{search.between:.1f} points. At the last step ce is better than placebo or flat in {many} of the settings"
+    tail = "" if above else ": there the dose decides, not the choice of pairs"
     yield f"{text}, and worse in at most {below}{tail}."
 
 
@@ -343,10 +351,10 @@ def front(records: list[dict]) -> Iterator[str]:
     for claim in ("STGC gains on CoLA", "STGC gains with Top-2"):
         row = most(claim)
         gap, control = row.setting.gap("ce", "none"), row.setting.gap("ce", "placebo")
-        here = f"{say_gap(gap)} points, {gap.seeds} seeds ({where(row.setting)}); minus placebo {say_gap(control)}"
+        here = f"{say_gap(gap)} points, {gap.seeds} seeds ({row.setting.brief}); minus placebo {say_gap(control)}"
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
-    here = f"kappa, least to most trained: {kappas(records)}"
+    here = f"kappa, high to low main loss: {kappas(records)}"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]

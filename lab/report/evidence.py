@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from statistics import mean
 
@@ -50,18 +51,18 @@ def is_whole(setting: Setting) -> bool:
 
 def gate_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
     """Table 12's row of DynMoE, task by task: its gate beside the cosine router, both without a conflict loss."""
-    own, base = PUBLISHED["DynMoE"], PUBLISHED["MoE-8Top2 (DynMoE's)"]
-    claim = "DynMoE's gate costs score (reproduced: it lies below the cosine router's)"
-    row, found = Row("table 12", claim, f"{own[-1] - base[-1]:+.1f} on average"), []
+    own, base, found = PUBLISHED["DynMoE"], PUBLISHED["MoE-8Top2 (DynMoE's)"], []
     gates = [Setting(record) for record in merge(records) if record["config"].get("router") == "dynmoe"]
     for i, (name, title) in enumerate(COLUMNS.items()):
+        gain = own[i] - base[i]
+        claim = f"DynMoE's gate {'gains' if gain > 0 else 'costs'} score on {title}"
+        row = Row("table 12", f"{claim} (reproduced: by its interval, and as far as the paper's)", f"{gain:+.1f}")
         same = [one for one in (*settings, *gates) if one.record["name"] == name and is_whole(one)]
         for one in series(same, "router", "cosine", "none", also=("max_experts",)):
             if "dynmoe" in one:
                 gap = gap_of(one["cosine"].scores("none"), one["dynmoe"].scores("none"))
-                more = f" ({title}; the paper {own[i] - base[i]:+.1f})"
-                found.append(score_sign_row(row, gap, -1, one["cosine"], more))
-    return found or [row]
+                found.append(score_sign_row(row, gap, 1 if gain > 0 else -1, one["cosine"], gain=gain))
+    return found or [Row("table 12", "DynMoE's gate beside the cosine router", "-")]
 
 
 # ---- 2. Curves ----
@@ -80,7 +81,8 @@ def curve_rows(settings: list[Setting]) -> list[Row]:
         none, ce, placebo = (ends_by_seed(setting, variant, "load", 0) for variant in ("none", "ce", "placebo"))
         found.append(sign_row(row, gap_of(none, ce), -1, setting, "; % of the pairs", {"placebo": gap_of(placebo, ce)}))
     found += [] if whole else [row]
-    claim = "conflicts remain in shallow layers (reproduced: the first MoE layer's ratio minus the last one's lies above 0)"
+    claim = "conflicts remain in shallow layers (reproduced: of the pairs that have a gradient, the first MoE layer flags a "
+    claim += "larger share than the last)"
     row = Row("figure 9", claim, "shallow")
     layered = [setting for setting in whole if not setting.record["config"]["moe_layers"].isdecimal()]
     found += [shallow_row(row, setting) for setting in layered] or [row]
@@ -99,19 +101,28 @@ def falling_row(row: Row, key: str, setting: Setting) -> Row:
 
 
 def shallow_row(row: Row, setting: Setting) -> Row:
-    """The conflict ratio of the first MoE layer minus that of the last, beside the same of the baseline and the placebo. A
-    baseline that is lent from another tau has flags of that tau: it stands in no row."""
+    """The flagged share of the pairs that are judged, of the first MoE layer minus that of the last, beside the same of the
+    baseline and the placebo. Of all pairs it would compare how many have a gradient: where a token's answer counts nothing,
+    its last layer has none. A baseline that is lent from another tau has flags of that tau: it stands in no row."""
     steps, texts = {}, []
     for name in ("ce", "none", "placebo"):
         if name in setting.lent and setting.record["config"]["tau"]:
             continue
-        first, last = (ends_by_seed(setting, name, "conflict_ratio", at) for at in (0, -1))
+        first, last = (judged_share(setting, name, at) for at in (0, -1))
         if first:
-            steps[name] = {seed: first[seed] - last[seed] for seed in first}
+            steps[name] = {seed: first[seed] - last[seed] for seed in first.keys() & last.keys()}
             texts.append(f"{label(name)} {spread([*first.values()])} and {spread([*last.values()])}")
-    more, zero = f"; % of the pairs ({'; '.join(texts)})", dict.fromkeys(steps["ce"], 0.0)
+    if not steps.get("ce"):
+        return replace(row, setting=setting)
+    more, zero = f"; % of the judged pairs ({'; '.join(texts)})", dict.fromkeys(steps["ce"], 0.0)
     controls = {label(name): gap_of(steps.get(name, {}), steps["ce"]) for name in ("none", "placebo")}
     return sign_row(row, gap_of(zero, steps["ce"]), 1, setting, more, controls)
+
+
+def judged_share(setting: Setting, variant: str, layer: int) -> dict[int, float]:
+    """seed -> the flagged share of one layer's judged pairs at the end of the training, in %."""
+    flagged, judged = (ends_by_seed(setting, variant, key, layer) for key in ("conflict_ratio", "judged_ratio"))
+    return {seed: 100 * flagged[seed] / judged[seed] for seed in flagged if judged.get(seed)}
 
 
 def ends_by_seed(setting: Setting, variant: str, key: str, layer: int) -> dict[int, float]:
@@ -235,6 +246,13 @@ def collapsed(record: dict, probe: dict) -> str:
 # ---- 4. Costs, and the loss alone ----
 
 
+BENCHED = {  # record -> what was measured; weights are random
+    "bench-bert-large.json": "BERT-large's size, one layer of 24 an MoE",
+    "bench-mixtral.json": "a small model built as Mixtral is",
+    "bench-olmoe.json": "a small model built as OLMoE is",
+}
+
+
 def bench_rows() -> list[Row]:
     """Table 11, from the records of lab.bench: time, and the memory that the token gradients take."""
     time = Row("table 11", "time of a step with STGC (reproduced: not above the paper's, by its interval)", "+21.3 %")
@@ -243,15 +261,15 @@ def bench_rows() -> list[Row]:
     claim = "flags from whole weights are possible (measured: the peak of one pass, which never stores these gradients)"
     whole = Row("table 11", claim, "773 GiB to store, fails")
     found: dict[str, list[Row]] = {row.claim: [] for row in (time, small, whole)}
-    for name in ("bench-bert-large.json", "bench-mixtral.json", "bench-olmoe.json"):
+    for name, what in BENCHED.items():
         record = read_bench(RESULTS / name)
         two, full = (record["variants"][key] for key in ("two passes", "one pass, weight gradients"))
         low, ratio, high = (100 * (value - 1) for value in (two["interval"][0], two["ratio"], two["interval"][1]))
-        here = f"{ratio:+.1f} % [{low:+.1f}, {high:+.1f}], two passes, {name}"
+        here = f"{ratio:+.1f} % [{low:+.1f}, {high:+.1f}], two passes, {what}"
         verdict = "reproduced" if high <= 21.3 else "not reproduced" if low > 21.3 else "inconclusive"
         found[time.claim].append(replace(time, here=here, verdict=verdict, command=record["command"]))
         for row, own, verdict in ((small, two, verdict_of(two["peak_ratio"] < 1.1)), (whole, full, "measured")):
-            here = f"peak {100 * (own['peak_ratio'] - 1):+.1f} %, {name}"
+            here = f"peak {100 * (own['peak_ratio'] - 1):+.1f} %, {what}"
             found[row.claim].append(replace(row, here=here, verdict=verdict, command=record["command"]))
     return [row for rows in found.values() for row in rows]
 
@@ -273,30 +291,45 @@ def alone_rows() -> list[Row]:
         record, first = read_bench(path), len(found)
         for part, (key, (claim, sign)) in product(("routers", "everything"), ALONE.items()):
             row = Row("figures 3, 8", f"the conflict loss alone trains {part}: {claim} (reproduced: {BEYOND})", "yes")
-            found.append(alone_row(row, record, part, sign, lambda layers, key=key: mean(layer[key] for layer in layers)))
+            found.append(alone_row(row, record, part, sign, partial(rise, key)))
         if len(record["rows"][0]["curve"][0]["layers"]) > 1:
             claim = "the conflict loss alone trains everything: consistency rises most in the last layer"
             claim += f" (reproduced: {BEYOND})"
-            deeper = lambda layers: layers[-1]["consistency"] - layers[0]["consistency"]  # noqa: E731
-            found.append(alone_row(Row("figure 3b", claim, "yes"), record, "everything", 1, deeper))
+            found.append(alone_row(Row("figure 3b", claim, "yes"), record, "everything", 1, rise_deeper))
             claim = "the conflict loss alone trains everything: conflicts remain in shallow layers"
-            claim += f" (reproduced: the first layer's ratio falls by less than the last one's, {BEYOND})"
-            shallow = lambda layers: layers[0]["conflict_ratio"] - layers[-1]["conflict_ratio"]  # noqa: E731
-            found.append(alone_row(Row("figure 9", claim, "yes"), record, "everything", 1, shallow, "conflict_ratio"))
+            claim += f" (reproduced: the first layer keeps a larger share of its conflicts than the last, {BEYOND})"
+            found.append(alone_row(Row("figure 9", claim, "yes"), record, "everything", 1, keep_shallow, "conflict_ratio"))
         found[first:] = [replace(row, picture=path.with_suffix(".png").name) for row in found[first:]]
     return found or [Row("figures 3, 8", "training on the conflict loss alone", "-")]
+
+
+def rise(key: str, first: list[dict], last: list[dict]) -> float:
+    """The mean rise of a statistic over the MoE layers."""
+    return mean(after[key] - before[key] for before, after in zip(first, last))
+
+
+def rise_deeper(first: list[dict], last: list[dict]) -> float:
+    """By how much more the consistency of the last layer rises than that of the first."""
+    return rise("consistency", first[-1:], last[-1:]) - rise("consistency", first[:1], last[:1])
+
+
+def keep_shallow(first: list[dict], last: list[dict]) -> float:
+    """The share of its conflicts that the first layer keeps, minus that of the last layer: how many of a layer's pairs are
+    judged, which differs between layers, cancels."""
+    kept = [after["conflict_ratio"] / before["conflict_ratio"] for before, after in zip(first, last)]
+    return kept[0] - kept[-1]
 
 
 BEYOND = "so by its interval, and by more than the placebo and flat"
 
 
-def alone_row(row: Row, record: dict, part: str, sign: int, value: Callable, each: str = "") -> Row:
-    """`sign`: of the change in the paper. `value`: of the MoE layers at a step. `each`: a value to show of each layer after
-    the training. Where no routing changes the main loss, the experts still are equal copies, and a router has nothing to
-    gain."""
+def alone_row(row: Row, record: dict, part: str, sign: int, change: Callable, each: str = "") -> Row:
+    """`sign`: of the change in the paper. `change`: of the MoE layers' statistics at the first and the last step. `each`: a
+    value to show of each layer after the training. Where no routing changes the main loss, the experts still are equal
+    copies, and a router has nothing to gain."""
     curves = {arm: curves_of(record, part, arm) for arm in ("ce", "placebo", "flat")}
     changes = {
-        arm: {seed: value(curve[-1]["layers"]) - value(curve[0]["layers"]) for seed, curve in own.items()}
+        arm: {seed: change(curve[0]["layers"], curve[-1]["layers"]) for seed, curve in own.items()}
         for arm, own in curves.items()
     }
     own = changes["ce"]

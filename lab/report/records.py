@@ -17,13 +17,16 @@ APART = (FREE - {"lrs"}) | USES | {"stages_from", "capacity", "bpr"}  # may diff
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
     """The records of all runs in a folder, by path, each with its own folder's name. Each run has its record's commit and
-    command, and the path of its curve. UserError for a damaged one."""
+    command, the path of its curve, and as `dense` the score of the dense model that it was made from, if it is recorded.
+    UserError for a damaged one."""
     found = []
     for path in sorted(folder.rglob("results.json")):
         record = read_record(path.parent, "results of")
         made_by = {key: record.get(key) for key in ("commit", "command")}
         curves = [path.parent / f"{run['variant']}-s{run['seed']}.jsonl" for run in record["runs"]]
-        runs = [run | made_by | {"curve": curve} for run, curve in zip(record["runs"], curves)]
+        dense = {stage["seed"]: stage["scores"]["score"] for stage in record.get("stages", []) if stage.get("scores")}
+        runs = [run | made_by | {"dense": dense.get(run["seed"])} for run in record["runs"]]
+        runs = [run | {"curve": curve} for run, curve in zip(runs, curves)]
         found.append(record | {"folder": path.parent.name, "runs": runs})
     return found
 

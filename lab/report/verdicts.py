@@ -52,17 +52,16 @@ def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = N
         return NOT_RUN if a is None else f"{NOT_RUN}: {'one seed' if a.seeds == 1 else 'no spread'}"
     if no_lead(routing):
         return NO_ROUTING
-    if a.low <= 0 <= a.high and a.low <= gain <= a.high:
-        return "inconclusive"
-    if a.high < gain and a.low <= 0:
-        return "not reproduced"
-    if a.low > 0 and a.high < gain:
+    reaches = round(a.high, 1) >= gain  # the paper's gains have one digit
+    if a.low <= 0:
+        return "inconclusive" if reaches else "not reproduced"
+    if not reaches:
         return "smaller than the paper's"
-    if a.low > 0 and a.high >= gain and is_above(placebo) and (flat is None or is_above(flat)):
+    if is_above(placebo) and (flat is None or is_above(flat)):
         return "reproduced"
-    if a.low > 0 and is_above(c) and placebo and placebo.low is not None and placebo.low <= 0 <= placebo.high:
+    if is_above(c) and placebo and placebo.low is not None and placebo.low <= 0 <= placebo.high:
         return "the control does as well"
-    return "a gain, the selection undecided" if a.low > 0 else "inconclusive"
+    return "a gain, the selection undecided"
 
 
 def no_lead(routing: Gap) -> bool:
@@ -113,6 +112,11 @@ def say_gap(gap: Gap, digits: int = 1) -> str:
     return f"{show(gap.mean)} [{show(gap.low)}, {show(gap.high)}]"
 
 
+def begin_alike(one: dict, other: dict) -> bool:
+    """Whether two runs were made from the same dense model, as far as it is recorded."""
+    return None in (one.get("dense"), other.get("dense")) or one["dense"] == other["dense"]
+
+
 def gap_of(one: dict[int, float], other: dict[int, float]) -> Gap:
     """other - one, over the seeds of both; None without any."""
     return paired(one, other) if one.keys() & other.keys() else None
@@ -147,6 +151,15 @@ class Setting:
         return ", ".join([*parts, *epochs, *unusual(self.record)])
 
     @property
+    def brief(self) -> str:
+        """Its data, its number of experts, and what tells it from others of these data."""
+        config = self.record["config"]
+        more = [f"{config['num_experts']}Top{config['top_k']}", *["parts"] * (config.get("experts") == "split")]
+        more += [] if config["top_k"] > 1 or config.get("normalize", True) else ["weight not 1"]
+        more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
+        return ", ".join([self.record["name"], *more])
+
+    @property
     def borrows(self) -> bool:
         """Whether its baseline is that of another beta or tau, or its dice are those of another alpha."""
         return bool(self.lent)
@@ -177,7 +190,7 @@ class Setting:
 
     def sides(self, one: str, other: str, select: str = "best") -> tuple[dict[int, float], dict[int, float]]:
         """Of two variants: seed -> score in %, of the seeds that both have, and of runs of the same commit where there are
-        some: between two commits the machine may have been another one, too."""
+        some: between two commits the machine may have been another one, too. Runs from two dense models are no pair."""
         runs: list[dict[int, list[dict]]] = []
         for variant in (one, other):
             rates, own = {run["lr"] for run in self.runs(variant)}, {}
@@ -187,9 +200,9 @@ class Setting:
             runs.append(own)
         found: tuple[dict[int, float], dict[int, float]] = {}, {}
         for seed in sorted(runs[0].keys() & runs[1].keys()):
-            both = product(runs[0][seed], runs[1][seed])
-            pair = min(both, key=lambda pair: pair[0].get("commit") != pair[1].get("commit"))  # the first of them
-            for side, run in zip(found, pair):
+            both = [pair for pair in product(runs[0][seed], runs[1][seed]) if begin_alike(*pair)]
+            both.sort(key=lambda pair: pair[0].get("commit") != pair[1].get("commit"))
+            for side, run in zip(found, both[0] if both else ()):
                 side[seed] = score_of(run, select)
         return found
 
@@ -320,7 +333,7 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
         gap, last = (setting.gap(one, other, select) for select in ("best", "last"))
         if gap is None:
             continue
-        here = f"{tell(gap)}; last epoch {say_gap(last)}{setting.beside(one)}"
+        here = f"{tell(gap)}{'' if last == gap else f'; last epoch {say_gap(last)}'}{setting.beside(one)}"
         verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
         verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
@@ -358,7 +371,7 @@ def score_sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more: str = 
     if no_lead(routing):
         return replace(found, verdict=NO_ROUTING)
     verdict = found.verdict
-    if max(sign * gap.low, sign * gap.high) < abs(gain):
+    if round(max(sign * gap.low, sign * gap.high), 1) < abs(gain):  # the paper's have one digit
         shorter = {"inconclusive": "not reproduced", "reproduced": "smaller than the paper's"}
         verdict = shorter.get(verdict, verdict)
     return replace(found, verdict=verdict + "".join(f" ({missing})" for missing in lacks_dice(routing)))
@@ -384,19 +397,22 @@ def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Ite
     `tags`: id of a setting -> how the page calls it; `commands`: the same of a command, of rows without a setting."""
     for names, own in by_claim(rows).items():
         marks = [tags[id(row.setting)] if row.setting else commands.get(row.command, "") for row in own]
+        found = [row.setting for row in own]
+        apart = [f" ({one.brief}, beta {one.record['config']['beta']:g})" if one else "" for one in found]
         links = [f"[{mark}](#{mark.lower()})" if mark else "" for mark in marks]
         pictures = [f"[picture](../results/{row.picture})" if row.picture else "" for row in own]
         count = Counter(row.verdict for row in own)
         if len(own) > MANY:
             sees = (", ".join(filter(None, both)) for both in zip(links, pictures))
             ends = (f": {row.verdict}" * (len(count) > 1) for row in own)
-            parts = [f"{see}: {row.here}{end}" for see, row, end in zip(sees, own, ends)]
+            parts = [f"{see}{one}: {row.here}{end}" for see, one, row, end in zip(sees, apart, own, ends)]
             here = f"<details><summary>{len(own)} measurements</summary>{'<br>'.join(parts)}</details>"
             verdict = "<br>".join(f"{verdict}: {number} of {len(own)}" for verdict, number in count.most_common())
             sees = [*filter(None, pictures)][:1]
         else:
-            marked = lambda texts, marks=marks: (f"{mark}: {text}" if mark else text for mark, text in zip(marks, texts))  # noqa: E731
-            here, verdict = ("<br>".join(marked(side)) for side in ([row.here for row in own], [row.verdict for row in own]))
+            apart = apart if len(set(marks)) > 1 else [""] * len(own)
+            here = "<br>".join(f"{mark}{one}: {row.here}" if mark else row.here for mark, one, row in zip(marks, apart, own))
+            verdict = "<br>".join(f"{mark}: {row.verdict}" if mark else row.verdict for mark, row in zip(marks, own))
             sees = dict.fromkeys(filter(None, [*links, *pictures]))
         verdict = own[0].verdict if len(count) == 1 else verdict
         yield f"| {' | '.join([*names, here, verdict, '<br>'.join(sees) or '-'])} |"
