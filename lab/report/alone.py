@@ -192,7 +192,8 @@ def plot_layers(figure, curves: Curves, layers: int, note: str) -> None:
                     plot_mean(axis, curves[part, arm], key, layer, label=f"MoE layer {layer + 1}", markersize=5, **look)
                 axis.set_title(f"{title}, {arm}\n{part} trained")
             finish(axes, SHOWN[key][-1])
-    name_lines(figure, panels, f"{note}, of one MoE layer; layer 1 is nearest to the input")
+    text = f"{note}, of one MoE layer; layer 1 is nearest to the input. A ratio is of all pairs of the layer, also of those "
+    name_lines(figure, panels, f"{text}without a gradient:\ncompare how far each line falls, not how high it lies")
 
 
 def name_lines(figure, panels, title: str) -> None:
