@@ -34,7 +34,9 @@ def test_the_conflict_loss_alone(part, select, net_and_batches):
     assert moved == routers if part == "routers" else routers < moved and any("experts" in name for name in moved)
     assert all(layer.watch is None for layer in net.modules() if isinstance(layer, alone.MoELayer))
     for row in rows:
-        assert all(row["layers"][0][key] >= 0 for key in alone.KEYS) and row["main_loss"] > 0
+        layer = row["layers"][0]
+        assert all(layer[key] >= 0 for key in alone.KEYS) and row["main_loss"] > 0
+        assert layer["conflict_ratio"] <= layer["judged_ratio"] <= 1 and layer["judged_ratio"] > 0
 
 
 def test_the_main_loss_does_not_train(net_and_batches):
