@@ -50,7 +50,7 @@ other losses. The *placebo* (placebo-mse, ...) gives the same loss to as many pa
 *linear* or *cosine* router scores them. Experts are *copies* of one FFN, or *parts* of it: split by its neurons.
 Stages I, II, III: as in MoE-LLaVA, the last trains the experts. The *conflict ratio* is the share of flagged pairs,
 *consistency* the mean cosine of the gradients on an expert. *Weight not 1*: with 1 expert per token and no
-normalization levelling the router also shrinks the layer's output, which dice do not. *Points*: 100 times Matthews'
+normalization, a level router also shrinks the layer's output, which dice do not. *Points*: 100 times Matthews'
 correlation (CoLA), the mean of accuracy and F1 (MRPC), % of right answers (the others). The toy LVLM is scored once, at
 its end.
 
@@ -78,7 +78,7 @@ A score is compared by paired 95 % t-intervals over the seeds. The first rule th
 | verdict | where |
 | --- | --- |
 | not run | there is no interval |
-| routing does not matter here | baseline minus dice holds 0 or lies below: no score is shown to judge a routing |
+| routing does not matter here | baseline minus dice holds 0 or lies below: that routing matters is not shown |
 | inconclusive | the gain over the baseline holds 0 and the paper's gain |
 | not reproduced | the gain ends below the paper's, and begins at or below 0 |
 | smaller than the paper's | the gain lies above 0 and below the paper's |
@@ -223,6 +223,7 @@ def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> s
 
 
 def listed(parts: list[str]) -> str:
+    """As in "a, b and c"."""
     *most, last = parts
     return f"{', '.join(most)} and {last}" if most else last
 

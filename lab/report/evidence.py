@@ -54,7 +54,7 @@ def gate_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
     own, base, found = PUBLISHED["DynMoE"], PUBLISHED["MoE-8Top2 (DynMoE's)"], []
     gates = [Setting(record) for record in merge(records) if record["config"].get("router") == "dynmoe"]
     for i, (name, title) in enumerate(COLUMNS.items()):
-        gain = own[i] - base[i]
+        gain = round(own[i] - base[i], 1)
         claim = f"DynMoE's gate {'gains' if gain > 0 else 'costs'} score on {title}"
         row = Row("table 12", f"{claim} (reproduced: by its interval, and as far as the paper's)", f"{gain:+.1f}")
         same = [one for one in (*settings, *gates) if one.record["name"] == name and is_whole(one)]
