@@ -75,15 +75,19 @@ def capacity_rows(settings: list[Setting]) -> list[Row]:
     return found
 
 
+def begins(setting: Setting, what: str) -> dict[int, float]:
+    """seed -> the score in % of what the baseline began from: its "start", or the "dense" model that it was made from."""
+    return {run["seed"]: 100 * run[what] for run in setting.runs("none") if run.get(what) is not None}
+
+
 def leads(setting: Setting) -> tuple[Gap, Gap, Gap]:
     """What tells whether a setting of toy_lvlm.py can judge routing, at the last step: its baseline minus its start, minus
     dice, and STGC minus the baseline. Copies whose weights sum to 1 start as stage II ends. Others have their own start,
     which older records do not know."""
     ends, config = setting.scores("none", "last"), setting.record["config"]
-    starts = {run["seed"]: 100 * run["start"] for run in setting.runs("none") if run.get("start") is not None}
+    starts = begins(setting, "start")
     if not starts and config.get("experts", "copy") == "copy" and config.get("normalize", True):
-        stages = [stage for stage in setting.record["stages"] if stage.get("scores")]
-        starts = {stage["seed"]: 100 * stage["scores"]["score"] for stage in stages}
+        starts = begins(setting, "dense")
     return gap_of(starts, ends), setting.gap("none", "random", "last"), setting.gap("ce", "none", "last")
 
 
@@ -107,9 +111,9 @@ def usable_rows(settings: list[Setting]) -> list[Row]:
         if dice and (ce or not setting.borrows):
             here = f"minus start {say_gap(start)}; minus dice {tell(dice)}"
             here += f"; STGC minus the baseline {tell(ce)}" if ce else ""
-            ends, dense = setting.scores("none", "last"), {run["seed"]: run.get("dense") for run in setting.runs("none")}
-            known = {seed: 100 * score for seed, score in dense.items() if score is not None}
-            here += f"; baseline minus the dense model that it was made from {say_gap(gap_of(known, ends))}" if known else ""
+            if known := begins(setting, "dense"):
+                gap = gap_of(known, setting.scores("none", "last"))
+                here += f"; baseline minus the dense model that it was made from {say_gap(gap)}"
             found.append(replace(row, here=here, verdict=judge_use(setting), setting=setting))
     return found or [row]
 

@@ -17,16 +17,13 @@ APART = (FREE - {"lrs"}) | USES | {"stages_from", "capacity", "bpr"}  # may diff
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
     """The records of all runs in a folder, by path, each with its own folder's name. Each run has its record's commit and
-    command, the path of its curve, and as `dense` the score of the dense model that it was made from, if it is recorded.
-    UserError for a damaged one."""
+    command, and the path of its curve. UserError for a damaged one."""
     found = []
     for path in sorted(folder.rglob("results.json")):
         record = read_record(path.parent, "results of")
         made_by = {key: record.get(key) for key in ("commit", "command")}
         curves = [path.parent / f"{run['variant']}-s{run['seed']}.jsonl" for run in record["runs"]]
-        dense = {stage["seed"]: stage["scores"]["score"] for stage in record.get("stages", []) if stage.get("scores")}
-        runs = [run | made_by | {"dense": dense.get(run["seed"])} for run in record["runs"]]
-        runs = [run | {"curve": curve} for run, curve in zip(runs, curves)]
+        runs = [run | made_by | {"curve": curve} for run, curve in zip(record["runs"], curves)]
         found.append(record | {"folder": path.parent.name, "runs": runs})
     return found
 
@@ -81,14 +78,16 @@ def unusual(record: dict) -> list[str]:
 
 
 def merge(records: list[dict]) -> list[dict]:
-    """One record per experiment, with the runs, stages, probes, commands and folders of its parts. A run that occurs
-    again, such as the baseline's at a newer commit, is under `repeated`: a list of [first run, run]."""
+    """One record per experiment, with the runs, stages, probes, commands and folders of its parts. Each run has as `dense`
+    the score of the dense model that it was made from, if it is recorded. A run that occurs again, such as the baseline's at
+    a newer commit, is under `repeated`: a list of [first run, run]."""
     merged: dict[str, dict] = {}
     for record in records:
         fresh = record | {"runs": [], "stages": [], "probes": [], "command": [], "folders": [], "repeated": []}
         one = merged.setdefault(key_of(record), fresh)
         first = {(run["variant"], run["seed"], run.get("lr")): run for run in one["runs"]}
-        for run in record["runs"]:
+        dense = {stage["seed"]: stage["scores"]["score"] for stage in record.get("stages", []) if stage.get("scores")}
+        for run in (run | {"dense": dense[run["seed"]]} if run["seed"] in dense else run for run in record["runs"]):
             before = first.get((run["variant"], run["seed"], run.get("lr")))
             (one["repeated"] if before else one["runs"]).append([before, run] if before else run)
         known = {(stage["stage"], stage["seed"]) for stage in one["stages"]}  # a stage that runs share counts once

@@ -201,8 +201,8 @@ class Setting:
         found: tuple[dict[int, float], dict[int, float]] = {}, {}
         for seed in sorted(runs[0].keys() & runs[1].keys()):
             both = [pair for pair in product(runs[0][seed], runs[1][seed]) if begin_alike(*pair)]
-            both.sort(key=lambda pair: pair[0].get("commit") != pair[1].get("commit"))
-            for side, run in zip(found, both[0] if both else ()):
+            pair = min(both, key=lambda two: two[0].get("commit") != two[1].get("commit"), default=())  # the first of them
+            for side, run in zip(found, pair):
                 side[seed] = score_of(run, select)
         return found
 
