@@ -57,8 +57,8 @@ def test_verdicts(a, placebo, flat, c, routing, verdict):
 
 def test_without_an_interval_there_is_no_verdict():
     one, three = Paired(3.0, None, None, 1, 0, 1), Paired(3.0, None, None, 3, 0, 3)
-    assert judge(one, None, None, None, 2.0) == "not run: one seed"
-    assert judge(three, None, None, None, 2.0) == "not run: no spread"
+    assert judge(one, None, None, None, 2.0) == "one seed, no verdict"
+    assert judge(three, None, None, None, 2.0) == "no spread, no verdict"
     assert judge(gap(1, 3), one, None, gap(0.5, 2), 2.0) == "a gain, the selection undecided"
 
 
@@ -114,17 +114,19 @@ def plus(*gaps):
     ("weak", "strong", "dice", "verdict"),
     [
         (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), None, "reproduced (dice not run)"),  # beta 1 has +2 or so
+        (plus(9, 8, 9, 8, 9), plus(0, 0.5, 0, 0.5, 0), None, "reproduced (dice not run)"),  # the paper did not try 0.1
         (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), plus(-4, -5, -4, -5, -4), "reproduced"),
         (plus(0, 1, 0, 1, 0), plus(4, 3, 4, 3, 4.5), None, "not reproduced (dice not run)"),
         (plus(0, 1, 0, 1, 0), plus(2, 1, 2, 2, 3), None, "inconclusive (dice not run)"),
         (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), plus(1, 2, 1, 2, 1), NO_ROUTING),
-        (plus(0, 1, 0, 1, 0), NONE[:1], None, "not run: one seed"),
+        (plus(0, 1, 0, 1, 0), NONE[:1], None, "one seed, no verdict"),
     ],
 )
 def test_the_best_of_several_values(weak, strong, dice, verdict):
     base = {"none": NONE, "ce": plus(2, 2, 2, 2.5, 2)} | ({"random": dice} if dice else {})
     others = [({"none": NONE[: len(own)], "ce": own}, {"beta": beta}) for own, beta in ((weak, 0.1), (strong, 2.0))]
     assert verdicts((base, {}), *others, where="table 5") == [verdict, NOT_RUN]  # of beta and tau
+    assert verdicts((base, {}), *others[:1], where="table 5") == [NOT_RUN] * 2
 
 
 def test_sweeps_are_paired_across_settings():
@@ -218,7 +220,7 @@ def test_many_measurements_of_a_claim_are_folded():
     parts = [(f"+{i}", verdict, "", settings[i], f"{i}.png") for i, verdict in enumerate(verdicts)]
     rows = [Row("figure 6", "x", "y", *part) for part in parts]
     (few,), (many,) = (list(join(own, tags, {})) for own in (rows[4:], rows))
-    same = "cola, 8Top2, beta 0.1"
+    same = "cola, m, 8Top2, beta 0.1"  # m: the model
     assert f"S4 ({same}): +4<br>S5 ({same}): +5 | S4: reproduced<br>S5: not reproduced | [S4](#s4)<br>[S5](#s5)<br>[" in few
     assert many.endswith("</details> | reproduced: 5 of 6<br>not reproduced: 1 of 6 | [picture](../results/0.png) |")
     assert f"<summary>6 measurements</summary>[S0](#s0), [picture](../results/0.png) ({same}): +0: reproduced<br>" in many
@@ -276,7 +278,7 @@ def test_a_baseline_is_the_same_at_any_beta():
         settings = {setting.record["config"]["beta"]: setting for setting in claims.usable(parts)}
         assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(mean)
         assert evidence.margins_of(settings[0.01], "ce") == dict.fromkeys(range(5), pytest.approx(0.25))
-        same = "Pairs of ce and the baseline of one commit: 0 of 5."
+        same = "Pairs with the baseline that are of one commit: ce 0 of 5; of the other variants all."
         assert (same in " ".join(settings[0.01].notes())) == (again not in parts)
         assert settings[0.01].borrows and not settings[0.1].borrows
     others = claims.usable([whole, record(0.01, "a", lr=1.0, ce=NONE)])
@@ -291,8 +293,44 @@ def test_runs_of_one_commit_are_paired():
     again["runs"] = [one | {"commit": "new"} for one in again["runs"][:2]]
     setting = Setting(records.merge([record, again])[0])
     assert setting.gap("ce", "none").mean == pytest.approx((1.0 - 2.0 + 1.0 - 2.0 + 1.0 + 1.0 + 1.5) / 5)
+    assert setting.of_one_commit("ce", "none") == "2 of 5"
     assert setting.scores("none") == dict(enumerate(map(float, NONE)))  # the first run of a seed
     assert any("was run at old and at new: +2.0 points (last step +2.0)" in line for line in setting.notes())
+
+
+def test_a_seed_of_several_pairs_counts_with_their_mean():
+    """Whichever folder comes first, the difference is the same."""
+    pairs = (("old", 0.0, 1.0), ("new", 2.0, 6.0))
+    parts = []
+    for commit, none, ce in pairs:
+        part = a_record(none=plus(*[none] * 5), ce=plus(*[ce] * 4, ce + 0.5))
+        parts.append(part | {"runs": [one | {"commit": commit} for one in part["runs"]]})
+    parts[1]["runs"] = [one for one in parts[1]["runs"] if one["seed"] == 0]
+    for order in (parts, parts[::-1]):
+        gap = Setting(records.merge(order)[0]).gap("ce", "none")
+        assert gap.mean == pytest.approx(((1 + 4) / 2 + 1 + 1 + 1 + 1.5) / 5) and gap.seeds == 5
+    for one in parts[1]["runs"]:
+        one["commit"] = f"new, {one['variant']}"  # none of one commit: then all pairs count
+    parts[0]["runs"] = [one | {"commit": one["variant"]} for one in parts[0]["runs"]]
+    assert Setting(records.merge(parts)[0]).gap("ce", "none").mean == pytest.approx((3.5 - 1 + 1 + 1 + 1 + 1.5) / 5)
+
+
+def test_a_row_says_what_stands_in_no_mean():
+    """A variant that answers one class alone; no second verdict where no score can judge a routing."""
+    record = a_record(none=NONE, ce=plus(1, 2, 1, 2, 1), random=NONE)
+    for one in record["runs"]:
+        one["collapsed"] = one["variant"] == "ce" and one["seed"] < 2
+        last = {"none": 0.9, "ce": 0.5, "random": 0.2}[one["variant"]]  # there the router beats dice
+        one["last"] = {"score": last + one["seed"] / 100 + (one["seed"] == 1) / 50 * (one["variant"] == "ce")}
+    (row, *_) = evidence.glue_rows([Setting(records.merge([record])[0])])
+    assert row.here.endswith("; ce answers one class alone in 2 of 5 runs") and row.verdict == NO_ROUTING
+
+
+def test_a_setting_names_its_model_and_router():
+    one = a_record(none=NONE)
+    names = {"model": "models/all-MiniLM-L6-v2"}, {"model": "google-bert/bert-large-cased", "router": "linear"}
+    briefs = [Setting(records.merge([one | {"config": one["config"] | more}])[0]).brief for more in names]
+    assert briefs == ["cola, 8Top2", "cola, bert-large-cased, 8Top2, linear router"]
 
 
 def test_runs_from_two_dense_models_are_no_pair():
@@ -424,11 +462,22 @@ def test_somebodys_record(tmp_path):
 
     title, _, *table, _, differs, made_with = found(whole)
     assert title.startswith("cola, m, 8Top2")
-    assert table[2].startswith("| table 12 | STGC gains on CoLA | +2.3 | yours: +2.9 [")
+    assert table[2].startswith("| table 12 | STGC gains on CoLA | +2.3 | +2.9 [") and table[2].endswith(" | - |")
     assert "| a gain, the selection undecided (dice not run, placebo not run, flat not run) |" in table[2]
-    assert differs == "Not as in the paper: beta 0.1 (1)." and made_with == "Made with torch 2."
+    assert differs == "Not as in the paper: beta 0.1 (1.0), router cosine (linear), model m (bert-large)."
+    assert made_with == "Made with torch 2."
+    usual = {"beta": 1, "router": "linear", "model": "google-bert/bert-large-cased"}
+    resumed = {"resumed": [{"dirty": False, "versions": {"torch": "3"}}]}
+    *_, differs, made_with = found(whole | {"config": whole["config"] | usual} | resumed)
+    assert differs == "These options are as in the paper." and made_with == "Made with torch 2; resumed with torch 3."
+    first = whole["runs"][0]
     for wrong, message in (
         ({"dirty": True}, "commit them"),
+        ({"resumed": [{"dirty": True, "versions": {}}]}, "commit them"),
+        ({"config": {"seeds": [0]}}, "its config has no valid num_experts; give the record as it was"),
+        ({"data": {"dev": 1}}, "its data has no valid train"),
+        ({"runs": [*whole["runs"], first]}, "none, seed 0 is there twice"),
+        ({"runs": [first | {"last": {"score": 5.0}}, *whole["runs"][1:]]}, r"a score of none, seed 0 is not in \[-1, 1\]"),
         ({"made_from": None}, "has no made_from"),
         ({"runs": whole["runs"][:-1]}, "ce and none differ in seeds 4; finish the run"),
         ({"runs": whole["runs"][:5]}, "compares nothing with the baseline"),

@@ -45,11 +45,13 @@ def test_dynmoes_gate_is_compared_with_the_cosine_router(gate, dice, verdict):
     base = a_record(none=NONE, ce=NONE, **({"random": dice} if dice else {}))
     other = a_record(none=gate)
     other["config"] |= {"router": "dynmoe", "max_experts": 16}
-    (row,) = evidence.gate_rows(claims.usable([base, other]), [base, other])
+    other["command"] = "the gate's"
+    row, *others = evidence.gate_rows(claims.usable([base, other]))
     assert row.verdict == verdict and row.claim.startswith("DynMoE's gate gains score on CoLA") and row.paper == "+0.7"
+    assert row.setting.record["command"] == ["x", "the gate's"] and "dynmoe" in row.setting.variants
+    assert [one.verdict for one in others] == [NOT_RUN] * 4 and "costs score on RTE" in others[-1].claim
     other["config"]["epochs"] = 9
-    (row,) = evidence.gate_rows(claims.usable([base, other]), [base, other])
-    assert row.verdict == NOT_RUN  # nothing else may differ
+    assert {row.verdict for row in evidence.gate_rows(claims.usable([base, other]))} == {NOT_RUN}  # nothing else may differ
 
 
 def a_filmed_record(**sides) -> dict:
@@ -194,12 +196,26 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
         part["runs"] = [run | {"commit": "a"} for run in part["runs"]]
     settings = claims.usable([base, dose])
     assert [setting.lent for setting in settings] == [set(), {"none", "random"}]
-    one, two, three, *_ = claims.sentences(settings, [], claims.read_search(), [])
-    assert one.startswith("With the most paired seeds, 5, STGC minus its baseline is -0.2 [")
-    assert one.endswith("] points (lvlm-scenes, 4Top2): no difference is shown.")
-    assert two.startswith("The learned router beats dice in 1 of 1 trained settings, and there STGC at beta 1 minus its ")
-    assert two.endswith("(lvlm-scenes, 4Top2); of 1 synthetic settings the router matters in 1.")
-    assert "STGC beats the placebo" in three and "in 1 of 2 trained settings (+" in three and "; by chance 0.1)" in three
-    base = a_picture_record({"none": NONE, "random": WORSE, "ce": WORSE})
-    two_costs = claims.say_routing(claims.usable([base]), claims.read_search())
-    assert "there STGC at beta 1 costs score; it minus its baseline is -" in two_costs
+    one, two, three, _, five = claims.sentences(settings, a_probed_record(), claims.read_search())
+    assert one.startswith("Over 5 paired seeds STGC minus its baseline is -0.2 [")
+    assert one.endswith("] points (lvlm-scenes, 4Top2, beta 1).")
+    assert two.startswith(
+        "The learned router beats dice in 1 of the 1 trained settings that were run with dice; there STGC "
+    )
+    assert two.endswith("] points (lvlm-scenes, 4Top2).") and " at beta 1 minus the baseline is " in two
+    assert "in 1 of the 2 trained settings that were run with both (+" in three and "; by chance 0.1)" in three
+    assert five.startswith("Of the router's margin, ") and " % at beta 1 (" in five
+    even = claims.usable([a_picture_record({"none": NONE, "random": NONE, "ce": near})])
+    assert "there the baseline is not shown to beat experts drawn by dice, so its" in claims.say_gains(even)
+
+
+def a_probed_record() -> list[dict]:
+    probes = [{"loss": loss, "kappa": kappa} for loss, kappa in ((0.1, 0.3), (2.0, 0.6), (1.0, 0.0))]
+    one = {"name": "cola", "config": {}, "probes": probes}
+    return [one, one | {"name": "lvlm-scenes", "config": {"experts": "split"}}]
+
+
+def test_kappa_is_that_of_the_lowest_and_the_highest_loss():
+    text = claims.say_flags(a_probed_record())
+    assert "is 0.30 (cola) and 0.30 (lvlm, parts) in the probed models of the lowest main loss" in text
+    assert text.endswith("and 0.60 (cola) and 0.60 (lvlm, parts) in those of the highest.")

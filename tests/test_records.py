@@ -27,7 +27,8 @@ def test_other_options_do_not_merge():
     for name, value in (("lr", 3e-5), ("beta", 1.0), ("normalize", False), ("lrs", [1e-4]), ("router", "linear")):
         assert len(merge([one, one | {"config": one["config"] | {name: value}}])) == 2, name
     assert len(merge([one, one | {"data": one["data"] | {"train": 8}}])) == 2
-    for name, value in (("seeds", [77]), ("output_dir", "elsewhere"), ("variants", ["flat"]), ("film", True)):
+    same = (("seeds", [77]), ("output_dir", "elsewhere"), ("variants", ["flat"]), ("film", True))
+    for name, value in (*same, ("conflict_loss", "none"), ("passes", "one")):  # a run's variant tells the last two
         assert key_of(one) == key_of(one | {"config": one["config"] | {name: value}}), name
 
 

@@ -27,13 +27,16 @@ from lab.report.verdicts import (
     Setting,
     by_claim,
     is_above,
+    is_open,
     join,
     no_lead,
     own_gaps,
     say_gap,
+    series,
 )
 from lab.run.cli import Parser, UserError, path, run_main, say
 from lab.run.options import label
+from lab.run.reading import check_kinds
 from lab.run.runs import ROOT, read_record
 
 # ---- 1. The page ----
@@ -60,48 +63,57 @@ commands made: `runs/lvlm-base-s0` the dense stages of `python toy_lvlm.py --var
 --output-dir runs/lvlm-base-s0`, `runs/lvlm-probe` a copy of what made `results/lvlm-stages`, the others the folder of that
 name in a command of this page or in [results/](../results/README.md)."""
 LOSS = """\
-The conflict loss lowers a token's score on the expert where it conflicts. It never says where the token shall go, and
-it does not rest when a token has moved: a flag depends on the mean gradient of the batch, every batch flags pairs, and
-in many trained models another batch flags other ones (kappa, below). So a token meets the loss on every expert in turn,
-and what remains is a router whose scores are nearly equal. Its *margin* (the probability of the last chosen expert minus
-that of the first one not chosen) shrinks as beta grows, and tokens keep changing experts: *moved* is the share of a
-batch's tokens whose first expert differs some steps later.
+The conflict loss lowers a token's score on the expert where it conflicts, and never says where the token shall go. Nor does
+it rest when the token has moved: a flag depends on the batch's mean gradient, every batch flags pairs, and in many trained
+models another batch flags other ones (kappa, below). So a token meets the loss on every expert in turn, and what remains is
+a router whose scores are nearly equal: its *margin* (the probability of the last chosen expert minus that of the first one
+not chosen) shrinks as beta grows, and tokens keep changing experts (*moved*: the share of a batch's tokens whose first
+expert differs some steps later).
 
-Restless routing may help where a model overfits few noisy data, and it costs where experts have learnt different
-things. The placebo, the same loss on as many pairs drawn by dice, does the same to the router; so does the loss on all
-pairs (flat). What is STGC's own is therefore the difference to these two, not to the baseline. Small synthetic settings
-(`results/regimes.json`) show it, in medians. Left out are those of Top-1 with a weight that is not 1, where a level
-router also shrinks the layer's output."""
+Restless routing may help where a model overfits few noisy data, and it costs where experts have learnt different things.
+The placebo and flat do the same to the router, so what is STGC's own is the difference to these, not to the baseline. Below
+are medians of small synthetic settings (`results/regimes.json`), without Top-1 whose weight is not 1."""
 RULE = """\
 A score is compared by paired 95 % t-intervals over the seeds. The first rule that fits gives the verdict:
 
 | verdict | where |
 | --- | --- |
-| not run | there is no interval |
+| not run; one seed | there is no interval |
 | routing does not matter here | baseline minus dice holds 0 or lies below: that routing matters is not shown |
 | inconclusive | the gain over the baseline holds 0 and the paper's gain |
 | not reproduced | the gain ends below the paper's, and begins at or below 0 |
 | smaller than the paper's | the gain lies above 0 and below the paper's |
 | reproduced | the gain lies above 0 and reaches the paper's; the differences from placebo and flat lie above 0 |
-| the control does as well | gain and placebo lie above the baseline, and their difference holds 0 |
+| the control does as well | gain and placebo lie above the baseline, their difference holds 0 (curves: they do the same) |
 | a gain, the selection undecided | the rest |
 | not testable here | too large a model, experts that are equal, or no usable setting of the toy LVLM in four tries |
 | measured; usable | a question that the paper does not ask; the toy LVLM as a judge of routing |
 
-In brackets: which control was not run. Best epochs are chosen on dev, as in the paper's source; the last epoch stands
-beside them. Every other claim names its rule in brackets. On the toy LVLM a half width above 0.7 points leaves small
-differences open. Where a repeated run differs by some points, no difference of one seed means anything."""
+The paper's gains have one digit, and an upper end is rounded to it. In brackets: which control was not run. Best epochs are
+chosen on dev, as in the paper's source; the last epoch stands beside them. Every other claim names its rule in brackets. On
+the toy LVLM a half width above 0.7 points leaves small differences open. Where a repeated run differs by some points, no
+difference of one seed means anything."""
 
 
 def usable(records: list[dict]) -> list[Setting]:
     """The settings that compare something with the baseline, real data first. One that was run without a baseline has that
     of another beta or tau, which train it no differently, and so have dice. Dice have no balance loss, either: a baseline
-    without dice has those of another alpha."""
+    without dice has those of another alpha. DynMoE's gate stands beside the cosine router as a variant."""
     found = [Setting(record) for record in merge(records)]
+    join_gates(found)
     lend(found, ("none", "random"), ("beta", "tau"), lambda setting: "none" not in setting.variants)
     lend(found, ("random",), ("alpha",), lambda setting: "none" in setting.variants and "random" not in setting.variants)
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
+
+
+def join_gates(settings: list[Setting]) -> None:
+    """The baseline with DynMoE's gate becomes the variant `dynmoe` of the setting that differs in the router alone."""
+    for pair in series(settings, "router", "cosine", "none", also=("max_experts",)):
+        if "dynmoe" in pair:
+            record, gate = pair["cosine"].record, pair["dynmoe"]
+            record["runs"] += [run | {"variant": "dynmoe"} for run in gate.runs("none")]
+            record["command"] += gate.record["command"]
 
 
 def lend(settings: list[Setting], names: tuple[str, ...], options: tuple[str, ...], needs: Callable) -> None:
@@ -129,6 +141,8 @@ class Search:
     hits: dict[float, int]  # beta -> where ce beats baseline and placebo, at the last step or the best checkpoint
     change: dict[float, float]  # beta -> median change of accuracy by ce where routing matters, in points
     margin: dict[float, float]  # beta -> median of the router's margin, of the baseline's
+    moved: dict[float, float]  # beta -> median share of moved tokens, with 0.0 for the baseline
+    dice_moved: float
     choice: dict[float, list[tuple[int, int]]]  # beta -> ce against placebo and flat
     one: dict[str, tuple[int, int]]  # ce-one at the largest beta, against ce and its own placebo
     between: float  # the largest difference of the medians of ce, placebo and flat at one beta, in points
@@ -149,6 +163,7 @@ def read_search() -> Search:
         choice[beta] = [regimes.wins(runs, names, ("ce", beta), (other, beta)) for other in ("placebo", "flat")]
         middles = [median(regimes.gap(runs, name, (variant, beta)).mean for name in names) for variant in regimes.DOSED]
         between = max(between, max(middles) - min(middles))
+    moved = {beta: median(regimes.average(runs, name, ("ce", beta), "moved") for name in names) for beta in regimes.BETAS}
     most, apart = max(regimes.BETAS), {}
     trained = [name for name in names if record["settings"][name].get("start") == "trained"]
     for variant in ("ce", "long"):
@@ -162,6 +177,8 @@ def read_search() -> Search:
         hits={beta: hits.count(beta) for beta in regimes.BETAS},
         change=change,
         margin={beta: regimes.median_margin(runs, names, ("ce", beta)) for beta in regimes.BETAS},
+        moved=moved | {0.0: median(regimes.average(runs, name, regimes.NONE, "moved") for name in names)},
+        dice_moved=median(regimes.average(runs, name, regimes.RANDOM, "moved") for name in names),
         choice=choice,
         one={other: regimes.wins(runs, names, ("ce-one", most), (other, most)) for other in ("ce", "placebo-one")},
         between=between,
@@ -169,57 +186,51 @@ def read_search() -> Search:
     )
 
 
-def sentences(settings: list[Setting], records: list[dict], search: Search, rows: list[Row]) -> list[str]:
+def sentences(settings: list[Setting], records: list[dict], search: Search) -> list[str]:
     """Five sentences that a busy reader can quote."""
-    flags = "Do other batches flag the same tokens? Their agreement beyond chance (kappa; 1 is full) is, from the highest "
-    flags += f"to the lowest main loss of the probed models, {kappas(records)}."
-    gains, routing = say_gains(settings), say_routing(settings, search)
-    return [gains, routing, say_selection(settings, search, rows), flags, say_dose(search)]
+    gains, routing, selection = say_gains(settings), say_routing(settings), say_selection(settings, search)
+    return [gains, routing, selection, say_flags(records), say_dose(search)]
 
 
 def say_gains(settings: list[Setting]) -> str:
     known = own_gaps(settings, "ce", "none")
     seeds = max(gap.seeds for _, gap in known)
     most = [(setting, gap) for setting, gap in known if gap.seeds == seeds]
-    text = listed([f"{say_gap(gap)} points ({setting.brief})" for setting, gap in most])
-    text = f"With the most paired seeds, {seeds}, STGC minus its baseline is {text}"
-    if all(gap.low <= 0 <= gap.high for _, gap in most):
-        text += ": no difference is shown"
+    gaps = [f"{say_gap(gap)} points ({one.brief}, beta {one.record['config']['beta']:g})" for one, gap in most]
+    text = f"Over {seeds} paired seeds STGC minus its baseline is {listed(gaps)}"
     if even := sum(no_lead(setting.gap("none", "random")) for setting, _ in most):
-        which = "in each" if even == len(most) else f"in {even} of {len(most)}"
-        text += f"; {which} the router is not shown to beat experts drawn by dice, so no score can judge a routing there"
+        which = "there" if even == len(most) else f"in {even} of these {len(most)}"
+        text += f"; {which} the baseline is not shown to beat experts drawn by dice, so its scores cannot judge a routing"
     return f"{text}."
 
 
-def say_routing(settings: list[Setting], search: Search) -> str:
+def say_routing(settings: list[Setting]) -> str:
     dice = own_gaps(settings, "none", "random")
     lead = [setting for setting, gap in dice if gap.low > 0]
-    text = f"The learned router beats dice in {len(lead)} of {len(dice)} trained settings"
+    text = f"The learned router beats dice in {len(lead)} of the {len(dice)} trained settings that were run with dice"
     gaps = [(setting, gap) for setting in lead if (gap := setting.gap("ce", "none"))]
     if gaps:
-        cost = all(is_above(gap, -1) for _, gap in gaps)
         betas = listed([f"{beta:g}" for beta in sorted({setting.record["config"]["beta"] for setting, _ in gaps})])
-        text += f", and there STGC at beta {betas}{' costs score; it' * cost} minus its baseline is "
+        text += f"; there STGC at beta {betas} minus the baseline is "
         text += listed([f"{say_gap(gap)} points ({setting.brief})" for setting, gap in gaps])
-    return f"{text}; of {search.settings} synthetic settings the router matters in {search.matters}."
+    return f"{text}."
 
 
-def say_selection(settings: list[Setting], search: Search, rows: list[Row]) -> str:
+def say_selection(settings: list[Setting], search: Search) -> str:
     known, hits = own_gaps(settings, "ce", "placebo"), max(search.hits.values())
     above = [f"{say_gap(gap)} points, {setting.brief}" for setting, gap in known if is_above(gap)]
-    text = "Does it matter which pairs get the loss? STGC beats the placebo, the same loss on as many pairs drawn by dice, "
-    text += f"in {len(above)} of {len(known)} trained settings"
+    text = "STGC beats its placebo, the same loss on as many pairs drawn by dice, in "
+    text += f"{len(above)} of the {len(known)} trained settings that were run with both"
     text += f" ({listed(above)}; by chance {len(known) / 40:.1f})" if above else ""
     many = f"at most {hits}" if hits else "none"
-    text += f", and placebo and baseline at any one beta in {many} of {search.settings} synthetic ones"
-    text += ": that its choice of pairs helps a score is not shown" if not above and not hits else ""
-    wins = []
-    for what in ("the conflict ratio falls", "consistency rises"):
-        alone = [row.verdict for row in rows if f"trains routers: {what} (" in row.claim]
-        alone = [verdict for verdict in alone if not verdict.startswith((NOT_RUN, NOT_TESTABLE))]
-        wins.append(f"{alone.count('reproduced')} of {len(alone)}")
-    text += f". With the loss alone, routers lower the conflict ratio by more than with the placebo and flat in {wins[0]} "
-    return f"{text}models, and raise the consistency by more in {wins[1]}."
+    return f"{text}; it beats placebo and baseline in {many} of {search.settings} synthetic ones."
+
+
+def say_flags(records: list[dict]) -> str:
+    ends = kappa_ends(records)
+    early, late = (listed([f"{both[at]:.2f} ({name})" for name, both in ends.items()]) for at in (0, 1))
+    text = "Would other batches flag the same tokens? Kappa, their agreement beyond chance (1 is full), is "
+    return f"{text}{late} in the probed models of the lowest main loss, and {early} in those of the highest."
 
 
 def listed(parts: list[str]) -> str:
@@ -229,43 +240,45 @@ def listed(parts: list[str]) -> str:
 
 
 def say_dose(search: Search) -> str:
-    strong, weak = max(search.margin), min(search.margin)
-    text = f"The loss levels the router: at beta {strong:g} its margin is {search.margin[strong]:.2f} of the baseline's, "
-    text += f"at {weak:g} {search.margin[weak]:.2f}; where routing matters, accuracy moves by {search.change[strong]:+.1f} "
-    return f"{text}and {search.change[weak]:+.1f} points (medians of the synthetic settings)."
+    margin, change = ({beta: own[beta] for beta in (max(own), min(own))} for own in (search.margin, search.change))
+    says = [
+        f"{100 * margin[beta]:.0f} % at beta {beta:g} ({change[beta]:+.1f} points where routing matters)" for beta in margin
+    ]
+    text = "Of the router's margin, the last chosen expert's lead over the next, the loss leaves "
+    return f"{text}{' and '.join(says)}; medians of synthetic settings."
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
     """The data's name, and how its experts began -> the probes of saved models that learn it."""
     found: dict[str, list[dict]] = {}
     for record in records:
-        parts = " (parts)" if record["config"].get("experts") == "split" else ""
+        parts = ", parts" if record["config"].get("experts") == "split" else ""
         for one in record.get("probes", []):
             found.setdefault(record["name"].partition("-")[0] + parts, []).append(one)
     return found
 
 
-def kappas(records: list[dict]) -> str:
-    """kappa at the highest and at the lowest main loss, by data, and a lower one between them."""
-    texts = []
+def kappa_ends(records: list[dict]) -> dict[str, tuple[float, float]]:
+    """By data: kappa at the highest and at the lowest main loss of the probed models."""
+    found = {}
     for name, probes in probes_of(records).items():
-        first, *_, last = (probe["kappa"] for probe in sorted(probes, key=lambda probe: -probe["loss"]))
-        lowest = min(probe["kappa"] for probe in probes)
-        points = [first, *[lowest] * (lowest < min(first, last) - 0.05), last]  # lower by more than its error
-        texts.append(f"{name} {' to '.join(f'{kappa:.2f}' for kappa in points)}")
-    return "; ".join(texts)
+        own = sorted(probes, key=lambda probe: -probe["loss"])
+        found[name] = own[0]["kappa"], own[-1]["kappa"]
+    return found
 
 
 def synthetic(search: Search) -> Iterator[str]:
     """Markdown: what the synthetic settings say of the loss, of restless routing, and of the choice of pairs."""
     count = search.settings
-    heads = ["beta", "margin / the baseline's", "points where routing matters", "beats baseline and placebo"]
+    heads = ["beta", "margin / the baseline's", "moved", "points where routing matters", "beats baseline and placebo"]
     yield from header(*heads, "against its placebo", "against flat")
     for beta in search.margin:
-        cells = [f"{beta:g}", f"{search.margin[beta]:.2f}", f"{search.change[beta]:+.1f}", f"{search.hits[beta]} of {count}"]
+        cells = [f"{beta:g}", f"{search.margin[beta]:.2f}", f"{search.moved[beta]:.2f}", f"{search.change[beta]:+.1f}"]
+        cells.append(f"{search.hits[beta]} of {count}")
         yield f"| {' | '.join([*cells, *(f'{better}+ {worse}-' for better, worse in search.choice[beta])])} |"
     yield from ("", "2+ 1-: by the interval better in two settings, worse in one. Points and counts are of the last step;")
-    yield from ("in the fourth column the best checkpoint counts, too.", "")
+    text = "where both baseline and placebo are beaten the best checkpoint counts, too. Moved of the baseline: "
+    yield from (f"{text}{search.moved[0.0]:.2f}, of dice: {search.dice_moved:.2f}.", "")
     text = f"The router beats dice in {search.matters} of the {search.settings} settings, with {search.seeds} seeds each; "
     text += f"dice beat the router in {len(search.restless)}"
     if search.restless:
@@ -282,11 +295,31 @@ def synthetic(search: Search) -> Iterator[str]:
     yield f"{text}minus its placebo is {ce} points; with the loss on the pairs of the longest gradients it is {long}."
     yield from ("", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", "")
     above, below = (max(side) for side in zip(*(pair for pairs in search.choice.values() for pair in pairs)))
-    text = "One line or several? At any beta the medians of ce, placebo and flat differ by at most "
-    many = f"at most {above}" if above else "none"
-    text += f"{search.between:.1f} points. At the last step ce is better than placebo or flat in {many} of the settings"
-    tail = "" if above else ": there the dose decides, not the choice of pairs"
-    yield f"{text}, and worse in at most {below}{tail}."
+    one = above == 0 and search.between < 1
+    text = (
+        f"One line or several? {'One, as far as it is known: at' if one else 'At'} any beta the medians of ce, placebo and "
+    )
+    text += f"flat differ by at most {search.between:.1f} points. At the last step ce is better than placebo or flat in "
+    text += f"{f'at most {above}' if above else 'none'} of the settings, and worse in at most {below}"
+    yield f"{text}{'' if above else ': there the dose decides, not the choice of pairs'}."
+
+
+def say_alone(rows: list[Row]) -> Iterator[str]:
+    """What training on the conflict loss alone does, counted over the models where it can be told."""
+    texts = []
+    for what in ("the conflict ratio falls", "consistency rises"):
+        counts = []
+        for part in ("routers", "everything"):
+            alone = [row.verdict for row in rows if f"trains {part}: {what} (" in row.claim]
+            alone = [verdict for verdict in alone if not is_open(verdict) and not verdict.startswith(NOT_TESTABLE)]
+            counts.append(f"{alone.count('reproduced')} of {len(alone)}")
+        texts.append(counts)
+    text = (
+        "On the conflict loss alone (figures 3 and 8) the conflict ratio falls, by more than with the placebo and flat, in "
+    )
+    text += "{} models whose routers train and in {} that train as a whole; consistency rises so in {} and {}."
+    yield text.format(*texts[0], *texts[1])
+    yield "A model that trains as a whole forgets its task then: the rows show its main loss."
 
 
 def router_table(settings: list[Setting], tags: dict[int, str]) -> Iterator[str]:
@@ -309,9 +342,9 @@ def render(records: list[dict]) -> str:
     settings, search = usable(records), read_search()
     tags = {id(setting): f"S{number}" for number, setting in enumerate(settings, 1)}
     rows = evidence.all_rows(settings, records)
-    told = [f"{number}. {text}" for number, text in enumerate(sentences(settings, records, search, rows), 1)]
+    told = [f"{number}. {text}" for number, text in enumerate(sentences(settings, records, search), 1)]
     lines = [HEAD, *told, "", WORDS, "", "## What the loss does to the router", "", LOSS, ""]
-    lines += [*synthetic(search), ""]
+    lines += [*synthetic(search), *say_alone(rows), ""]
     lines += fold("in the trained settings (S1, ...: see the end)", [*router_table(settings, tags)])
     commands: dict[str, str] = {}
     for row in rows:
@@ -332,7 +365,7 @@ def render(records: list[dict]) -> str:
         lines += fold(f"{tag}: {setting.title}", [line for part in parts if (own := [*part]) for line in (*own, "")][:-1])
     lines += ["## Commands", "", *(f'- <a id="{tag.lower()}"></a>{tag}: `{command}`' for command, tag in commands.items())]
     count = len(re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", "\n".join(lines)))
-    text = f"{count} intervals stand on this page, some twice, and more are behind its counts, such as 1 of 18."
+    text = f"{count} intervals stand on this page, some twice, and more are behind its counts of synthetic settings."
     lines[at:at] = [f"{text} Of twenty, one misses by chance; no correction is made.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -355,7 +388,8 @@ def front(records: list[dict]) -> Iterator[str]:
         here = f"{say_gap(gap)} points, {gap.seeds} seeds ({row.setting.brief}); minus placebo {say_gap(control)}"
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
-    here = f"kappa, high to low main loss: {kappas(records)}"
+    ends = "; ".join(f"{name} {high:.2f} to {low:.2f}" for name, (high, low) in kappa_ends(records).items())
+    here = f"kappa, from the highest main loss to the lowest: {ends}"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]
@@ -380,8 +414,10 @@ def front(records: list[dict]) -> Iterator[str]:
 
 # ---- 2. Others' records ----
 
-PAPER = {"beta": 1.0, "tau": 0.0, "alpha": 0.01, "top_k": 2}  # of the rows that a record is compared with
 NEEDED = ("command", "commit", "versions", "data", "made_from")
+# option -> its values in the paper's experiments that a record is compared with; on GLUE, and of the LVLMs
+PAPER = {"beta": {1.0}, "tau": {0.0}, "alpha": {0.01}, "router": {"linear"}, "experts": {"copy"}}
+SIZES = {"glue": {"model": {"bert-large"}, "num_experts": {8}, "top_k": {2}}, "lvlm": {"num_experts": {4}, "top_k": {1, 2}}}
 
 
 def check(folder: Path) -> list[str]:
@@ -391,31 +427,57 @@ def check(folder: Path) -> list[str]:
         raise UserError(f"--check {folder}: no results.json is there; give the --output-dir of a run")
     if missing := [name for name in NEEDED if not record.get(name)]:
         raise UserError(f"--check {folder}: its record has no {', '.join(missing)}; train with a newer version")
-    if record.get("dirty") is not False:
+    try:
+        check_kinds(record["config"], "its config", num_experts=int, top_k=int, router=str, beta=float | int)
+        check_kinds(record["data"], "its data", train=int)
+    except ValueError as error:
+        raise UserError(f"--check {folder}: {error}; give the record as it was written") from None
+    parts = [record, *record.get("resumed", [])]
+    if any(part.get("dirty") is not False for part in parts):
         raise UserError(f"--check {folder}: it was made by changed files (dirty); commit them, and train again")
     (setting,) = [Setting(one) for one in merge([record])]
-    config = record["config"]
-    done = {(run["variant"], run["lr"], run["seed"]) for run in setting.record["runs"]}
+    if fault := find_fault(setting):
+        raise UserError(f"--check {folder}: {fault}")
+    rows = [row for row in (*evidence.glue_rows([setting]), *pictures.lvlm_rows([setting])) if row.verdict != NOT_RUN]
+    rows = rows or [Row("-", "no claim of the paper is about this setting", "-", verdict="-", setting=setting)]
+    table = [*header("in the paper", "claim", "paper", "here", "verdict", "see"), *join(rows, {id(setting): ""}, {})]
+    made_by = {", ".join(f"{name} {version}" for name, version in part["versions"].items()): 0 for part in parts}
+    return [setting.title, "", *table, "", other_options(record["config"]), f"Made with {'; resumed with '.join(made_by)}."]
+
+
+def find_fault(setting: Setting) -> str:
+    """What is missing, double or impossible in a record, with the fix; empty if nothing is."""
+    config, runs = setting.record["config"], setting.record["runs"]
+    for at, run in enumerate(runs):
+        if any(all(run[key] == before[key] for key in ("variant", "seed", "lr")) for before in runs[:at]):
+            return f"{run['variant']}, seed {run['seed']} is there twice; give the record as it was written"
+        if not all(abs(scores["score"]) <= 1 for scores in (run.get("best") or run["last"], run["last"])):
+            return f"a score of {run['variant']}, seed {run['seed']} is not in [-1, 1]; give the record as it was written"
+    done = {(run["variant"], run["lr"], run["seed"]) for run in runs}
     rates = config.get("lrs") or sorted({lr for _, lr, _ in done})
     for variant, lr in product(config.get("variants") or [], rates):
         if lacking := [seed for seed in config.get("seeds", []) if (variant, lr, seed) not in done]:
             what = f"{variant}{f', lr {lr:g}' * (len(rates) > 1)}, seed{'s' * (len(lacking) > 1)} "
-            what += ", ".join(map(str, lacking))
-            raise UserError(f"--check {folder}: it is not finished, {what} is missing; finish it with --resume")
+            return f"it is not finished, {what}{', '.join(map(str, lacking))} is missing; finish it with --resume"
     seeds = {variant: {run["seed"] for run in setting.runs(variant)} for variant in setting.variants}
     if "none" not in seeds or len(seeds) < 2:
-        raise UserError(f"--check {folder}: it compares nothing with the baseline; train with --variants none,ce,placebo")
+        return "it compares nothing with the baseline; train with --variants none,ce,placebo"
     for variant, own in seeds.items():
         if own != seeds["none"]:
             other = ", ".join(map(str, sorted(own ^ seeds["none"])))
-            raise UserError(f"--check {folder}: {variant} and none differ in seeds {other}; finish the run with --resume")
-    rows = [row for row in (*evidence.glue_rows([setting]), *pictures.lvlm_rows([setting])) if row.verdict != NOT_RUN]
-    rows = rows or [Row("-", "no claim of the paper is about this setting", "-", verdict="-", setting=setting)]
-    other = [f"{name} {config[name]:g} ({value:g})" for name, value in PAPER.items() if config.get(name, value) != value]
-    made_by = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    table = [*header("in the paper", "claim", "paper", "here", "verdict", "see"), *join(rows, {id(setting): "yours"}, {})]
-    note = f"Not as in the paper: {', '.join(other)}." if other else "Losses and experts per token are as in the paper."
-    return [setting.title, "", *table, "", note, f"Made with {made_by}."]
+            return f"{variant} and none differ in seeds {other}; finish the run with --resume"
+    return ""
+
+
+def other_options(config: dict) -> str:
+    """Which options of a record are not those of the paper."""
+    paper = PAPER | SIZES["glue" if "epochs" in config else "lvlm"]
+    own = {name: config[name] for name in paper if name in config}
+    if "bert-large" in str(own.get("model")):  # of whatever folder
+        own["model"] = "bert-large"
+    other = {name: value for name, value in own.items() if value not in paper[name]}
+    texts = [f"{name} {value} ({' or '.join(map(str, sorted(paper[name])))})" for name, value in other.items()]
+    return f"Not as in the paper: {', '.join(texts)}." if other else "These options are as in the paper."
 
 
 def main() -> None:

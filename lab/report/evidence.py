@@ -9,7 +9,7 @@ from statistics import mean
 from lab.moe.probe import mean_of
 from lab.report import pictures
 from lab.report.compare import COLUMNS, PUBLISHED, Paired
-from lab.report.records import RESULTS, ends_of, merge
+from lab.report.records import RESULTS, ends_of
 from lab.report.tables import read_bench, spread
 from lab.report.verdicts import (
     NOT_TESTABLE,
@@ -23,7 +23,6 @@ from lab.report.verdicts import (
     own_gaps,
     say_gap,
     score_sign_row,
-    series,
     sign_row,
     tell,
     verdict_of,
@@ -49,20 +48,25 @@ def is_whole(setting: Setting) -> bool:
     return setting.record["data"]["train"] == TASKS[setting.record["name"]].rows
 
 
-def gate_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
+def gate_rows(settings: list[Setting]) -> list[Row]:
     """Table 12's row of DynMoE, task by task: its gate beside the cosine router, both without a conflict loss."""
     own, base, found = PUBLISHED["DynMoE"], PUBLISHED["MoE-8Top2 (DynMoE's)"], []
-    gates = [Setting(record) for record in merge(records) if record["config"].get("router") == "dynmoe"]
     for i, (name, title) in enumerate(COLUMNS.items()):
         gain = round(own[i] - base[i], 1)
         claim = f"DynMoE's gate {'gains' if gain > 0 else 'costs'} score on {title}"
         row = Row("table 12", f"{claim} (reproduced: by its interval, and as far as the paper's)", f"{gain:+.1f}")
-        same = [one for one in (*settings, *gates) if one.record["name"] == name and is_whole(one)]
-        for one in series(same, "router", "cosine", "none", also=("max_experts",)):
-            if "dynmoe" in one:
-                gap = gap_of(one["cosine"].scores("none"), one["dynmoe"].scores("none"))
-                found.append(score_sign_row(row, gap, 1 if gain > 0 else -1, one["cosine"], gain=gain))
-    return found or [Row("table 12", "DynMoE's gate beside the cosine router", "-")]
+        whole = [s for s in settings if s.record["name"] == name and is_whole(s) and "dynmoe" in s.variants]
+        gaps = [(setting, setting.gap("dynmoe", "none")) for setting in whole]
+        more = [same_commit(setting, "dynmoe", "none") for setting in whole]
+        rows = [score_sign_row(row, gap, 1 if gain > 0 else -1, s, end, gain=gain) for (s, gap), end in zip(gaps, more)]
+        found += rows or [row]
+    return found
+
+
+def same_commit(setting: Setting, one: str, other: str) -> str:
+    """What to say where not all pairs of two variants are of one commit."""
+    pairs = setting.of_one_commit(one, other)
+    return f"; pairs of one commit: {pairs}" if pairs else ""
 
 
 # ---- 2. Curves ----
@@ -369,7 +373,8 @@ def control_rows(settings: list[Setting]) -> list[Row]:
     ):
         row = Row("new", claim, "not asked")
         known = own_gaps(settings, one, other)
-        found += [replace(row, here=tell(gap), verdict="measured", setting=setting) for setting, gap in known] or [row]
+        here = [f"{tell(gap)}{same_commit(setting, one, other)}" for setting, gap in known]
+        found += [replace(row, here=text, verdict="measured", setting=s) for text, (s, _) in zip(here, known)] or [row]
     return found
 
 
@@ -400,7 +405,7 @@ def margins_of(setting: Setting, variant: str) -> dict[int, float]:
 
 def all_rows(settings: list[Setting], records: list[dict]) -> list[Row]:
     """All rows of the page, in its order."""
-    found = [*glue_rows(settings), *gate_rows(settings, records), *pictures.lvlm_rows(settings)]
+    found = [*glue_rows(settings), *gate_rows(settings), *pictures.lvlm_rows(settings)]
     for make in (pictures.sweep_rows, curve_rows, probe_rows, control_rows, pictures.usable_rows, dose_rows):
         found += make(settings)
     return [*found, *saved_rows(records), *alone_rows(), *bench_rows(), *OUT_OF_REACH]

@@ -94,7 +94,7 @@ def recorded_margins() -> dict[str, str]:
     """The median over the recorded settings of a variant's margin, relative to none's, at beta 1."""
     record = regimes.read_record(RESULTS / "regimes.json")
     runs = regimes.runs_of(record)
-    names = regimes.settings_of(record, runs)
+    names = regimes.sound(record, regimes.settings_of(record, runs))
     return {name: f"{regimes.median_margin(runs, names, (name, 1.0)):.3f}" for name in regimes.DOSED}
 
 

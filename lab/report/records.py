@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from lab.run.options import FREE, NEWER, USES
+from lab.run.options import FREE, METHOD, NEWER, USES
 from lab.run.runs import ROOT, read_lines, read_record
 
 RESULTS = ROOT / "results"
-APART = (FREE - {"lrs"}) | USES | {"stages_from", "capacity", "bpr"}  # may differ between the parts of one experiment
+# may differ between the parts of one experiment; of METHOD a run's variant tells it
+APART = (FREE - {"lrs"}) | USES | {"stages_from", "capacity", "bpr", *METHOD}
 
 
 def read_all(folder: Path = RESULTS) -> list[dict]:
@@ -55,6 +56,7 @@ def key_of(record: dict) -> str:
     return json.dumps([record["name"], record.get("data"), config], sort_keys=True)
 
 
+MODEL = "all-MiniLM-L6-v2"  # of the recorded runs on GLUE
 USUAL = {  # options that a title names where they differ from these
     "moe_layers": ("2", "every-second"),
     "experts": ("copy",),

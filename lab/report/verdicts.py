@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
-from lab.report.records import busiest, ends_in, key_of, unusual
+from lab.report.records import MODEL, busiest, ends_in, key_of, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
 from lab.run.runs import read_lines
 
 # ---- 1. Verdicts ----
 
-NOT_RUN, NOT_TESTABLE = "not run", "not testable here"
+NOT_RUN, NOT_TESTABLE, OPEN = "not run", "not testable here", "no verdict"
 NO_ROUTING = "routing does not matter here"
 
 
@@ -49,7 +49,7 @@ def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = N
     """The verdict on a gain, in points; `placebo` and `flat` are the two b. `routing`: baseline - random, the positive
     control: where it holds 0 or lies below, no score can judge a routing. The first rule that fits decides."""
     if a is None or a.low is None:
-        return NOT_RUN if a is None else f"{NOT_RUN}: {'one seed' if a.seeds == 1 else 'no spread'}"
+        return NOT_RUN if a is None else f"{'one seed' if a.seeds == 1 else 'no spread'}, {OPEN}"
     if no_lead(routing):
         return NO_ROUTING
     reaches = round(a.high, 1) >= gain  # the paper's gains have one digit
@@ -62,6 +62,11 @@ def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = N
     if is_above(c) and placebo and placebo.low is not None and placebo.low <= 0 <= placebo.high:
         return "the control does as well"
     return "a gain, the selection undecided"
+
+
+def is_open(verdict: str) -> bool:
+    """Whether there is no interval to judge by."""
+    return verdict == NOT_RUN or verdict.endswith(OPEN)
 
 
 def no_lead(routing: Gap) -> bool:
@@ -152,9 +157,13 @@ class Setting:
 
     @property
     def brief(self) -> str:
-        """Its data, its number of experts, and what tells it from others of these data."""
+        """Its data, its model if that is none of the recorded runs', its number of experts, and what tells it from others of
+        these data."""
         config = self.record["config"]
-        more = [f"{config['num_experts']}Top{config['top_k']}", *["parts"] * (config.get("experts") == "split")]
+        usual = "cosine" if "epochs" in config else "linear"  # the default of glue_moefy.py, of toy_lvlm.py
+        more = [] if config.get("toy") or Path(config.get("model", MODEL)).name == MODEL else [Path(config["model"]).name]
+        more += [f"{config['num_experts']}Top{config['top_k']}", *["parts"] * (config.get("experts") == "split")]
+        more += [f"{config['router']} router"] if config.get("router", usual) != usual else []
         more += [] if config["top_k"] > 1 or config.get("normalize", True) else ["weight not 1"]
         more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
         return ", ".join([self.record["name"], *more])
@@ -189,8 +198,9 @@ class Setting:
         return {seed: scale * own[key] for seed, own in found.items() if key in own}
 
     def sides(self, one: str, other: str, select: str = "best") -> tuple[dict[int, float], dict[int, float]]:
-        """Of two variants: seed -> score in %, of the seeds that both have, and of runs of the same commit where there are
-        some: between two commits the machine may have been another one, too. Runs from two dense models are no pair."""
+        """Of two variants: seed -> score in %, of the seeds that both have. Of a seed that was run several times it is the
+        mean over its pairs: over those of one commit if there are some, since between two commits the machine may have been
+        another one, too. Runs from two dense models are no pair."""
         runs: list[dict[int, list[dict]]] = []
         for variant in (one, other):
             rates, own = {run["lr"] for run in self.runs(variant)}, {}
@@ -201,9 +211,9 @@ class Setting:
         found: tuple[dict[int, float], dict[int, float]] = {}, {}
         for seed in sorted(runs[0].keys() & runs[1].keys()):
             both = [pair for pair in product(runs[0][seed], runs[1][seed]) if begin_alike(*pair)]
-            pair = min(both, key=lambda two: two[0].get("commit") != two[1].get("commit"), default=())  # the first of them
-            for side, run in zip(found, pair):
-                side[seed] = score_of(run, select)
+            alike = [pair for pair in both if pair[0].get("commit") == pair[1].get("commit")] or both
+            for side, own in zip(found, zip(*alike)):
+                side[seed] = mean(score_of(run, select) for run in own)
         return found
 
     def gap(self, one: str, other: str, select: str = "best") -> Gap:
@@ -219,7 +229,7 @@ class Setting:
         missing = lacks_dice(routing)
         if verdict.startswith(("reproduced", "a gain")):
             missing += [f"{name} not run" for name, control in zip(names, both) if control is None]
-        return f"{verdict} ({', '.join(missing)})" if missing and not verdict.startswith(NOT_RUN) else verdict
+        return f"{verdict} ({', '.join(missing)})" if missing and not is_open(verdict) else verdict
 
     def beside(self, one: str, select="best") -> str:
         """What stands beside a difference of a variant: minus its controls and dice, and the positive control."""
@@ -279,15 +289,20 @@ class Setting:
             gap = f"{best:+.1f} points (last step {last:+.1f})"
             yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap}."
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
-        text = "Another commit may mean another machine, too. Runs of one commit are paired, if there are some."
-        yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}{self.paired_commits()}"
+        text = "Another commit may mean another machine, too. Of a seed that was run several times the first run stands in "
+        text += "the scores; a difference is the mean over its pairs, over those of one commit if there are some."
+        yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
+        same = [(name, self.of_one_commit(name, "none")) for name in self.variants if name != "none"]
+        few = [f"{label(name)} {pairs}" for name, pairs in same if pairs]
+        if few:
+            yield f"Pairs with the baseline that are of one commit: {', '.join(few)}; of the other variants all."
 
-    def paired_commits(self) -> str:
-        """How many pairs of ce and the baseline are of one commit, where not all of them are."""
-        sides = [[(run["seed"], run.get("commit")) for run in self.measured(name)] for name in ("ce", "none")]
-        seeds = {seed for seed, _ in sides[0]} & {seed for seed, _ in sides[1]}
-        same = {seed for seed, _ in {*sides[0]} & {*sides[1]}}
-        return f" Pairs of ce and the baseline of one commit: {len(same)} of {len(seeds)}." if same != seeds else ""
+    def of_one_commit(self, one: str, other: str) -> str:
+        """In how many seeds two variants have a pair of one commit, where not in all that they share: "2 of 10"."""
+        sides = [{(run["seed"], run.get("commit")) for run in self.measured(name)} for name in (one, other)]
+        seeds = set.intersection(*({seed for seed, _ in side} for side in sides))
+        same = {seed for seed, _ in set.intersection(*sides)}
+        return f"{len(same)} of {len(seeds)}" if same != seeds else ""
 
 
 def series(settings: list[Setting], option: str, base, variant: str, also: tuple[str, ...] = ()) -> list[dict]:
@@ -334,8 +349,10 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
         if gap is None:
             continue
         here = f"{tell(gap)}{'' if last == gap else f'; last epoch {say_gap(last)}'}{setting.beside(one)}"
+        if stuck := [run for run in setting.runs(one) if run.get("collapsed")]:
+            here += f"; {label(one)} answers one class alone in {len(stuck)} of {len(setting.runs(one))} runs"
         verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
-        verdict += "" if last_verdict == verdict else f" (last epoch: {last_verdict})"
+        verdict += "" if last_verdict == verdict or verdict == NO_ROUTING else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
     return found or [row]
 
@@ -366,7 +383,7 @@ def score_sign_row(row: Row, gap: Gap, sign: int, setting: Setting, more: str = 
     """The same of a score, which can judge a routing only where dice do worse. `gain`: the paper's difference, which a
     reproduced one reaches."""
     found, routing = sign_row(row, gap, sign, setting, more), setting.gap("none", "random")
-    if found.verdict.startswith(NOT_RUN):
+    if is_open(found.verdict):
         return found
     if no_lead(routing):
         return replace(found, verdict=NO_ROUTING)
