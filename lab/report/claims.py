@@ -389,7 +389,7 @@ def front(records: list[dict]) -> Iterator[str]:
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
     ends = "; ".join(f"{name} {high:.2f} to {low:.2f}" for name, (high, low) in kappa_ends(records).items())
-    here = f"kappa, from the highest main loss to the lowest: {ends}"
+    here = f"kappa, high to low main loss: {ends}"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]
