@@ -177,6 +177,11 @@ def check_dynmoe(parser: Parser, args) -> None:
         parser.error("--capacity needs a fixed number of experts per token: leave it out, or --router dynmoe")
 
 
+def count_runs(args) -> int:
+    """How many runs a command has: one for each variant, learning rate and seed."""
+    return len(args.variants) * len(getattr(args, "lrs", None) or [1]) * len(args.seeds)
+
+
 def variant_name(args) -> str:
     """The name of the variant that the method's flags describe, for `--variants`, files and tables."""
     name, control = args.conflict_loss, {"random": "placebo", "all": "flat"}.get(args.select)
