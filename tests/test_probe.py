@@ -311,6 +311,28 @@ def test_means_and_errors():
     assert probe.error_of([1.0, None]) is None and probe.mean_of([None]) is None
 
 
+def material_of(rows: int, size: int) -> report.Material:
+    """Random rows without labels or pictures, each of them alone in its group."""
+    table = draw_batch(rows)
+    collate = lambda rows: {key: value[rows] for key, value in table.items()}  # noqa: E731
+    return report.Material([[n] for n in range(rows)], collate, size, None, False)
+
+
+def test_kappa_is_of_three_batches_that_differ(monkeypatch):
+    monkeypatch.setattr(report, "MOST", 5)
+    tiny, material = Tiny(), material_of(24, 4)
+    found, kappas = report.probe_model(tiny, material, tau=0.05, triples=2), []
+    stgc, drawn = STGC(tiny, STGCConfig("none", tau=0.05, gradients="weight")), report.draw_triples(material)
+    for _ in range(found["triples"]):
+        three = [report.look(tiny, stgc, material.collate(rows)) for rows in next(drawn)]
+        kappas.append([probe.agreement([one.layers[i] for one in three], 0.05) for i in range(2)])
+    kappas = torch.tensor(kappas, dtype=torch.float64)
+    assert 2 <= len(kappas) and 0 < found["kappa"] < 0.9  # of one batch alone it would be 1
+    close(found["kappa"], kappas.mean())
+    close(found["error"], kappas.mean(1).std() / len(kappas) ** 0.5)
+    close([*found["kappas"].values()], kappas.mean(0))
+
+
 def test_triples_are_disjoint():
     material = report.Material([[0, 1], [2], [3, 4, 5], *([n] for n in range(6, 11))], None, 2, None, True)
     group = {row: number for number, rows in enumerate(material.groups) for row in rows}
