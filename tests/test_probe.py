@@ -333,6 +333,18 @@ def test_kappa_is_of_three_batches_that_differ(monkeypatch):
     close([*found["kappas"].values()], kappas.mean(0))
 
 
+@pytest.mark.parametrize("kappas, count", [([0.5] * 9, 3), ([0.0, 0.1, 0.0, 0.06, 0.5], 4), ([None] * 9, 6)])
+def test_triples_are_drawn_until_the_error_is_known_and_small(kappas, count, monkeypatch):
+    """At least as many as asked for, at most MOST, also where no triple has a kappa."""
+    monkeypatch.setattr(report, "MOST", 6)
+    of_triple = iter(kappas)
+    monkeypatch.setattr(probe, "agreement", lambda three, tau: next(of_triple))
+    tiny = Tiny()
+    del tiny.moe[1]
+    found = report.probe_model(tiny, material_of(24, 4), tau=0.0, triples=3)
+    assert (found["triples"], found["error"] is None) == (count, kappas[0] is None)
+
+
 def test_triples_are_disjoint():
     material = report.Material([[0, 1], [2], [3, 4, 5], *([n] for n in range(6, 11))], None, 2, None, True)
     group = {row: number for number, rows in enumerate(material.groups) for row in rows}

@@ -10,7 +10,8 @@ random training examples, as many as in a step of the training. An entry of `pro
 
   model, variant, seed, loss            the folder; the main loss
   kappa, error, triples, kappas         flags of a batch by the means of two others: agreement beyond chance, its standard
-                                        error, the number of triples of disjoint batches; kappa of each layer
+                                        error, the number of triples of disjoint batches (until the error is at most ENOUGH,
+                                        but no more than MOST); kappa of each layer
   flagged                               the share of the judged pairs that conflict
   about     {name: [share, chance]}     of the flags' variance: the share between sentences, pictures, or positions in an
                                         answer (of answer tokens), and the same for permuted groups
@@ -269,8 +270,9 @@ def means(rows: list[dict]) -> dict:
 
 
 def probe_model(model: nn.Module, material: Material, tau: float, triples: int) -> dict:
-    """The numbers of an entry, see the module. At least `triples` triples, then more until kappa's standard error is at most
-    ENOUGH, or MOST triples. The other statistics are of the first batch of each of the first `triples`."""
+    """The numbers of an entry, see the module. At least `triples` triples, then more until kappa's standard error is known
+    and at most ENOUGH, or MOST triples are there. The other statistics are of the first batch of each of the first
+    `triples`."""
     model.requires_grad_(False)
     stgc = STGC(model, STGCConfig("none", tau=tau, gradients="weight"))
     for layer in stgc.layers:
@@ -296,7 +298,7 @@ def probe_model(model: nn.Module, material: Material, tau: float, triples: int) 
                 seen = [measure_harm(model, stgc.layers[i], i, own, fresh, seed=1000 * count) for i in there]
                 harm.append(torch.stack(seen).mean(0))
         error = error_of(kappas)
-        if count >= max(triples, MOST) or (count >= triples and (error or 0.0) <= ENOUGH):
+        if count >= max(triples, MOST) or (count >= triples and error is not None and error <= ENOUGH):
             break
     stgc.detach()
     numbers = {"loss": mean_of(losses), "kappa": mean_of(kappas), "error": error, "triples": count}
