@@ -356,6 +356,48 @@ def test_triples_are_disjoint():
     assert {row for three in seen for rows in three for row in rows} == set(range(11))
 
 
+def drawn(monkeypatch, records, target):
+    """The axes of the picture."""
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    assert report.plot_probes(records, target) == target and target.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.undo()
+    report.plt.close(figures[0])
+    return figures[0].axes
+
+
+def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
+    """A line per setting, of all its runs, with standard errors where they are known; beside it the confusing tokens."""
+    values = iter(torch.rand(99).tolist())
+
+    def entry(loss, error=True, pictures=False):
+        numbers = {"loss": loss, "kappa": next(values), "error": next(values) / 10 if error else None}
+        return numbers | {"confusing": {"pairs": 5} | {key: next(values) for key in report.WHOSE}} if pictures else numbers
+
+    cola, mrpc = (
+        {"config": {"task": name}, "probes": [entry(0.2), entry(0.7, False), entry(0.4)]} for name in ("cola", "mrpc")
+    )
+    cola["probes"].append({"loss": 9.0, "kappa": None, "error": None})
+    lvlm = [{"config": {"experts": "split"}, "probes": [entry(loss, pictures=True)]} for loss in (0.5, 2.0)]
+    left, right = drawn(monkeypatch, [lvlm[0], cola, mrpc, lvlm[1]], tmp_path / "probe.png")
+    own = {"LVLM, parts": lvlm[1]["probes"] + lvlm[0]["probes"]}
+    own |= {f"GLUE, {one['config']['task']}": [one["probes"][i] for i in (1, 2, 0)] for one in (cola, mrpc)}
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [*own]
+    assert "kappa" in left.get_ylabel() and all("loss" in axis.get_xlabel() for axis in (left, right))
+    assert left.xaxis_inverted() and right.xaxis_inverted()
+    for bars, found in zip(left.containers, own.values(), strict=True):
+        line, _, (segments,) = bars.lines
+        assert line.get_xydata().tolist() == [[one["loss"], one["kappa"]] for one in found]
+        ends = [(one["loss"], one["kappa"] - one["error"], one["kappa"] + one["error"]) for one in found if one["error"]]
+        seen = [(x, low, high) for (x, low), (_, high) in filter(len, segments.get_segments())]
+        assert seen == [pytest.approx(row) for row in ends]
+    assert len({bars.lines[0].get_color() for bars in left.containers}) == 3
+    lines = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    for key, whose in report.WHOSE.items():
+        assert lines.pop(f"LVLM, parts: {whose}") == [[one["loss"], one["confusing"][key]] for one in own["LVLM, parts"]]
+    assert not lines
+
+
 # ---- 2. The command ----
 
 

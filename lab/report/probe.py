@@ -21,6 +21,7 @@ random training examples, as many as in a step of the training. An entry of `pro
 """
 
 import argparse
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -376,8 +377,9 @@ WHOSE = {"own": "the own label", "other": "the other's", "rest": "the rest"}
 
 
 def plot_probes(records: list[dict], file: Path) -> Path:
-    """Kappa against the training loss: a point per probed model, with its standard error, in the order of the loss. The loss
-    falls to the right, as in training. Beside it the logits of confusing tokens (table 14). UserError without a number."""
+    """Kappa against the training loss: a point per probed model, with its standard error if it has one, in the order of the
+    loss, which falls to the right, as in training. Beside it the logits of confusing tokens (table 14). UserError without a
+    number."""
     series: dict[str, list[dict]] = {}
     for record in records:
         title = f"GLUE, {record['config']['task']}" if "task" in record["config"] else "LVLM"
@@ -389,7 +391,8 @@ def plot_probes(records: list[dict], file: Path) -> Path:
     figure, axes = plt.subplots(1, 1 + logits, figsize=(6.5 * (1 + logits), 4.2), squeeze=False)
     for (title, found), (colour, style, marker) in zip(series.items(), cycle(STYLES)):
         found.sort(key=lambda one: -one["loss"])
-        losses, kappas, errors = ([one[key] or 0.0 for one in found] for key in ("loss", "kappa", "error"))
+        losses, kappas, errors = ([one[key] for one in found] for key in ("loss", "kappa", "error"))
+        errors = [math.nan if error is None else error for error in errors]  # unknown: no bar
         look = {"linestyle": style, "color": colour, "label": title}
         axes[0, 0].errorbar(losses, kappas, errors, marker=marker, capsize=3, **look)
         tokens = [(one["loss"], one["confusing"]) for one in found if one.get("confusing")]
