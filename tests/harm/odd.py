@@ -514,6 +514,8 @@ CASES = {
         ("--router dynmoe --conflict-loss reroute", "--router dynmoe cannot reroute.*use ce, mse or flat"),
         ("--router dynmoe --variants none,placebo-reroute", "--router dynmoe cannot reroute"),
         ("--router dynmoe --capacity 0.5", "--capacity needs a fixed number of experts per token"),
+        ("--select all --gradients weight", "--select all reads no gradients: leave out --gradients weight, or --select"),
+        ("--select all --conflict-loss reroute", "reads no gradients: leave out --conflict-loss reroute, or --select"),
     ],
     captions_that_are_cut_are_counted: [(10, 0), (75, 0), (77, 2), (300, 2)],
     picture_word_in_a_question: [("what is it?", 0), (f"{IMAGE} what is it?", 1), (f"a{IMAGE}b{IMAGE}", 1)],
