@@ -183,8 +183,10 @@ def explained(flags_N: Tensor, groups_N: Tensor) -> tuple[float, float] | None:
 
 def confusing(layer: Layer, logits_TV: Tensor, labels_T: Tensor) -> list[float]:
     """Table 14. Of the pairs of tokens on one expert whose feature cosine is in the top tenth and whose gradient cosine in
-    the bottom tenth, with different labels: their number, and the sums of the two tokens' mean logits on the own label, on
-    the other's, on all the rest. labels_T is negative for tokens without a loss of their own, which are left out."""
+    the bottom tenth: their number, and the sums of the two tokens' mean logits on the own label, on the other's, on all the
+    rest. The tenths are those of this layer and batch, over all its experts. Then pairs with equal labels are left out. Two
+    tokens that share two experts count twice, as they do in two layers or batches. labels_T is negative for tokens without
+    a loss of their own, which are left out before."""
     layer = layer.only(labels_T[layer.tokens_P] >= 0)
     if len(layer.tokens_P) < 2 or not len((found := cosines_within_experts(layer))[1]):
         return [0.0] * 4
@@ -209,7 +211,7 @@ ARMS = ("all", "no conflicting", "no random", "no random of equal length")
 
 def arms(layer: Layer, expert: int, seed: int, bins: int = 10) -> dict[str, Tensor]:
     """keep_P of the expert's pairs in each of ARMS. Like the placebo, the random pairs are drawn from all of the expert: as
-    many as conflict, then as many in each tenth of the gradients' lengths."""
+    many as conflict, then as many in each tenth of the lengths of the biases' gradients (of whole weights they differ)."""
     on_P = layer.experts_P == expert
     conflict_P = layer.conflict_P & on_P
     rank_P = layer.length_P.masked_fill(~on_P, torch.inf).argsort().argsort()
