@@ -214,10 +214,11 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
     loss = net(**batch).loss
     watch.loss(loss)
     assert made.content["loss"] == [pytest.approx(loss.item(), rel=1e-6)]
-    others = STGC(net, STGCConfig("none", gradients="weight" if gradients == "bias" else "bias"))
+    others = STGC(net, STGCConfig("none", tau=0.1, gradients="weight" if gradients == "bias" else "bias"))
     others.loss(net(**batch).loss)
     both = zip(*([one.similarity_TK[one.judged_TK] for one in stgc.verdicts] for stgc in (watch, others)))
     bias_weight = [torch.corrcoef(torch.stack(rows))[0, 1].item() for rows in both]
+    by_bias, by_weight = [stgc.stats() for stgc in (watch, others)][:: 1 if gradients == "bias" else -1]
     for i, (verdict, stats) in enumerate(zip(watch.verdicts, watch.stats())):
         found = {key: made.arrays[f"{i}.{key}"][0] for key in ("state", "best", "cosines", "norms", "experts")}
         assert torch.equal(found["state"] == film.CONFLICT, verdict.conflict_TK[index])
@@ -230,6 +231,7 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
         (probed,) = (one["layers"][i] for one in made.content["probe"])
         assert all(probed[key] == stats[key] for key in ("conflict_ratio_others", "consistency_by_chance"))
         assert probed["bias_weight"] == pytest.approx(bias_weight[i], abs=1e-5)
+        assert probed["conflict_ratio_bias"] == pytest.approx(by_bias[i]["conflict_ratio"]) != by_weight[i]["conflict_ratio"]
         assert own["conflict_ratio"] == [pytest.approx(stats["conflict_ratio"])]
         assert own["margin"] == [pytest.approx(stats["router_margin"], abs=1e-6)]
         assert own["load"][0] == pytest.approx(stats["load"])

@@ -100,9 +100,10 @@ def test_the_cosines_of_tokens_on_an_expert(monkeypatch):
     assert index.T.tolist() == [[n, m] for n, m, _, _ in slow]
     close(feature, [row[2] for row in slow])
     close(gradient, [row[3] for row in slow])
-    found = probe.relations(layer)
+    found = probe.relations(layer, 100)
     assert found["feature_gradient"] == probe.pearson(feature, gradient)
     assert found["bias_weight"] == probe.pearson(layer.similarity_P, layer.whole_P) > 0.5
+    assert found["conflict_ratio_bias"] == layer.conflict_P.sum() / 100 and set(probe.relations(None, 9).values()) == {None}
     monkeypatch.setattr(probe, "MOST", 4)
     index, *_ = probe.cosines_within_experts(layer)
     assert index.shape[1] == 3 * 6 and index[0, 0] == 0 and index[1].max() == len(layer.tokens_P) - 1

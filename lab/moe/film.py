@@ -208,8 +208,10 @@ class Film:
     def add_probe(self, number: int, grad_scale: float) -> None:
         """The numbers of a moment for the record: one more forward and backward, for the whole weights."""
         _, seen = self.forward(True, grad_scale, self.whole)
-        layers = [probe.layer_of(step, verdict) for (*_, step), verdict in zip(seen, self.whole.verdicts)]
-        rows = [probe.relations(layer) | probe.from_stats(own) for layer, own in zip(layers, self.whole.stats())]
+        rows = []
+        for (*_, step), verdict, stats in zip(seen, self.whole.verdicts, self.whole.stats()):
+            num_pairs = step.pairs.onehot_SE.sum().item()
+            rows.append(probe.relations(probe.layer_of(step, verdict), num_pairs) | probe.from_stats(stats))
         self.content["probe"].append({"moment": number, "layers": rows})
 
     @torch.no_grad()

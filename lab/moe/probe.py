@@ -90,14 +90,16 @@ def cosines_within_experts(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat(parts, dim=-1) for parts in zip(*found))
 
 
-def relations(layer: Layer | None) -> dict:
+def relations(layer: Layer | None, num_pairs: int) -> dict:
     """feature_gradient: Pearson of the cosines of two tokens on an expert, of their features and of their gradients (table
-    13). bias_weight: of the pairs' similarities by biases and by whole weights (sec. 6.1)."""
+    13). bias_weight: of the pairs' similarities by biases and by whole weights (sec. 6.1). conflict_ratio_bias: the
+    share of the layer's `num_pairs` that conflict by the biases. conflict_ratio_others is by the biases, too, so compare
+    these two: conflict_ratio itself is by whole weights in a variant that trains with them."""
     if layer is None:
-        return {"feature_gradient": None, "bias_weight": None}
+        return dict.fromkeys(("feature_gradient", "bias_weight", "conflict_ratio_bias"))
     _, feature_C, gradient_C = cosines_within_experts(layer)
-    bias_weight = pearson(layer.similarity_P, layer.whole_P)
-    return {"feature_gradient": pearson(feature_C, gradient_C), "bias_weight": bias_weight}
+    found = {"feature_gradient": pearson(feature_C, gradient_C), "bias_weight": pearson(layer.similarity_P, layer.whole_P)}
+    return found | {"conflict_ratio_bias": layer.conflict_P.sum().item() / num_pairs}
 
 
 def from_stats(stats: dict) -> dict:
