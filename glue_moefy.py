@@ -24,6 +24,7 @@ from lab.run import options
 from lab.run.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, path, run_main, say
 from lab.text.tasks import HUB, PAPER, TASKS, Task
 
+TOY_SHARED = 40_000  # examples to train on, in time: what --toy does once for all of its runs, see make_film
 TOY_DEFAULTS = {"task": "rte", "moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
 
 
@@ -122,7 +123,7 @@ from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmu
 from transformers.utils import logging
 
 from lab.moe import dynmoe, moefication
-from lab.moe.film import COUNT, Film, affordable, evenly
+from lab.moe.film import Film, affordable, evenly
 from lab.report import compare, figures, page
 from lab.report.tables import score_rows
 from lab.run import hub, runs
@@ -250,10 +251,12 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
 
 def make_film(job: Job, name: str, model, config: STGCConfig, steps: int) -> Film:
     """The film of a run, on as many training examples as a batch has, or as its training pays for, evenly spread over the
-    data. The steps of --toy are a small part of its command: its films are whole."""
+    data. The steps of --toy are a small part of its command: it starts and pretrains in the time of 25 000 examples, and its
+    films cost two thirds of what `affordable` reckons with, hence TOY_SHARED. Two runs have whole films, more of them fewer
+    moments."""
     train, accelerator, tokenizer = job.encoded["train"], job.accelerator, job.source.tokenizer
     size = job.args.batch_size
-    count, moments = (size, COUNT) if job.args.toy else affordable(size, steps)
+    count, moments = affordable(size, steps, job.args.toy * TOY_SHARED // size, options.count_runs(job.args))
     rows = [train[row] for row in evenly(len(train), count)]
     batch = DataCollatorWithPadding(tokenizer)(rows).to(accelerator.device)
     names = job.card.labels or range(job.task.num_labels)

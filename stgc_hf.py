@@ -422,9 +422,9 @@ class ModelSTGC(STGC):
         return step
 
     def loss(self, main_loss: Tensor, grad_scale: float = 1.0) -> Tensor:
-        """As in STGC. Raises RuntimeError where all judged experts are frozen."""
+        """As in STGC. RuntimeError where all judged experts are frozen, but for select="all", which reads no gradient."""
         judged = [self.layers[step.index] for step in self.steps.values() if step.judged]
-        if judged and not any(layer.experts_train for layer in judged):
+        if judged and self.config.select != "all" and not any(layer.experts_train for layer in judged):
             fault = "the experts of all judged layers are frozen, so no tokens conflict in training them"
             peft = "peft: target_parameters=['experts.gate_up_proj', 'experts.down_proj']"
             raise RuntimeError(f"{fault}: unfreeze them ({peft}); they need not be in the optimizer")

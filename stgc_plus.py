@@ -33,8 +33,8 @@ class STGCConfig(stgc.STGCConfig):  # bad values raise ValueError
         super().__post_init__()
         if self.leave_one_out and self.gradients == "weight":
             raise ValueError("leave_one_out needs gradients='bias': a weight gradient has no sum without the pair")
-        if self.select == "all" and {"weight", "reroute", True} & {self.gradients, self.conflict_loss, self.leave_one_out}:
-            raise ValueError("select='all' reads no gradients: neither 'weight', 'reroute' nor leave_one_out")
+        if self.select == "all" and {self.gradients, self.conflict_loss, self.leave_one_out} - {"bias", "ce", "mse", False}:
+            raise ValueError("select='all' reads no gradients: not with 'none', 'weight', 'reroute', leave_one_out")
         if self.every < (self.conflict_loss != "none"):
             raise ValueError(f"every={self.every} must be at least 1 (0 with conflict_loss='none')")
         # DIFFERS: with one pass only the main loss may send gradients down. So both losses act on router(x.detach()).

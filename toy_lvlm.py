@@ -161,7 +161,7 @@ from transformers import CLIPModel, LlamaForCausalLM, get_cosine_schedule_with_w
 from transformers.utils import logging
 
 from lab.moe import baselines, dynmoe, moefication
-from lab.moe.film import Film, evenly
+from lab.moe.film import Film, affordable, evenly
 from lab.report import compare, figures, page
 from lab.run import runs
 from lab.run.hub import Checkpoint
@@ -428,7 +428,7 @@ def moe_stage(job: Job, variant: str) -> dict:
     collate = Unpacked(job.packs(), job.packs(share=False)) if variant in SAMPLED else job.packs()
     loader = job.loader(collate, "stage3", args.batch_size)  # each step has the same conversations for all variants
     config = make_config(args, variant)
-    film = partial(make_film, job, name, model, config) if args.film and config and variant not in SAMPLED else None
+    film = partial(make_film, job, name, model, config, collate) if args.film and config and variant not in SAMPLED else None
     entry = train(job, job.folder, name, model, trained, loader, "stage3", config, film=film)
     texts = answers(job, model)
     scores, limited = score(job, texts), []
@@ -461,13 +461,18 @@ def moe_stage(job: Job, variant: str) -> dict:
     }
 
 
-def make_film(job: Job, name: str, model, config: STGCConfig) -> Film:
-    """The film of stage III, on as many training pictures as a batch has, evenly spread over the data."""
-    collate, accelerator, side = job.packs(), job.accelerator, math.isqrt(job.data.image_tokens)
-    rows = evenly(len(collate), job.args.batch_size)
+def make_film(job: Job, name: str, model, config: STGCConfig, collate: Collate) -> Film:
+    """The film of stage III, on as many training pictures as a batch has, or as its training pays for, evenly spread over
+    the data. Where this command also trains stage II, whose steps cost as much, all variants share them. Earlier stages are
+    not counted."""
+    args, accelerator, side = job.args, job.accelerator, math.isqrt(job.data.image_tokens)
+    (steps, _), (stage2, _) = job.plan("stage3"), job.plan("stage2")
+    shared = stage2 if args.moe_from == "stage2" and not args.stages_from else 0
+    count, moments = affordable(args.batch_size, steps, shared, len(args.variants))
+    rows = evenly(len(collate), count)
     batch, shown, answer = lvlm.film_batch(model, collate, rows, job.data.tokenizer, side)
     where, how = (job.folder / f"film-{name}", model), (accelerator.autocast, accelerator.is_main_process)
-    return Film(*where, config, batch, shown, job.plan("stage3")[0], answer, *how)
+    return Film(*where, config, batch, shown, steps, answer, *how, count=moments)
 
 
 # ---- 3. Evaluation ----

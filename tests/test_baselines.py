@@ -112,6 +112,9 @@ def test_random_routing(dtype, normalize):
     again = stgc.route(router.eval(), torch.ones(num_tokens, 16, dtype=dtype), top_k=2)
     moved = (again.expert_ids_TK[:, 0] != routing.expert_ids_TK[:, 0]).float().mean()
     assert abs(moved - 0.75) < 0.02  # in evaluation, too
+    for top_k in (1, 2, 4, 8):
+        routing = stgc.route(make_router("random", 16, 8, top_k=top_k), torch.ones(50, 16, dtype=dtype), top_k, normalize)
+        assert (top_k * routing.weights_TK - 1).abs().max() < top_k * 2.0**-22
 
 
 # ---- Sample-level routers ----

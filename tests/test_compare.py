@@ -239,6 +239,27 @@ def test_papers_table_of_uneven_records():
         paper_table([*records, record_of(records, "rte")])
 
 
+def test_dynmoes_gate_has_rows_of_its_own():
+    scores = {"random": 0.4, "ce": 0.8, "none": 0.6, "dense": 0.9}
+    gate = record("rte", [run(name, 0, score) for name, score in scores.items()], router="dynmoe")
+    records = full_records()
+    for select, none in (("best", "71.0 ± 1.4"), ("last", "50.0 ± 0.0")):
+        table = paper_table([*records, gate], select)
+        assert row_of(table, "ours: baseline")[4] == none  # the usual router's
+        for name, score in (("baseline", 0.6), ("ce", 0.8)):
+            score = score if select == "best" else 0.5
+            assert row_of(table, f"ours: {name}, DynMoE's gate") == ["-", "-", "-", "-", f"{100 * score:.1f}", "-"]
+        assert "- rte, bert: dense" in table and "; ce, DynMoE's gate" in table
+        for name in ("dense", "random"):
+            row_of(table, f"ours: {name}")
+            assert f"{name}, DynMoE's gate" not in table
+    partial = paper_table([record("rte", gate["runs"], router="dynmoe", max_train_samples=9)])
+    assert "dense 90.0 (seeds: 1); baseline, DynMoE's gate 60.0 (seeds: 1)" in partial
+    for more in (gate, record("rte", [run("dense", 0, 0.9)])):
+        with pytest.raises(ValueError, match="several records are named rte: merge them"):
+            paper_table([gate, more])
+
+
 def drawn(monkeypatch, *args):
     """The axes of a comparison, and its PNG."""
     figure = []

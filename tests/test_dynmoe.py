@@ -354,6 +354,15 @@ def test_a_run_its_record_and_its_page(words, tmp_path):  # noqa: F811
     assert " 255 " not in page.describe(out)
 
 
+def test_a_run_that_starts_with_one_expert(words, tmp_path):  # noqa: F811
+    """No variant reads --top-k, so its default, 2, is not too large. Dice read it, also those of toy_lvlm.py --routing."""
+    run([*words, *FLAGS, "--num-experts", "1", "--variants", "none,ce"])
+    entries = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [one["variant"] for one in entries] == ["none", "ce"] and all(one["active_experts"] for one in entries)
+    toy_lvlm.parse("--router dynmoe --num-experts 1".split())
+    assert toy_lvlm.parse("--router dynmoe --routing random --top-k 3".split()).top_k == 3
+
+
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_killed_run_ends_as_if_it_had_not_been(words, tmp_path, monkeypatch, step):  # noqa: F811
     """At the third step the newest checkpoint lies between the two that are recorded."""

@@ -3,7 +3,9 @@
 import json
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from test_page import read_data
 from test_resume import Killed, assert_same, kill_at, outcome
 from torch import nn
 
+import glue_moefy
+import toy_lvlm
 from lab.moe import film
 from lab.report import page
+from lab.run import options
 from lab.run.cli import UserError
 from lab.run.training import Training
 from stgc import MoELayer
@@ -54,6 +59,51 @@ def test_a_short_training_pays_for_fewer_examples_and_moments():
     found = [film.affordable(32, steps) for steps in (6, 50, 125, 500, 1000, 5000)]
     assert found == [(4, 6), (4, 9), (4, 24), (16, 24), (32, 24), (32, 24)]
     assert film.affordable(2, 20) == (2, 6) and film.affordable(8, 200) == (4, 9)
+
+
+def test_the_runs_of_a_command_share_the_steps_that_it_trains_once():
+    found = [film.affordable(16, 100, 1000, runs) for runs in (1, 2, 3, 5, 100)]
+    assert found == [(9, 24), (9, 24), (9, 18), (9, 12), (9, 6)]  # a page shows them side by side
+    for size, steps, shared, runs in product((2, 16, 32), (5, 40, 400), (0, 300, 2000), (1, 2, 7)):
+        examples, count = film.affordable(size, steps, shared, runs)
+        least = (examples <= 4 or runs > 2) and count == 6
+        assert least or 40 * examples / size * count / film.COUNT <= (steps + shared / runs) / 25
+
+
+@pytest.mark.parametrize(
+    "script, flags, examples, moments",
+    [
+        (glue_moefy, "", 12, 24),
+        (glue_moefy, "--seeds 0 1 2 --compare", 12, 24),
+        (glue_moefy, "--toy", 32, 24),
+        (glue_moefy, "--toy --seeds 0 1 2", 32, 14),
+        (glue_moefy, "--toy --seeds 0 1 --compare --lrs 1e-4 3e-4", 32, 11),
+        (glue_moefy, "--toy --batch-size 8", 8, 24),
+        (toy_lvlm, "", 9, 24),
+        (toy_lvlm, "--seeds 0 1 2", 9, 24),
+        (toy_lvlm, "--compare", 9, 18),
+        (toy_lvlm, "--stage2-steps 500", 5, 24),
+        (toy_lvlm, "--stages-from {}", 4, 9),
+        (toy_lvlm, "--stages-from {} --stage3-steps 40", 4, 6),
+        (toy_lvlm, "--moe-from stage1 --train all", 4, 9),
+    ],
+)
+def test_the_films_of_a_script_cost_what_its_command_pays_for(script, flags, examples, moments, monkeypatch, tmp_path):
+    """--toy's pretraining is paid for by all its runs; stage II by the variants, unless another run has trained it."""
+    monkeypatch.setattr(options, "check_model", lambda *given: None)
+    args = script.parse([*(["--task", "rte"] if script is glue_moefy else []), *flags.format(tmp_path).split()])
+    job, made, shown = MagicMock(args=args), [], MagicMock()
+    monkeypatch.setattr(script, "evenly", lambda size, count: made.append(count) or [0] * count)
+    monkeypatch.setattr(script, "Film", lambda *given, count, **how: made.append(count))
+    if script is glue_moefy:
+        monkeypatch.setattr(script, "DataCollatorWithPadding", lambda tokenizer: lambda rows: shown)
+        monkeypatch.setattr(script.use, "show_texts", lambda *given: shown)
+        script.make_film(job, "ce-s0", None, STGCConfig(), 376)
+    else:
+        job.plan = lambda stage: script.Job.plan(job, stage)
+        monkeypatch.setattr(script.lvlm, "film_batch", lambda *given: [shown] * 3)
+        script.make_film(job, "ce-s0", None, STGCConfig(), [])
+    assert made == [examples, moments]
 
 
 def test_moments_are_closer_together_at_the_beginning():
@@ -107,6 +157,8 @@ def test_the_record_has_the_probe_of_the_film(runs_of, words, tmp_path):  # noqa
         assert 0 < own["conflict_ratio"] <= own["conflict_ratio_others"]  # a pair is part of its mean
     assert content["run"]["delta"] == 5 and content["steps"] == film.moments(6, 6)  # moments 0 and 1 alone have twins
     assert first["moved"] == sum(layer["moved"]) / 2 and last["moved"] is None
+    whole = json.loads((folder / "film-ce-s0.json").read_text())
+    assert 0 < entry["film_seconds"] == round(whole["seconds"], 2)
     run([*words, "--conflict-loss", "none", "--epochs", "9", "--patience", "0", "--lr", "0", "--film"])  # no gain after one
     (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert [one["step"] for one in entry["probe"]] == [0, 6] and read(tmp_path / "out", "none-s0")[0]["steps"][-1] == 6
@@ -162,10 +214,11 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
     loss = net(**batch).loss
     watch.loss(loss)
     assert made.content["loss"] == [pytest.approx(loss.item(), rel=1e-6)]
-    others = STGC(net, STGCConfig("none", gradients="weight" if gradients == "bias" else "bias"))
+    others = STGC(net, STGCConfig("none", tau=0.1, gradients="weight" if gradients == "bias" else "bias"))
     others.loss(net(**batch).loss)
     both = zip(*([one.similarity_TK[one.judged_TK] for one in stgc.verdicts] for stgc in (watch, others)))
     bias_weight = [torch.corrcoef(torch.stack(rows))[0, 1].item() for rows in both]
+    by_bias, by_weight = [stgc.stats() for stgc in (watch, others)][:: 1 if gradients == "bias" else -1]
     for i, (verdict, stats) in enumerate(zip(watch.verdicts, watch.stats())):
         found = {key: made.arrays[f"{i}.{key}"][0] for key in ("state", "best", "cosines", "norms", "experts")}
         assert torch.equal(found["state"] == film.CONFLICT, verdict.conflict_TK[index])
@@ -178,6 +231,7 @@ def test_a_moment_has_what_the_verdicts_have(tmp_path, gradients):
         (probed,) = (one["layers"][i] for one in made.content["probe"])
         assert all(probed[key] == stats[key] for key in ("conflict_ratio_others", "consistency_by_chance"))
         assert probed["bias_weight"] == pytest.approx(bias_weight[i], abs=1e-5)
+        assert probed["conflict_ratio_bias"] == pytest.approx(by_bias[i]["conflict_ratio"]) != by_weight[i]["conflict_ratio"]
         assert own["conflict_ratio"] == [pytest.approx(stats["conflict_ratio"])]
         assert own["margin"] == [pytest.approx(stats["router_margin"], abs=1e-6)]
         assert own["load"][0] == pytest.approx(stats["load"])
@@ -258,6 +312,9 @@ def test_a_film_that_is_ahead_of_its_checkpoint_is_cut(tmp_path):
     again.load(3)
     assert [one["moment"] for one in ahead.content["probe"]] == [0, 2, 4] and not net.moe[0].experts.w_in_EDF.requires_grad
     assert again.content["probe"] == ahead.content["probe"][:2] and again.content["steps"] == [0, 1, 2, 3]
+    before = again.content["seconds"]
+    again.finish(3)  # a training that ends here: its probe takes time, too
+    assert [one["moment"] for one in again.content["probe"]] == [0, 2, 3] and again.content["seconds"] > before > 0
 
 
 def test_a_matrix_has_the_cosines_of_its_pairs(tmp_path):

@@ -423,6 +423,39 @@ def test_losses(kind, gradients, passes, router_only, lossy):
         close(row["load"], load_E.double() / 22)
 
 
+@pytest.mark.parametrize("kind", ["ce", "mse"])
+@pytest.mark.parametrize("passes, router_only", [("two", False), ("one", True)])
+@pytest.mark.parametrize("case", ["plain", "frozen experts", "checkpointing", "one layer, every second step"])
+def test_flat(kind, passes, router_only, case, monkeypatch):
+    """select="all": the equations' loss of all pairs but padding, without an extra backward; nothing asks for gradients of
+    experts, not even that they train."""
+    model, batch, values = make(use_cache=False), make_batch(), {"tau": 0.1, "alpha": 0.3, "beta": 0.7}
+    real_T1 = batch["attention_mask"].flatten().bool().unsqueeze(1)
+    truth = [(ids, torch.full_like(s, -1.0), real_T1.expand_as(s)) for ids, s, _ in judge_slowly(model, batch)[0]]
+    expected, balances, conflicts = mixtral_by_hand(model, batch, truth, kind, **values, router_only=router_only)
+    if case == "frozen experts":
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.mlp.gate.requires_grad_(True)
+        expected |= {name: torch.zeros_like(grad) for name, grad in expected.items() if ".gate." not in name}
+    if case == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    more = {"layers": (1,), "every": 2} if "every" in case else {}
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("an extra backward"))
+    stgc = stgc_hf.attach(model, STGCConfig(**values, select="all", conflict_loss=kind, passes=passes, **more))
+    for number in range(2):
+        model.zero_grad(set_to_none=True)
+        main_loss = forward(model, batch).loss
+        total = stgc.loss(main_loss)
+        total.backward()
+        if not more:
+            same(grads_of(model), expected)
+        judged = [conflicts[i] for i in more.get("layers", (0, 1))] if number % more.get("every", 1) == 0 else [0.0]
+        close(total.item(), main_loss.item() + 0.3 * sum(balances) / 2 + 0.7 * sum(judged) / len(judged))
+    assert stgc.verdicts == [None, None]
+    assert ["conflict_loss" in row for row in stgc.stats()] == [not more, True]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "muse_spark", "aria"])
 def test_weight_gradients(family):
     """Whole weights of experts with and without gate, bias, post-expert norm, in both layouts: the oracle's flags, where

@@ -155,7 +155,7 @@ def test_stage_iii_trains_the_moe_layers_alone(whole, tmp_path):
 
 
 def outcome(folder):
-    drop = ("seconds", "samples_per_second", "peak_memory_bytes")
+    drop = ("seconds", "film_seconds", "samples_per_second", "peak_memory_bytes")
     record = read(folder)
     entries = [{key: value for key, value in one.items() if key not in drop} for one in record["stages"] + record["runs"]]
     weights = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("model.safetensors"))}

@@ -100,9 +100,10 @@ def test_the_cosines_of_tokens_on_an_expert(monkeypatch):
     assert index.T.tolist() == [[n, m] for n, m, _, _ in slow]
     close(feature, [row[2] for row in slow])
     close(gradient, [row[3] for row in slow])
-    found = probe.relations(layer)
+    found = probe.relations(layer, 100)
     assert found["feature_gradient"] == probe.pearson(feature, gradient)
     assert found["bias_weight"] == probe.pearson(layer.similarity_P, layer.whole_P) > 0.5
+    assert found["conflict_ratio_bias"] == layer.conflict_P.sum() / 100 and set(probe.relations(None, 9).values()) == {None}
     monkeypatch.setattr(probe, "MOST", 4)
     index, *_ = probe.cosines_within_experts(layer)
     assert index.shape[1] == 3 * 6 and index[0, 0] == 0 and index[1].max() == len(layer.tokens_P) - 1
@@ -311,6 +312,40 @@ def test_means_and_errors():
     assert probe.error_of([1.0, None]) is None and probe.mean_of([None]) is None
 
 
+def material_of(rows: int, size: int) -> report.Material:
+    """Random rows without labels or pictures, each of them alone in its group."""
+    table = draw_batch(rows)
+    collate = lambda rows: {key: value[rows] for key, value in table.items()}  # noqa: E731
+    return report.Material([[n] for n in range(rows)], collate, size, None, False)
+
+
+def test_kappa_is_of_three_batches_that_differ(monkeypatch):
+    monkeypatch.setattr(report, "MOST", 5)
+    tiny, material = Tiny(), material_of(24, 4)
+    found, kappas = report.probe_model(tiny, material, tau=0.05, triples=2), []
+    stgc, drawn = STGC(tiny, STGCConfig("none", tau=0.05, gradients="weight")), report.draw_triples(material)
+    for _ in range(found["triples"]):
+        three = [report.look(tiny, stgc, material.collate(rows)) for rows in next(drawn)]
+        kappas.append([probe.agreement([one.layers[i] for one in three], 0.05) for i in range(2)])
+    kappas = torch.tensor(kappas, dtype=torch.float64)
+    assert 2 <= len(kappas) and 0 < found["kappa"] < 0.9  # of one batch alone it would be 1
+    close(found["kappa"], kappas.mean())
+    close(found["error"], kappas.mean(1).std() / len(kappas) ** 0.5)
+    close([*found["kappas"].values()], kappas.mean(0))
+
+
+@pytest.mark.parametrize("kappas, count", [([0.5] * 9, 3), ([0.0, 0.1, 0.0, 0.06, 0.5], 4), ([None] * 9, 6)])
+def test_triples_are_drawn_until_the_error_is_known_and_small(kappas, count, monkeypatch):
+    """At least as many as asked for, at most MOST, also where no triple has a kappa."""
+    monkeypatch.setattr(report, "MOST", 6)
+    of_triple = iter(kappas)
+    monkeypatch.setattr(probe, "agreement", lambda three, tau: next(of_triple))
+    tiny = Tiny()
+    del tiny.moe[1]
+    found = report.probe_model(tiny, material_of(24, 4), tau=0.0, triples=3)
+    assert (found["triples"], found["error"] is None) == (count, kappas[0] is None)
+
+
 def test_triples_are_disjoint():
     material = report.Material([[0, 1], [2], [3, 4, 5], *([n] for n in range(6, 11))], None, 2, None, True)
     group = {row: number for number, rows in enumerate(material.groups) for row in rows}
@@ -320,6 +355,48 @@ def test_triples_are_disjoint():
         used = [group[row] for rows in three for row in rows]
         assert [len(rows) for rows in three] == [2, 2, 2] and len(set(used)) == 6
     assert {row for three in seen for rows in three for row in rows} == set(range(11))
+
+
+def drawn(monkeypatch, records, target):
+    """The axes of the picture."""
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    assert report.plot_probes(records, target) == target and target.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.undo()
+    report.plt.close(figures[0])
+    return figures[0].axes
+
+
+def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
+    """A line per setting, of all its runs, with standard errors where they are known; beside it the confusing tokens."""
+    values = iter(torch.rand(99).tolist())
+
+    def entry(loss, error=True, pictures=False):
+        numbers = {"loss": loss, "kappa": next(values), "error": next(values) / 10 if error else None}
+        return numbers | {"confusing": {"pairs": 5} | {key: next(values) for key in report.WHOSE}} if pictures else numbers
+
+    cola, mrpc = (
+        {"config": {"task": name}, "probes": [entry(0.2), entry(0.7, False), entry(0.4)]} for name in ("cola", "mrpc")
+    )
+    cola["probes"].append({"loss": 9.0, "kappa": None, "error": None})
+    lvlm = [{"config": {"experts": "split"}, "probes": [entry(loss, pictures=True)]} for loss in (0.5, 2.0)]
+    left, right = drawn(monkeypatch, [lvlm[0], cola, mrpc, lvlm[1]], tmp_path / "probe.png")
+    own = {"LVLM, parts": lvlm[1]["probes"] + lvlm[0]["probes"]}
+    own |= {f"GLUE, {one['config']['task']}": [one["probes"][i] for i in (1, 2, 0)] for one in (cola, mrpc)}
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [*own]
+    assert "kappa" in left.get_ylabel() and all("loss" in axis.get_xlabel() for axis in (left, right))
+    assert left.xaxis_inverted() and right.xaxis_inverted()
+    for bars, found in zip(left.containers, own.values(), strict=True):
+        line, _, (segments,) = bars.lines
+        assert line.get_xydata().tolist() == [[one["loss"], one["kappa"]] for one in found]
+        ends = [(one["loss"], one["kappa"] - one["error"], one["kappa"] + one["error"]) for one in found if one["error"]]
+        seen = [(x, low, high) for (x, low), (_, high) in filter(len, segments.get_segments())]
+        assert seen == [pytest.approx(row) for row in ends]
+    assert len({bars.lines[0].get_color() for bars in left.containers}) == 3
+    lines = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    for key, whose in report.WHOSE.items():
+        assert lines.pop(f"LVLM, parts: {whose}") == [[one["loss"], one["confusing"][key]] for one in own["LVLM, parts"]]
+    assert not lines
 
 
 # ---- 2. The command ----

@@ -18,7 +18,7 @@ from test_glue import data, model, plain, run, words  # noqa: F401  (fixtures)
 from lab.run import runs
 from lab.run.cli import Interrupted, RunFailed, UserError
 
-CLOCK = ("seconds", "samples_per_second", "peak_memory_bytes")
+CLOCK = ("seconds", "film_seconds", "samples_per_second", "peak_memory_bytes")
 
 
 SMALL = (

@@ -592,7 +592,7 @@ def test_flat_reads_no_gradient():
     logits_TE, ids_TK = net.layers[0].routing(batch.x_TD)[::2]
     expected = stgc_module.conflict_loss(logits_TE, ids_TK, batch.keep_T.unsqueeze(1).expand_as(ids_TK))
     close(loss.detach(), expected.detach())
-    for wrong in ({"gradients": "weight"}, {"conflict_loss": "reroute"}, {"leave_one_out": True}):
+    for wrong in ({"gradients": "weight"}, {"conflict_loss": "reroute"}, {"conflict_loss": "none"}, {"leave_one_out": True}):
         with pytest.raises(ValueError, match="select='all' reads no gradient"):
             STGCConfig(select="all", **wrong)
 

@@ -55,8 +55,9 @@ class RandomRouter(nn.Module):
     """Draws the K experts of each token by dice, with equal weights, in training and in evaluation, as THOR does
     (arXiv:2110.04260). It has no parameter. The control for a learned router: x_TD -> logits_TE.
 
-    The logits of the chosen experts are 0, except for a term too small for the weights, which ranks them by dice, too. The
-    others' are low enough for a weight of 0. The draws come from torch's default generator of the device.
+    The logits of the chosen experts are 0, except for a term that ranks them by dice, too, and changes a weight 1/K by less
+    than K * 2^-22 of it. The others' are low enough for a weight of 0. The draws come from torch's default generator of the
+    device.
     """
 
     OTHER, RANK = -50.0, 2.0**-21

@@ -67,12 +67,14 @@ def evenly(size: int, count: int) -> list[int]:
     return torch.linspace(0, size - 1, min(size, count)).long().tolist()
 
 
-def affordable(size: int, steps: int) -> tuple[int, int]:
+def affordable(size: int, steps: int, shared: int = 0, runs: int = 1) -> tuple[int, int]:
     """Of a batch of `size` examples how many to look at, and at how many moments, so that a film takes less than a twentieth
-    of a command of so many steps: all examples at all moments cost as much as 30 to 40 steps. At least four examples and six
-    moments, which cost more where a training has few steps or small batches."""
-    examples = min(size, max(4, size * steps // 1000))
-    return examples, min(COUNT, max(6, COUNT * size * steps // (1000 * examples)))
+    of the time of its run. That has so many steps of its own, and a part of the steps that a command trains once for all of
+    its `runs`. All examples at all moments cost as much as 30 to 40 steps. At least four examples and six moments, which
+    cost more where a training has few steps or small batches. The examples are those that two runs pay for, however many
+    there are: --resume can add some, and a page shows the same examples of all."""
+    examples = min(size, max(4, size * (steps + shared // 2) // 1000))
+    return examples, min(COUNT, max(6, COUNT * size * (steps + shared // runs) // (1000 * examples)))
 
 
 def finite(value: float) -> float | None:
@@ -206,8 +208,10 @@ class Film:
     def add_probe(self, number: int, grad_scale: float) -> None:
         """The numbers of a moment for the record: one more forward and backward, for the whole weights."""
         _, seen = self.forward(True, grad_scale, self.whole)
-        layers = [probe.layer_of(step, verdict) for (*_, step), verdict in zip(seen, self.whole.verdicts)]
-        rows = [probe.relations(layer) | probe.from_stats(own) for layer, own in zip(layers, self.whole.stats())]
+        rows = []
+        for (*_, step), verdict, stats in zip(seen, self.whole.verdicts, self.whole.stats()):
+            num_pairs = step.pairs.onehot_SE.sum().item()
+            rows.append(probe.relations(probe.layer_of(step, verdict), num_pairs) | probe.from_stats(stats))
         self.content["probe"].append({"moment": number, "layers": rows})
 
     @torch.no_grad()
@@ -273,11 +277,13 @@ class Film:
 
     def finish(self, step: int, grad_scale: float = 1.0) -> list[dict]:
         """The probe of a training that has ended after `step`, maybe before the planned last one, for the record."""
+        start = time.perf_counter()
         if step not in self.content["steps"]:
             self.steps = [*self.content["steps"], step]
             self.step_done(step, grad_scale)
         elif step not in (self.content["steps"][one["moment"]] for one in self.content["probe"]):
             self.add_probe(len(self.content["steps"]) - 1, grad_scale)
+            self.content["seconds"] += time.perf_counter() - start
         self.save()
         return probe.for_record(self.content)
 

@@ -90,14 +90,16 @@ def cosines_within_experts(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat(parts, dim=-1) for parts in zip(*found))
 
 
-def relations(layer: Layer | None) -> dict:
+def relations(layer: Layer | None, num_pairs: int) -> dict:
     """feature_gradient: Pearson of the cosines of two tokens on an expert, of their features and of their gradients (table
-    13). bias_weight: of the pairs' similarities by biases and by whole weights (sec. 6.1)."""
+    13). bias_weight: of the pairs' similarities by biases and by whole weights (sec. 6.1). conflict_ratio_bias: the
+    share of the layer's `num_pairs` that conflict by the biases. conflict_ratio_others is by the biases, too, so compare
+    these two: conflict_ratio itself is by whole weights in a variant that trains with them."""
     if layer is None:
-        return {"feature_gradient": None, "bias_weight": None}
+        return dict.fromkeys(("feature_gradient", "bias_weight", "conflict_ratio_bias"))
     _, feature_C, gradient_C = cosines_within_experts(layer)
-    bias_weight = pearson(layer.similarity_P, layer.whole_P)
-    return {"feature_gradient": pearson(feature_C, gradient_C), "bias_weight": bias_weight}
+    found = {"feature_gradient": pearson(feature_C, gradient_C), "bias_weight": pearson(layer.similarity_P, layer.whole_P)}
+    return found | {"conflict_ratio_bias": layer.conflict_P.sum().item() / num_pairs}
 
 
 def from_stats(stats: dict) -> dict:
@@ -183,8 +185,10 @@ def explained(flags_N: Tensor, groups_N: Tensor) -> tuple[float, float] | None:
 
 def confusing(layer: Layer, logits_TV: Tensor, labels_T: Tensor) -> list[float]:
     """Table 14. Of the pairs of tokens on one expert whose feature cosine is in the top tenth and whose gradient cosine in
-    the bottom tenth, with different labels: their number, and the sums of the two tokens' mean logits on the own label, on
-    the other's, on all the rest. labels_T is negative for tokens without a loss of their own, which are left out."""
+    the bottom tenth: their number, and the sums of the two tokens' mean logits on the own label, on the other's, on all the
+    rest. The tenths are those of this layer and batch, over all its experts. Then pairs with equal labels are left out. Two
+    tokens that share two experts count twice, as they do in two layers or batches. labels_T is negative for tokens without
+    a loss of their own, which are left out before."""
     layer = layer.only(labels_T[layer.tokens_P] >= 0)
     if len(layer.tokens_P) < 2 or not len((found := cosines_within_experts(layer))[1]):
         return [0.0] * 4
@@ -209,7 +213,7 @@ ARMS = ("all", "no conflicting", "no random", "no random of equal length")
 
 def arms(layer: Layer, expert: int, seed: int, bins: int = 10) -> dict[str, Tensor]:
     """keep_P of the expert's pairs in each of ARMS. Like the placebo, the random pairs are drawn from all of the expert: as
-    many as conflict, then as many in each tenth of the gradients' lengths."""
+    many as conflict, then as many in each tenth of the lengths of the biases' gradients (of whole weights they differ)."""
     on_P = layer.experts_P == expert
     conflict_P = layer.conflict_P & on_P
     rank_P = layer.length_P.masked_fill(~on_P, torch.inf).argsort().argsort()

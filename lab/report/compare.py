@@ -181,26 +181,25 @@ def paper_table(records: list[dict], select: str = "best") -> str:
     """The paper's GLUE table: published rows, then ours. Scores in % (Matthews, mean of accuracy and F1, accuracy).
 
     A task without a record on all its data is "-", and then Avg is, too. Records of other or partial data (qnli-12k,
-    toy-rte, `--max-train-samples`) are listed below with their scores. DynMoE's gate has rows of its own. ValueError if two
-    records would fill the same column of the same rows.
+    toy-rte, `--max-train-samples`) are listed below with their scores. DynMoE's gate has rows of its own; `dense` and
+    `random` have no gate. ValueError if two records would fill the same column of the same row.
     """
     ours: dict[str, dict[str, list[float]]] = {}  # row -> task -> scores
     notes: dict[bool, list[str]] = {True: [], False: []}
-    seen: set[tuple[str, str]] = set()
     for record in records:
         config, name = record.get("config", {}), record["name"]
         whole = name in COLUMNS and not (config.get("max_train_samples") or config.get("max_eval_samples"))
-        texts, gate = [], ", DynMoE's gate" * (config.get("router") == "dynmoe")
-        if whole and (name, gate) in seen:
-            raise ValueError(f"several records are named {name}: merge them, or print one at a time")
-        seen |= {(name, gate)} if whole else set()
+        texts = []
         for row in select_rows(record, select):
             scores = list(row.of("score").values())
+            gate = ", DynMoE's gate" * (config.get("router") == "dynmoe" and row.variant not in ("dense", "random"))
             count = f"seeds: {len(scores)}" + (f", collapsed: {len(row.collapsed)}" if row.collapsed else "")
             title = f"{row.variant if select == 'best' else row.label}{gate}"
             texts.append(f"{label(row.label)}{gate}{'' if whole else ' ' + spread(scores)} ({count})")
+            if whole and name in ours.setdefault(title, {}):
+                raise ValueError(f"several records are named {name}: merge them, or print one at a time")
             if whole:
-                ours.setdefault(title, {})[name] = scores
+                ours[title][name] = scores
         notes[whole].append(f"- {name}, {printable(config.get('model', 'model not recorded'))}: {'; '.join(texts)}")
     lines = [["row", *COLUMNS.values(), "Avg"]]
     lines += [[f"published: {name}", *(f"{value:.1f}" for value in row)] for name, row in PUBLISHED.items()]

@@ -10,7 +10,8 @@ random training examples, as many as in a step of the training. An entry of `pro
 
   model, variant, seed, loss            the folder; the main loss
   kappa, error, triples, kappas         flags of a batch by the means of two others: agreement beyond chance, its standard
-                                        error, the number of triples of disjoint batches; kappa of each layer
+                                        error, the number of triples of disjoint batches (until the error is at most ENOUGH,
+                                        but no more than MOST); kappa of each layer
   flagged                               the share of the judged pairs that conflict
   about     {name: [share, chance]}     of the flags' variance: the share between sentences, pictures, or positions in an
                                         answer (of answer tokens), and the same for permuted groups
@@ -20,6 +21,7 @@ random training examples, as many as in a step of the training. An entry of `pro
 """
 
 import argparse
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -269,8 +271,9 @@ def means(rows: list[dict]) -> dict:
 
 
 def probe_model(model: nn.Module, material: Material, tau: float, triples: int) -> dict:
-    """The numbers of an entry, see the module. At least `triples` triples, then more until kappa's standard error is at most
-    ENOUGH, or MOST triples. The other statistics are of the first batch of each of the first `triples`."""
+    """The numbers of an entry, see the module. At least `triples` triples, then more until kappa's standard error is known
+    and at most ENOUGH, or MOST triples are there. The other statistics are of the first batch of each of the first
+    `triples`."""
     model.requires_grad_(False)
     stgc = STGC(model, STGCConfig("none", tau=tau, gradients="weight"))
     for layer in stgc.layers:
@@ -296,7 +299,7 @@ def probe_model(model: nn.Module, material: Material, tau: float, triples: int) 
                 seen = [measure_harm(model, stgc.layers[i], i, own, fresh, seed=1000 * count) for i in there]
                 harm.append(torch.stack(seen).mean(0))
         error = error_of(kappas)
-        if count >= max(triples, MOST) or (count >= triples and (error or 0.0) <= ENOUGH):
+        if count >= max(triples, MOST) or (count >= triples and error is not None and error <= ENOUGH):
             break
     stgc.detach()
     numbers = {"loss": mean_of(losses), "kappa": mean_of(kappas), "error": error, "triples": count}
@@ -374,8 +377,9 @@ WHOSE = {"own": "the own label", "other": "the other's", "rest": "the rest"}
 
 
 def plot_probes(records: list[dict], file: Path) -> Path:
-    """Kappa against the training loss: a point per probed model, with its standard error, in the order of the loss. The loss
-    falls to the right, as in training. Beside it the logits of confusing tokens (table 14). UserError without a number."""
+    """Kappa against the training loss: a point per probed model, with its standard error if it has one, in the order of the
+    loss, which falls to the right, as in training. Beside it the logits of confusing tokens (table 14). UserError without a
+    number."""
     series: dict[str, list[dict]] = {}
     for record in records:
         title = f"GLUE, {record['config']['task']}" if "task" in record["config"] else "LVLM"
@@ -387,7 +391,8 @@ def plot_probes(records: list[dict], file: Path) -> Path:
     figure, axes = plt.subplots(1, 1 + logits, figsize=(6.5 * (1 + logits), 4.2), squeeze=False)
     for (title, found), (colour, style, marker) in zip(series.items(), cycle(STYLES)):
         found.sort(key=lambda one: -one["loss"])
-        losses, kappas, errors = ([one[key] or 0.0 for one in found] for key in ("loss", "kappa", "error"))
+        losses, kappas, errors = ([one[key] for one in found] for key in ("loss", "kappa", "error"))
+        errors = [math.nan if error is None else error for error in errors]  # unknown: no bar
         look = {"linestyle": style, "color": colour, "label": title}
         axes[0, 0].errorbar(losses, kappas, errors, marker=marker, capsize=3, **look)
         tokens = [(one["loss"], one["confusing"]) for one in found if one.get("confusing")]

@@ -125,8 +125,6 @@ def refuse_unread(parser: Parser, args, use: str, read: Sequence[str]) -> None:
 def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
     """An error where these flags contradict each other. Sets `args.variants` to the list of variants to train. `more`: names
     of variants that only this script has."""
-    if args.top_k > args.num_experts:
-        parser.error(f"--top-k {args.top_k} is above --num-experts {args.num_experts}: lower one or raise the other")
     if args.select == "all" and (args.gradients == "weight" or args.conflict_loss == "reroute"):
         flag = "--gradients weight" if args.gradients == "weight" else "--conflict-loss reroute"
         parser.error(f"--select all reads no gradients: leave out {flag}, or --select")
@@ -136,6 +134,8 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
     args.variants = sum(given or [COMPARED], []) if args.compare else [variant_name(args)]
     if not args.variants:
         parser.error("--variants is empty: give some, such as none,ce,placebo")
+    if args.top_k > args.num_experts and reads_top_k(args):
+        parser.error(f"--top-k {args.top_k} is above --num-experts {args.num_experts}: lower one or raise the other")
     for name in METHOD if args.compare else ():
         if getattr(args, name) != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
@@ -143,7 +143,7 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
     for name in args.variants:
         if name not in more and not VARIANT.fullmatch(name):
             parser.error(f"--variants {name}: unknown; see --help for the names and endings")
-        if "reroute" in name and args.top_k == args.num_experts:
+        if "reroute" in name and args.top_k == args.num_experts and args.router != "dynmoe":
             flag = "--variants" if args.compare else "--conflict-loss"
             parser.error(f"{flag} {name} needs --top-k below --num-experts: otherwise no other expert is left")
     check_dynmoe(parser, args)
@@ -157,8 +157,14 @@ def check(parser: Parser, args, more: Sequence[str] = ()) -> None:
         parser.error("--resume keeps the content of --output-dir and --overwrite replaces it: choose one")
 
 
+def reads_top_k(args) -> bool:
+    """Whether a token of some variant has --top-k experts. With DynMoE's gate only those of dice do."""
+    return args.router != "dynmoe" or "random" in (*args.variants, getattr(args, "routing", None))
+
+
 def check_dynmoe(parser: Parser, args) -> None:
-    """An error where the flags contradict --router dynmoe. Sets `args.max_experts`."""
+    """An error where the flags contradict --router dynmoe. Sets `args.max_experts`; lowers a top_k that no variant reads to
+    the number of experts."""
     if args.router != "dynmoe":
         if args.max_experts:
             parser.error("--max-experts goes with --router dynmoe: leave it out, or add --router dynmoe")
@@ -169,12 +175,18 @@ def check_dynmoe(parser: Parser, args) -> None:
     if args.experts != "copy" or not args.normalize:
         flag = "--no-normalize" if args.experts == "copy" else "--experts split"
         parser.error(f"--router dynmoe takes the mean of a token's experts: leave out {flag}")
-    if args.top_k != parser.get_default("top_k") and "random" not in args.variants:
+    if args.top_k != parser.get_default("top_k") and not reads_top_k(args):
         parser.error(f"--top-k {args.top_k}: with --router dynmoe only the variant random reads it; leave it out")
+    args.top_k = min(args.top_k, args.num_experts)
     if any("reroute" in name for name in args.variants):
         parser.error("--router dynmoe cannot reroute, since a token may be on all experts: use ce, mse or flat")
     if getattr(args, "capacity", None):
         parser.error("--capacity needs a fixed number of experts per token: leave it out, or --router dynmoe")
+
+
+def count_runs(args) -> int:
+    """How many runs a command has: one for each variant, learning rate and seed."""
+    return len(args.variants) * len(getattr(args, "lrs", None) or [1]) * len(args.seeds)
 
 
 def variant_name(args) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.run import trackers
+from lab.run import options, trackers
 from lab.run.cli import CONTINUE, Interrupted, RunFailed, UserError, handle_signals, say
 from lab.run.runs import CHECKPOINTS, Checkpoints, RunLog, StopSignal, check_losses, stats_line
 
@@ -174,7 +174,7 @@ class Training:
             return
         self.accelerator.said_how_long = True
         long = f"{left / 3600:.0f} hours" if left < 72 * 3600 else f"{left / 86400:.0f} days"
-        count = len(self.args.seeds) * len(self.args.variants) * len(getattr(self.args, "lrs", None) or [1])
+        count = options.count_runs(self.args)
         rest = f"{self.steps - self.at.step} steps of {seconds:.1f} s, without evaluations"
         toy = "--toy, " if getattr(self.args, "toy", None) is False else ""
         ways = f"the command has {count} run{'s' * (count > 1)}; faster: {toy}a small model, a GPU"
@@ -208,8 +208,10 @@ class Training:
         self.checkpoints.save(self.at.step, asdict(self.at))
 
     def summary(self) -> dict:
-        """The values that every run has in results.json. Those of a film: see lab.moe.probe.for_record."""
+        """The values that every run has in results.json. A film adds its probe, see lab.moe.probe.for_record, and its own
+        seconds, which `seconds` does not contain."""
         probed = {"probe": self.film.finish(self.at.step, self.grad_scale())} if self.film else {}
+        probed |= {"film_seconds": round(self.film.content["seconds"], 2)} if self.film else {}
         mean = self.log.tenths("experts_per_token")  # only DynMoE's router has logged it
         return {
             "conflict_ratio": self.log.tenths("conflict_ratio"),
