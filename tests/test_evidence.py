@@ -211,6 +211,7 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
 
 def a_probed_record() -> list[dict]:
     probes = [{"loss": loss, "kappa": kappa} for loss, kappa in ((0.1, 0.3), (2.0, 0.6), (1.0, 0.0))]
+    probes.append({"loss": 3.0, "kappa": None})  # no token is flagged, or all are
     one = {"name": "cola", "config": {}, "probes": probes}
     return [one, one | {"name": "lvlm-scenes", "config": {"experts": "split"}}]
 
@@ -219,3 +220,8 @@ def test_kappa_is_that_of_the_lowest_and_the_highest_loss():
     text = claims.say_flags(a_probed_record())
     assert "is 0.30 (cola) and 0.30 (lvlm, parts) in the probed models of the lowest main loss" in text
     assert text.endswith("and 0.60 (cola) and 0.60 (lvlm, parts) in those of the highest.")
+    usual = {"model": "m", "command": "x", "triples": 16, "error": None}
+    (record, _) = a_probed_record()
+    rows = evidence.saved_rows([record | {"probes": [usual | one for one in record["probes"]]}])
+    shown = ["0.60, 16 triples; cola, m, main loss 2.00", "0.00, 16 triples; cola, m, main loss 1.00"]
+    assert [row.here for row in rows] == [*shown, "0.30, 16 triples; cola, m, main loss 0.10"]

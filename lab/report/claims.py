@@ -262,8 +262,8 @@ def kappa_ends(records: list[dict]) -> dict[str, tuple[float, float]]:
     """By data: kappa at the highest and at the lowest main loss of the probed models."""
     found = {}
     for name, probes in probes_of(records).items():
-        own = sorted(probes, key=lambda probe: -probe["loss"])
-        found[name] = own[0]["kappa"], own[-1]["kappa"]
+        if own := sorted((probe for probe in probes if probe["kappa"] is not None), key=lambda probe: -probe["loss"]):
+            found[name] = own[0]["kappa"], own[-1]["kappa"]
     return found
 
 

@@ -219,8 +219,10 @@ def saved_rows(records: list[dict]) -> list[Row]:
     for name, one, record in sorted(probes, key=lambda found: (found[0], -found[1]["loss"])):
         where, command = f"{name}, {one['model']}, main loss {one['loss']:.2f}", one["command"]
         where += collapsed(record, one)
-        here = f"{one['kappa']:.2f} ± {one['error']:.2f}, {one['triples']} triples; {where}"
-        found.append(replace(new, here=here, verdict="measured", command=command, picture="probe.png"))
+        if one["kappa"] is not None:  # there are flags, and other tokens without
+            error = "" if one["error"] is None else f" ± {one['error']:.2f}"
+            here = f"{one['kappa']:.2f}{error}, {one['triples']} triples; {where}"
+            found.append(replace(new, here=here, verdict="measured", command=command, picture="probe.png"))
         if shares := one.get("about"):
             here = ", ".join(f"{cause} {share:.2f} (chance {chance:.2f})" for cause, (share, chance) in shares.items())
             here += f", flagged share of the labels apart by {one['labels']['gap']:.2f}" if one.get("labels") else ""
