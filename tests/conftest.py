@@ -166,3 +166,16 @@ def same_verdicts(actual: list, expected: list, rtol=1e-9, atol=1e-12):
         close(a.similarity_TK, b.similarity_TK, rtol, atol)
         for name in ("judged_TK", "conflict_TK", "picked_TK"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def drawn(monkeypatch, draw, *args):
+    """The figure that a drawing function saves, and the path of its PNG. It ends by closing the figure: that is put off."""
+    from matplotlib import pyplot as plt
+
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", figures.append)
+        path = draw(*args)
+    plt.close(figures[0])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return figures[0], path

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import drawn
 from test_film import Net  # a net with the interface of a model
 
 from lab.report import alone
@@ -47,17 +48,6 @@ def test_the_main_loss_does_not_train(net_and_batches):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def drawn(monkeypatch, record, target):
-    """The panels of a record's picture, by their titles, and its legends."""
-    figures = []
-    monkeypatch.setattr(alone.plt, "close", figures.append)
-    assert alone.plot_arms(record, target) == target and target.read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.undo()
-    alone.plt.close(figures[0])
-    legends = [[text.get_text() for text in part.legends[0].get_texts()] for part in figures[0].subfigs]
-    return {axis.get_title(): axis for axis in figures[0].axes}, legends
-
-
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_picture_has_a_panel_of_every_value(layers, tmp_path, monkeypatch):
     """Arms over the steps, for each part and value, the std over experts too; for each layer, where there are several. Lines
@@ -72,7 +62,10 @@ def test_the_picture_has_a_panel_of_every_value(layers, tmp_path, monkeypatch):
     rows = [{"part": part, "arm": arm, "seed": seed, "curve": curve()} for part, arm, seed in runs]
     for row in rows:
         row["curve"][1]["layers"][0].pop("consistency_std")
-    panels, legends = drawn(monkeypatch, {"rows": rows}, tmp_path / "alone.png")
+    figure, path = drawn(monkeypatch, alone.plot_arms, {"rows": rows}, tmp_path / "alone.png")
+    assert path == tmp_path / "alone.png"
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    legends = [[text.get_text() for text in part.legends[0].get_texts()] for part in figure.subfigs]
 
     def value(row, key, layer=None):
         own = [each[key] for each in row["layers"][slice(layer, None if layer is None else layer + 1)] if key in each]

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from conftest import drawn
 
 from lab.report import figures
 from lab.report.compare import PUBLISHED, Paired, comparison_table, metric_names, paired, paper_table, select_rows
@@ -260,16 +261,6 @@ def test_dynmoes_gate_has_rows_of_its_own():
             paper_table([gate, more])
 
 
-def drawn(monkeypatch, *args):
-    """The axes of a comparison, and its PNG."""
-    figure = []
-    monkeypatch.setattr(figures.plt, "close", figure.append)
-    path = figures.plot_comparison(*args)
-    monkeypatch.undo()
-    figures.plt.close(figure[0])
-    return figure[0].axes, path
-
-
 def intervals(axis):
     """The ends of each vertical line, left to right."""
     lines = [line for found in axis.collections for line in found.get_segments()]
@@ -282,7 +273,8 @@ def points(axis, style):
 
 def test_figure_has_a_point_per_seed_and_joins_the_pairs(tmp_path, monkeypatch):
     cola = record("cola", [run("none", 0, -0.1), run("ce", 0, 0.2)])
-    (left, right), path = drawn(monkeypatch, tmp_path, [record("rte", three_variants()), cola])
+    figure, path = drawn(monkeypatch, figures.plot_comparison, tmp_path, [record("rte", three_variants()), cola])
+    left, right = figure.axes
     assert path == tmp_path / "comparison.png" and path.read_bytes().startswith(b"\x89PNG")
     assert [left.get_title(), right.get_title(), left.get_ylabel()] == ["rte", "cola", "dev score in % (best)"]
     assert [label.get_text() for label in left.get_xticklabels()] == ["dense", "none", "ce"]
@@ -306,17 +298,20 @@ def test_figure_has_a_point_per_seed_and_joins_the_pairs(tmp_path, monkeypatch):
 
 def test_figure_spans_ten_examples_and_names_their_number(tmp_path, monkeypatch):
     near = record("toy", [run("none", 0, 0.93), run("ce", 0, 0.9325)]) | {"data": {"train": 9, "dev": 400}}
-    (axis,), _ = drawn(monkeypatch, tmp_path, [near])
+    figure, _ = drawn(monkeypatch, figures.plot_comparison, tmp_path, [near])
+    (axis,) = figure.axes
     low, high = axis.get_ylim()
     assert axis.get_title() == "toy\n400 dev examples" and high - low >= 10 * 100 / 400
     far = near | {"data": {"dev": 10000}}
-    (axis,), _ = drawn(monkeypatch, tmp_path, [far])
+    figure, _ = drawn(monkeypatch, figures.plot_comparison, tmp_path, [far])
+    (axis,) = figure.axes
     assert axis.get_ylim()[1] - axis.get_ylim()[0] < 0.5  # one example of 400 is 25 of 10,000: nothing to widen
 
 
 def test_figure_names_a_variant_of_one_seed(tmp_path, monkeypatch):
     runs = [run("dense", 0, 0.5), *(run(name, seed, 0.5 + seed / 10) for name in ("none", "ce") for seed in (0, 1))]
-    (axis,), _ = drawn(monkeypatch, tmp_path, [record("toy", runs)])
+    figure, _ = drawn(monkeypatch, figures.plot_comparison, tmp_path, [record("toy", runs)])
+    (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["dense\n1 seed", "none", "ce"]
 
 
@@ -325,12 +320,14 @@ def test_figure_names_the_data_of_its_scores(tmp_path, monkeypatch):
         ((measured_once(), "last"), "test score in % (last)"),
         ((several_rates(), "last"), "dev score in % (last)"),
     ):
-        (axis,), _ = drawn(monkeypatch, tmp_path, [args[0]], *args[1:])
+        figure, _ = drawn(monkeypatch, figures.plot_comparison, tmp_path, [args[0]], *args[1:])
+        (axis,) = figure.axes
         assert axis.get_ylabel() == label
 
 
 def test_figure_joins_within_a_rate(tmp_path, monkeypatch):
-    (axis,), _ = drawn(monkeypatch, tmp_path, [several_rates()], "last")
+    figure, _ = drawn(monkeypatch, figures.plot_comparison, tmp_path, [several_rates()], "last")
+    (axis,) = figure.axes
     assert axis.get_ylabel() == "dev score in % (last)"
     assert [label.get_text() for label in axis.get_xticklabels()][:2] == ["none\nlr 2e-05", "ce\nlr 2e-05"]
     joined = [[x for x, _ in line] for line in points(axis, "-")]

@@ -8,7 +8,7 @@ from itertools import permutations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, without_pictures
+from conftest import close, drawn, without_pictures
 from sklearn.metrics import cohen_kappa_score
 from test_glue import data, model, plain, run, words  # noqa: F401  (fixtures)
 from test_lvlm import WORDS
@@ -357,16 +357,6 @@ def test_triples_are_disjoint():
     assert {row for three in seen for rows in three for row in rows} == set(range(11))
 
 
-def drawn(monkeypatch, records, target):
-    """The axes of the picture."""
-    figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    assert report.plot_probes(records, target) == target and target.read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.undo()
-    report.plt.close(figures[0])
-    return figures[0].axes
-
-
 def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
     """A line per setting, of all its runs, with standard errors where they are known; beside it the confusing tokens."""
     values = iter(torch.rand(99).tolist())
@@ -380,7 +370,9 @@ def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
     )
     cola["probes"].append({"loss": 9.0, "kappa": None, "error": None})
     lvlm = [{"config": {"experts": "split"}, "probes": [entry(loss, pictures=True)]} for loss in (0.5, 2.0)]
-    left, right = drawn(monkeypatch, [lvlm[0], cola, mrpc, lvlm[1]], tmp_path / "probe.png")
+    figure, path = drawn(monkeypatch, report.plot_probes, [lvlm[0], cola, mrpc, lvlm[1]], tmp_path / "probe.png")
+    assert path == tmp_path / "probe.png"
+    left, right = figure.axes
     own = {"LVLM, parts": lvlm[1]["probes"] + lvlm[0]["probes"]}
     own |= {f"GLUE, {one['config']['task']}": [one["probes"][i] for i in (1, 2, 0)] for one in (cola, mrpc)}
     assert [text.get_text() for text in left.get_legend().get_texts()] == [*own]

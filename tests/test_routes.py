@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, make_net, run, same_grads
+from conftest import drawn, make_batch, make_net, run, same_grads
 from torch import nn
 
 from lab.report import figures
@@ -236,24 +236,13 @@ def test_summary_is_json_and_nothing_recorded_is_no_modality():
 # ---- 3. Figures ----
 
 
-def drawn(monkeypatch, draw, *args):
-    """The figure that was saved, and its PNG."""
-    figure = []
-    monkeypatch.setattr(figures.plt, "close", figure.append)
-    path = draw(*args)
-    monkeypatch.undo()
-    figures.plt.close(figure[0])
-    assert path.read_bytes().startswith(b"\x89PNG")
-    return figure[0]
-
-
 def texts(axis):
     return [text.get_text().strip() for text in axis.texts]
 
 
 def test_figure_shows_load_and_paths(tmp_path, monkeypatch):
     found = summary(told(PATHS, MODALITY)) | {"layers": [f"model.layers.{i}.mlp" for i in (1, 3, 5)]}
-    figure = drawn(monkeypatch, figures.plot_routes, found, tmp_path / "routes.png")
+    figure, _ = drawn(monkeypatch, figures.plot_routes, found, tmp_path / "routes.png")
     load, paths, load_text, _ = figure.axes
     how = "expert 1 in the first MoE layer (layer 1), then expert 1 in the second MoE layer (layer 3), and so on."
     assert figure.get_supxlabel() == f"1-1-1 is a path: the token's first choice is {how}"
@@ -268,7 +257,7 @@ def test_figure_shows_load_and_paths(tmp_path, monkeypatch):
     assert sorted(texts(load)) == ["20"] * 2 + ["40"] * 5 + ["60"]
     assert [label.get_text() for label in paths.get_yticklabels()] == ["1-1-1", "2-0-3", "0-3-1"]
     assert texts(paths) == ["40.0", "40.0", "20.0"] and paths.get_title().endswith("together 100.0 %")
-    only = drawn(monkeypatch, figures.plot_routes, summary(told(PATHS, [0] * 8)), tmp_path / "routes.png", "ce-s0")
+    only, _ = drawn(monkeypatch, figures.plot_routes, summary(told(PATHS, [0] * 8)), tmp_path / "routes.png", "ce-s0")
     assert only.get_suptitle() == "ce-s0"
     assert [label.get_text() for label in only.axes[0].get_xticklabels()] == ["layer 0", "layer 1", "layer 2"]
     assert len(only.axes) == 2
@@ -278,7 +267,7 @@ def test_sheet_shows_every_picture_with_its_verdict(tmp_path, monkeypatch):
     row = {"question": "<image>\nWhat colour is it?", "answer": "red", "expected": "blue", "right": False, "kind": "vqa"}
     long = row | {"question": "many words " * 60, "answer": "$a_", "right": True, "kind": "caption"}
     images_N3SS = torch.randint(256, (5, 3, 6, 6), dtype=torch.uint8)
-    sheet = drawn(monkeypatch, figures.plot_sheet, images_N3SS, [row, long, row, row, row], tmp_path / "sheet.png")
+    sheet, _ = drawn(monkeypatch, figures.plot_sheet, images_N3SS, [row, long, row, row, row], tmp_path / "sheet.png")
     assert len(sheet.axes) == 5  # in one row
     wrong, right = sheet.axes[:2]
     assert texts(wrong) == ["\u2717 wrong (vqa)", "Q: What colour is it?\nA: red\nRight: blue"]
@@ -292,7 +281,7 @@ def test_sheet_shows_every_picture_with_its_verdict(tmp_path, monkeypatch):
     frames = [picture.spines["left"] for picture in pictures[:2]]
     assert frames[0].get_linestyle() != frames[1].get_linestyle() and frames[0].get_linewidth() > frames[1].get_linewidth()
     rows = [row | {"image": image} for image in (3, None, 3)]  # two questions about one picture, one about none
-    sheet = drawn(monkeypatch, figures.plot_sheet, images_N3SS, rows, tmp_path / "sheet.png")
+    sheet, _ = drawn(monkeypatch, figures.plot_sheet, images_N3SS, rows, tmp_path / "sheet.png")
     pictures = [axis.child_axes[0] for axis in sheet.axes]
     for picture in pictures[::2]:
         assert np.array_equal(picture.images[0].get_array(), images_N3SS[3].permute(1, 2, 0))
@@ -300,7 +289,7 @@ def test_sheet_shows_every_picture_with_its_verdict(tmp_path, monkeypatch):
     region = row | {"kind": "region", "boxes": [scenes.read_place("16 0 32 8"), scenes.read_place("bottom left")]}
     rows = [region, region | {"right": True}, region | {"boxes": [None, (0, 0, 1, 1)]}]
     rows = [row | {"image": 0} for row in rows + [row | {"right": True}] * 2 + [row | {"answer": "a " * 200}]]
-    sheet = drawn(monkeypatch, figures.plot_sheet, images_N3SS, rows, tmp_path / "sheet.png")
+    sheet, _ = drawn(monkeypatch, figures.plot_sheet, images_N3SS, rows, tmp_path / "sheet.png")
     boxes = [[box.get_bbox().extents.tolist() for box in axis.child_axes[0].patches] for axis in sheet.axes[:4]]
     top_right, bottom_left = [2.5, -0.5, 5.5, 1.0], [-0.5, 2.5, 2.5, 5.5]  # edges of pixels, of a picture with six a side
     assert boxes == [[top_right] * 2 + [bottom_left] * 2, [top_right] * 2, [[-0.5, -0.5, 5.5, 5.5]] * 2, []]
@@ -331,7 +320,7 @@ def test_curves_have_a_panel_for_what_was_logged(tmp_path, monkeypatch):
         (losses, [], ["router margin", "balance loss", "conflict loss"]),
     ):
         (tmp_path / "ce-s0.jsonl").write_text("\n".join(map(json.dumps, curve(range(1, 9), **more) + score)))
-        panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, record))
+        panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, record)[0])
         shown = [re.split("[:,\\n]", title)[0] for title in panels]
         assert sorted(shown) == sorted(["training loss", "conflict ratio", "share of pairs on the busiest expert", *labels])
         assert all(len(title.splitlines()) == 2 for title in panels)  # the second says what to look for
@@ -342,7 +331,7 @@ def test_curves_of_several_layers_have_a_line_for_each(tmp_path, monkeypatch):
     for own in runs:
         lines = curve(range(1, 40), depth=2)
         (tmp_path / f"{own['variant']}-s{own['seed']}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    figure = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs})
+    figure, _ = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs})
     panels = panels_of(figure)
     layers = panels["conflict ratio\nof each MoE layer, by its number"]
     assert [line.get_ydata()[0] for line in layers.lines] == pytest.approx([0.2, 0.4] * 2) and texts(layers) == ["1", "3"]
@@ -359,7 +348,7 @@ def test_curves_say_why_single_batches_go_up_and_down(tmp_path, monkeypatch):
     lines = [line | {"loss": float(i % 2)} for i, line in enumerate(curve(range(1, 39)))]
     (tmp_path / "ce-s0.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for config, said in (({"task": "rte"}, True), ({}, False)):
-        figure = drawn(monkeypatch, figures.plot_run, tmp_path, record | {"config": config})
+        figure, _ = drawn(monkeypatch, figures.plot_run, tmp_path, record | {"config": config})
         note = figure.legends[0].get_title().get_text()
         assert ("sentences of similar length" in note) == said and "averages over 5 logged points" in note
     values = figure.axes[0].lines[0].get_ydata()
@@ -371,8 +360,8 @@ def test_dice_have_no_margin(tmp_path, monkeypatch):
     for own in runs:
         lines = curve(range(1, 9), router_margin=0.5 if own["variant"] == "random" else 0.01)
         (tmp_path / f"{own['variant']}-s0.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs}))
+    panels = panels_of(drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs})[0])
     (margin,) = (axis for title, axis in panels.items() if title.startswith("router margin"))
     assert [line.get_label() for line in margin.lines] == ["none"]
-    figure = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs[1:]})
+    figure, _ = drawn(monkeypatch, figures.plot_run, tmp_path, {"name": "toy", "runs": runs[1:]})
     assert not any(title.startswith("router margin") for title in panels_of(figure))

@@ -441,7 +441,7 @@ def check(folder: Path) -> list[str]:
     rows = [row for row in (*evidence.glue_rows([setting]), *pictures.lvlm_rows([setting])) if row.verdict != NOT_RUN]
     rows = rows or [Row("-", "no claim of the paper is about this setting", "-", verdict="-", setting=setting)]
     table = [*header("in the paper", "claim", "paper", "here", "verdict", "see"), *join(rows, {id(setting): ""}, {})]
-    made_by = {", ".join(f"{name} {version}" for name, version in part["versions"].items()): 0 for part in parts}
+    made_by = dict.fromkeys(", ".join(f"{name} {version}" for name, version in part["versions"].items()) for part in parts)
     return [setting.title, "", *table, "", other_options(record["config"]), f"Made with {'; resumed with '.join(made_by)}."]
 
 
