@@ -238,6 +238,17 @@ def test_a_baseline_is_the_same_at_any_tau():
     assert settings[0.1, 0.01].gap("ce", "none").mean == settings[0.1, 0.01].gap("ce", "random").mean == pytest.approx(1.4)
 
 
+def test_the_loss_on_every_pair_is_the_same_at_any_tau():
+    """It compares no gradient with tau, but beta weighs it."""
+    base = a_picture_record({"none": NONE, "ce": NONE, "flat": plus(-1, -2, -1, -2, -1.5)})
+    more = [a_picture_record({"ce": plus(1, 2, 1, 2, 1)}, **option) for option in ({"tau": 0.1}, {"beta": 0.5})]
+    settings = claims.usable([part | {"runs": [one | {"commit": "a"} for one in part["runs"]]} for part in (base, *more)])
+    found = {(s.record["config"]["tau"], s.record["config"]["beta"]): s for s in settings}
+    assert found[0.1, 1.0].gap("ce", "flat").mean == pytest.approx(2.9) and found[0.1, 1.0].lent == {"none", "flat"}
+    assert found[0.0, 0.5].gap("ce", "flat") is None and found[0.0, 0.5].lent == {"none"}
+    assert any("flat of another tau" in line for line in found[0.1, 1.0].notes())
+
+
 def test_dice_are_the_same_at_any_alpha():
     """They have no balance loss. A baseline has: of another alpha it is compared, not lent."""
 

@@ -98,11 +98,13 @@ difference of one seed means anything."""
 def usable(records: list[dict]) -> list[Setting]:
     """The settings that compare something with the baseline, real data first. One that was run without a baseline has that
     of another beta or tau, which train it no differently, and so have dice. Dice have no balance loss, either: a baseline
-    without dice has those of another alpha. DynMoE's gate stands beside the cosine router as a variant."""
+    without dice has those of another alpha. The loss on every pair compares nothing with tau: a baseline without it has that
+    of another tau. DynMoE's gate stands beside the cosine router as a variant."""
     found = [Setting(record) for record in merge(records)]
     join_gates(found)
     lend(found, ("none", "random"), ("beta", "tau"), lambda setting: "none" not in setting.variants)
     lend(found, ("random",), ("alpha",), lambda setting: "none" in setting.variants and "random" not in setting.variants)
+    lend(found, ("flat",), ("tau",), lambda setting: "none" in setting.variants and "flat" not in setting.variants)
     found = [s for s in found if "none" in s.variants and len(s.variants) > 1]
     return sorted(found, key=lambda s: (s.record["name"].startswith("toy"), s.record["name"]))
 

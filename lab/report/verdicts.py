@@ -170,7 +170,7 @@ class Setting:
 
     @property
     def borrows(self) -> bool:
-        """Whether its baseline is that of another beta or tau, or its dice are those of another alpha."""
+        """Whether it has runs of another setting, whose training is the same."""
         return bool(self.lent)
 
     @property
@@ -280,8 +280,8 @@ class Setting:
 
     def notes(self) -> Iterator[str]:
         if self.borrows:
-            text = "Lent rows: the baseline of another beta or tau, whose training is the same, or dice of another alpha, "
-            yield text + "which have no balance loss."
+            text = "Lent rows are another setting's whose training is the same: the baseline of another beta or tau, "
+            yield text + "flat of another tau, dice of another beta, tau or alpha."
         for first, again in self.record["repeated"]:
             ends = [first.get("best") or first["last"], again.get("best") or again["last"], first["last"], again["last"]]
             best, last = (100 * (ends[i + 1]["score"] - ends[i]["score"]) for i in (0, 2))
