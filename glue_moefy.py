@@ -43,6 +43,8 @@ def make_parser() -> Parser:
     options.add_compare(parser)
     # Mixture-of-Experts
     options.add_moe(parser, num_experts=8, layers="10", router="cosine")
+    text = "dense models of --model's shape whose FFNs the experts copy in turn, instead of --model's: experts trained apart"
+    parser.add_argument("--experts-from", type=path("model"), nargs="+", metavar="MODEL", help=text)
     margin = "on CoLA 0.1 leaves 4 %% of the margin, 0.01 a fifth, 0.001 two thirds; the paper's 1 wrecks small models"
     options.add_method(parser, beta=0.1, why_beta=margin)
     # training
@@ -88,6 +90,7 @@ def parse(argv: list[str]):
             parser.error(f"--{flag} goes with --predict: leave it out, or add --predict FILE")
     options.check(parser, args)
     options.refuse_page(parser, args)
+    check_experts(parser, args)
     args.film = args.toy if args.film is None else args.film
     if args.toy and not args.compare and not args.variants[0].startswith("none"):
         args.variants.insert(0, "none")
@@ -103,6 +106,21 @@ def parse(argv: list[str]):
         if Path(args.model).is_dir() and not args.data_dir:
             hub_is_reachable(parser)  # sets offline mode for the data, if needed
     return args
+
+
+def check_experts(parser: Parser, args) -> None:
+    """An error where the flags contradict --experts-from."""
+    names = args.experts_from or []
+    if names and args.toy:
+        parser.error("--toy makes its own model: leave out --experts-from, or leave out --toy")
+    if names and (args.experts != "copy" or args.router == "dynmoe"):
+        flag = "--experts split" if args.experts != "copy" else "--router dynmoe"
+        parser.error(f"--experts-from copies whole FFNs to a fixed number of experts: leave it out, or {flag}")
+    if len(names) > args.num_experts:
+        fault = f"--experts-from names {len(names)} models for {args.num_experts} experts"
+        parser.error(f"{fault}: name fewer, or raise --num-experts")
+    for name in names:
+        options.check_model(parser, "--experts-from", name, GLUE_WAYS)
 
 
 def run_key(args, variant: str, lr: float, seed: int) -> str:
@@ -142,6 +160,7 @@ class Job:
     task: Task
     source: glue.Source
     spec: moefication.MoESpec
+    others: list[list[moefication.FFN]]  # of --experts-from
     encoded: dict
     card: use.TaskCard  # of the models that are saved
     folder: Path
@@ -199,7 +218,7 @@ def train_one(job: Job, variant: str, lr: float, seed: int) -> dict:
     model = job.source.load_model()
     if config is not None:
         router = "random" if variant == "random" else job.spec.router
-        model = moefication.moefy(model, replace(job.spec, seed=seed, router=router))
+        model = moefication.moefy(model, replace(job.spec, seed=seed, router=router), job.others)
     train, dev, order = glue.make_loaders(job.encoded, job.source.tokenizer, args.batch_size)
     steps = args.epochs * len(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=accelerator.device.type != "mps")
@@ -342,12 +361,15 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         glue.print_copies(source.splits, task)
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    return Job(args, name, task, source, spec, encoded, card, folder, accelerator, check, names)
+    others = glue.load_ffns(args.experts_from, spec, source.config)
+    return Job(args, name, task, source, spec, others, encoded, card, folder, accelerator, check, names)
 
 
 def made_from(job: Job) -> dict[str, str]:
     """The digests of what the runs are made from: data, and model."""
     found = {} if job.args.toy else runs.digests_of_model("--model", job.args.model)
+    for name in job.args.experts_from or ():
+        found |= runs.digests_of_model(f"--experts-from {name}", name)
     splits = job.source.splits.items()
     return found | {f"the data of {split}": glue.digest_of_split(dataset, job.task) for split, dataset in splits}
 
@@ -355,7 +377,7 @@ def made_from(job: Job) -> dict[str, str]:
 def run_task(job: Job) -> dict:
     """All runs on one task. Returns the record."""
     # a model that cannot be converted fails here, before anything is written
-    model = moefication.moefy(job.source.load_model(), replace(job.spec, split="contiguous"))
+    model = moefication.moefy(job.source.load_model(), replace(job.spec, split="contiguous"), job.others)
     parameters = moefication.count_parameters(model)
     del model
     with runs.claim_folder(job.folder, job.args.overwrite, job.accelerator, job.check, job.names):
@@ -372,6 +394,8 @@ def train_all(job: Job, parameters: moefication.Parameters) -> dict:
         say(f"{source.name}: {data['train']} train, {data['dev']} dev examples; {'tiny BERT' if args.toy else args.model}")
         million = (parameters.total / 1e6, parameters.active / 1e6)
         say(f"{job.spec}; {'{:.1f} M parameters, {:.1f} M active per token'.format(*million)}")
+        if args.experts_from:
+            say(f"the experts are, in turn, the FFNs of {', '.join(args.experts_from)}")
         runs.print_settings(args, accelerator.device, [make_config(args, variant) for variant in args.variants])
     for seed in args.seeds:
         for variant in args.variants:

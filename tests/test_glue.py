@@ -175,6 +175,30 @@ def test_options_run(words, tmp_path, flags):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
 
 
+def test_experts_from_other_models_are_trained_on(words, model, tmp_path, capsys):
+    """Expert e begins as the FFN of the e-th model, in turn; a run of other weights is not resumed."""
+    for i in (1, 2):
+        torch.manual_seed(i)
+        shutil.copytree(model, tmp_path / str(i))
+        BertForSequenceClassification(CONFIG).save_pretrained(tmp_path / str(i))
+    words += ["--experts-from", tmp_path / "1", tmp_path / "2", "--lr", "1e-30", "--epochs", "1"]
+    run([*words, "--save-model", "--variants", "none,random"])
+    assert f"the experts are, in turn, the FFNs of {tmp_path / '1'}, {tmp_path / '2'}" in capsys.readouterr().out
+    for variant in ("none", "random"):
+        experts = (
+            moefication.load_moefied(tmp_path / "out" / f"model-{variant}-s0").bert.encoder.layer[1].output.dense.experts
+        )
+        for e in range(4):
+            weights = load_file(tmp_path / str(1 + e % 2) / "model.safetensors")
+            ffn = weights["bert.encoder.layer.1.intermediate.dense.weight"]
+            assert torch.equal(experts.w_in_EDF[e].T, ffn), (variant, e)
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["config"]["experts_from"] == [str(tmp_path / "1"), str(tmp_path / "2")]
+    BertForSequenceClassification(CONFIG).save_pretrained(tmp_path / "2")
+    with pytest.raises(UserError, match="the weights or config of --experts-from .*2"):
+        run([*words, "--save-model", "--variants", "none,random", "--resume", "--seeds", "0", "1"])
+
+
 def test_limits_patience_and_collapse(words, data, tmp_path, capsys):
     """One label to learn: all dev examples get it, which is called out; and no epoch after the first one gains."""
     one = tmp_path / "one"
@@ -515,6 +539,12 @@ def test_bad_input_is_one_line_that_names_the_flag_and_writes_nothing(words, mod
         "--tau: 'nan' must be a number between": ["--tau", "nan"],
         "unrecognized arguments: --conflict": ["--conflict", "ce"],
         "--toy makes its own model and data": ["--toy"],
+        "--experts-from copies whole FFNs .*or --experts split": ["--experts-from", model, "--experts", "split"],
+        "--experts-from copies whole FFNs .*or --router dynmoe": ["--experts-from", model, "--router", "dynmoe"],
+        "--experts-from names 5 models for 4 experts": ["--experts-from", *[model] * 5],
+        "--experts-from .*nowhere: no such folder": ["--experts-from", model, tmp_path / "nowhere"],
+        "--experts-from .*other: its model_type is gpt2, that of --model is bert": ["--experts-from", tmp_path / "other"],
+        "--experts-from: the model .*cut cannot be loaded": ["--experts-from", model, tmp_path / "cut"],
         "--toy makes pairs in the format of rte": ["--toy", "--task", "cola"],
         "--precision fp16 needs a GPU": ["--precision", "fp16"],
     }

@@ -154,6 +154,31 @@ def test_experts_are_copies_of_the_ffn_or_its_parts(bias):
     assert torch.equal(copies.w_in_EDF[0], before) and copies.w_in_EDF.is_contiguous() and copies.w_in_EDF.requires_grad
 
 
+def test_experts_that_were_trained_apart_are_copies_of_their_models_ffns_in_turn(tmp_path):
+    """Everything else is the encoder's; no memory is shared, and a saved model needs the others no more."""
+    batch, spec = make_batch(), MoESpec("1,3", num_experts=5, top_k=1, router="cosine")
+    torch.manual_seed(5)
+    base, *others = (make_model() for _ in range(3))
+    dense = {name: value.clone() for name, value in base.state_dict().items()}
+    layers = {i: [moefication.bert_ffn(other.base_model.encoder.layer[i]) for other in others] for i in (1, 3)}
+    moe = moefy(base, spec, [moefication.ffns_of(other, spec) for other in others])
+    x_TD = torch.randn(9, 16, dtype=torch.float64)
+    for (i, ffns), layer in zip(layers.items(), moe_layers(moe), strict=True):
+        for e in range(5):
+            ffn, pairs = ffns[e % 2], stgc_plus.Pairs(torch.full((9, 1), e), torch.ones(9, 1, dtype=torch.float64), 5)
+            assert_same([layer.experts(x_TD, pairs)], [ffn.last(ffn.activation(ffn.first(x_TD)))])
+            assert not torch.equal(ffn.first.weight, dense[f"bert.encoder.layer.{i}.intermediate.dense.weight"])
+    same = [name for name, value in moe.state_dict().items() if name in dense and torch.equal(value, dense[name])]
+    assert len(same) == len(dense) - 2 * 4
+    moe.save_pretrained(tmp_path)
+    before = outputs(moe, batch)
+    for other in others:
+        for parameter in other.parameters():
+            parameter.data.zero_()
+    assert_same(outputs(moe, batch), before, 0)
+    assert_same(outputs(load_moefied(tmp_path), batch), before, 0)
+
+
 # ---- 3. Spec ----
 
 

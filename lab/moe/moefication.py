@@ -8,7 +8,8 @@
 Experts are full copies of the FFN (`copy`: sparse upcycling, as in DynMoE's GLUE runs and MoE-LLaVA) or parts of it
 (`split`: MoEfication, arXiv:2110.01786). Copies are averaged: their weights sum to 1, so the new layer equals the dense one
 for any router. Parts are added up: their weights sum to K and each has 1/K of the last bias, so K = E parts with equal
-weights equal the dense FFN.
+weights equal the dense FFN. Copies may also be those of other dense models' FFNs: experts that were trained apart, each on
+data of its own, and get a common router (Branch-Train-MiX, arXiv:2403.07816).
 
 Shapes as in stgc.py: E experts, D hidden size, F neurons (the FFN's size), N neurons of one expert; B, L batch and length.
 
@@ -17,7 +18,7 @@ Shapes as in stgc.py: E experts, D hidden size, F neurons (the FFN's size), N ne
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -143,6 +144,17 @@ def copy_ffn(ffn: FFN, num_experts: int) -> Experts:
     """
     neurons_F = torch.arange(ffn.first.out_features, device=ffn.first.weight.device)
     return gather_experts(ffn, neurons_F.expand(num_experts, -1))
+
+
+def join_ffns(ffns: Sequence[FFN], num_experts: int) -> Experts:
+    """E experts that are full copies of several FFNs of one shape: the first expert of the first FFN, the next of the next,
+    and so on, in turn. Like `copy_ffn` if there is one FFN."""
+    experts = copy_ffn(ffns[0], num_experts)
+    for e in range(num_experts):
+        one = copy_ffn(ffns[e % len(ffns)], 1)
+        for own, given in zip(experts.parameters(), one.parameters(), strict=True):
+            own.data[e] = given.data[0]
+    return experts
 
 
 def split_ffn(ffn: FFN, num_experts: int, top_k: int, split: str = "kmeans", seed: int = 0) -> Experts:
@@ -298,8 +310,8 @@ class PassMask:
 # ---- 5. Conversion ----
 
 
-def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
-    """The MoE layer for an FFN under a spec, on the FFN's device and in its dtype.
+def build_moe(ffn: FFN, spec: MoESpec, others: Sequence[FFN] = ()) -> MoELayer:
+    """The MoE layer for an FFN under a spec, on the FFN's device and in its dtype. `others`: FFNs to copy instead.
 
     The router is drawn from torch's default generator on the CPU, so a seed gives the same router on every device. For
     `split` a linear router starts at MoEfication's parameter centres: the mean of the normalised rows of each part.
@@ -310,7 +322,7 @@ def build_moe(ffn: FFN, spec: MoESpec) -> MoELayer:
     if spec.router == "dynmoe":
         return TopAnyLayer(copy_ffn(ffn, spec.max_experts), router)
     if spec.experts == "copy":
-        experts = copy_ffn(ffn, spec.num_experts)
+        experts = join_ffns(others or [ffn], spec.num_experts)
     else:
         experts = split_ffn(ffn, spec.num_experts, spec.top_k, spec.split, spec.seed)
         if spec.router == "linear":
@@ -336,28 +348,41 @@ def decoder_ffn(layer: nn.Module) -> FFN:
     raise ValueError(f"the language model's FFN, {what}, is not known: use a Llama, Mistral, Qwen, StableLM or Phi-like one")
 
 
-def install(model: PreTrainedModel, spec: MoESpec) -> None:
-    """Replaces the FFN in each layer of a checked spec. The library's dropout, residual and LayerNorm stay unchanged."""
+def bert_ffn(layer: nn.Module) -> FFN:
+    """The FFN of a BERT-like layer."""
+    return FFN(layer.intermediate.dense, layer.output.dense, layer.intermediate.intermediate_act_fn)
+
+
+def ffns_of(model: PreTrainedModel, spec: MoESpec) -> list[FFN]:
+    """The FFNs of a dense BERT-like model in the layers that the spec makes MoE layers."""
+    return [bert_ffn(model.base_model.encoder.layer[i]) for i in parse_layers(spec.layers, model.config.num_hidden_layers)]
+
+
+def install(model: PreTrainedModel, spec: MoESpec, others: Sequence[list[FFN]] = ()) -> None:
+    """Replaces the FFN in each layer of a checked spec. The library's dropout, residual and LayerNorm stay unchanged.
+    `others`: see `moefy`."""
     with torch.random.fork_rng(devices=[]):  # the routers use the CPU's generator; its state is restored
         torch.default_generator.manual_seed(spec.seed)
-        for i in parse_layers(spec.layers, model.config.get_text_config().num_hidden_layers):
+        for n, i in enumerate(parse_layers(spec.layers, model.config.get_text_config().num_hidden_layers)):
             if isinstance(model.config, LlavaConfig):
                 layer = model.base_model.language_model.layers[i]
                 layer.mlp = moe = build_moe(decoder_ffn(layer), spec).train(layer.training)
                 attention = layer.self_attn
             else:
                 layer = model.base_model.encoder.layer[i]
-                ffn = FFN(layer.intermediate.dense, layer.output.dense, layer.intermediate.intermediate_act_fn)
-                layer.intermediate = nn.Identity()
-                layer.output.dense = moe = build_moe(ffn, spec).train(layer.training)
+                moe = build_moe(bert_ffn(layer), spec, [ffns[n] for ffns in others]).train(layer.training)
+                layer.intermediate, layer.output.dense = nn.Identity(), moe
                 attention = layer.attention
             attention.register_forward_pre_hook(PassMask(moe), with_kwargs=True)
     model._weight_conversions = []  # otherwise transformers saves the names that the files had, such as gamma and beta
     baselines.share_samples(model)
 
 
-def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
+def moefy(model: PreTrainedModel, spec: MoESpec, others: Sequence[list[FFN]] = ()) -> PreTrainedModel:
     """Turns layers of a BERT-like encoder, with any head, or of a LLaVA's language model into MoE layers, in place.
+
+    `others`: the FFNs, by `ffns_of`, of dense models of the encoder's shape, which the experts copy in turn instead of its
+    own. Everything else stays the encoder's.
 
     Padding is known from the attention mask and is not routed. With `copy` and normalised weights the model's outputs do not
     change. Returns the model. It gets a config of its own, with the spec as `moe`. Raises the errors of `check_spec`.
@@ -366,7 +391,7 @@ def moefy(model: PreTrainedModel, spec: MoESpec) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is not a model of transformers; {SUPPORTED}")
     dense = model.config
     spec = check_spec(spec, dense)
-    install(model, spec)
+    install(model, spec, others)
     config = copy.deepcopy(dense)  # another model may share the old config
     config.__class__ = MOEFIED[dense.model_type]
     config.model_type = config.__class__.model_type  # a config read from a file has the old type as its own attribute

@@ -24,7 +24,7 @@ TRACKERS = "aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wand
 # flags that use a trained model, and train nothing
 USES = {"inspect", "html", "seed", "predict", "run", "output", "ask", "chat", "image"}
 # options that older records do not have, with their defaults
-NEWER = {"normalize": True, "lrs": None, "moe_from": "stage2", "max_experts": None}
+NEWER = {"normalize": True, "lrs": None, "moe_from": "stage2", "max_experts": None, "experts_from": None}
 
 
 def words(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lab.moe.moefication import FFN, MoESpec, ffns_of
 from lab.run.cli import GLUE_WAYS, UserError, is_offline, offline_message, say
 from lab.run.hub import Checkpoint, cache_of, fetch, from_hub
 from lab.run.runs import digest_of
@@ -161,6 +162,24 @@ def check_names(splits: dict[str, datasets.Dataset], task: Task, where: str) -> 
         say(f"note: f1 is that of class 1, {names[1]!r}")
 
 
+FRESH = {"new": r"^classifier\.|\bpooler\b", "dtype": torch.float32}  # what a classifier may draw anew; its dtype
+SHAPE = ("model_type", "hidden_size", "intermediate_size", "hidden_act", "num_hidden_layers")  # that FFNs have to share
+
+
+def load_ffns(names: list[str] | None, spec: MoESpec, config) -> list[list[FFN]]:
+    """The FFNs of --experts-from, model by model, as `moefy` reads them. UserError for a model that has not the shape of
+    --model, whose config this is."""
+    found = []
+    for checkpoint in (Checkpoint("--experts-from", name) for name in names or ()):
+        own = checkpoint.config("the model")
+        for key in SHAPE:
+            if (here := getattr(own, key, None)) != (wanted := getattr(config, key)):
+                checkpoint.refuse(f"its {key} is {here}, that of --model is {wanted}")
+        model = checkpoint.model("the model", AutoModelForSequenceClassification, own, **FRESH)
+        found.append(ffns_of(model, spec))
+    return found
+
+
 def load_source(name: str, task: Task, model: str, data_dir: str | None, check: Callable = lambda *_: None) -> Source:
     """A task's data and a model, from the hub or from folders. `check`s config and tokenizer before more is downloaded."""
     checkpoint, kind = Checkpoint("--model", model), "folder" if data_dir else "hub"
@@ -172,8 +191,7 @@ def load_source(name: str, task: Task, model: str, data_dir: str | None, check: 
     splits = load_splits(name, task, data_dir)
     names = label_names(splits, task) or ["LABEL_0"]
     config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
-    options = {"new": r"^classifier\.|\bpooler\b", "dtype": torch.float32}
-    load = partial(checkpoint.model, "the model", AutoModelForSequenceClassification, config, **options)
+    load = partial(checkpoint.model, "the model", AutoModelForSequenceClassification, config, **FRESH)
     return Source(name, kind, config, load, tokenizer, splits)
 
 

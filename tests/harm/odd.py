@@ -76,7 +76,7 @@ def nothing_is_allocated_for_a_sketch(*, good):
 
 def flags_that_do_not_go_together(flags, message, *, capsys):
     for script, words in ((glue_moefy, ["--task", "rte", "--toy"]), (toy_lvlm, [])):
-        if script is toy_lvlm or "capacity" not in flags:
+        if ("--experts-from" if script is toy_lvlm else "--capacity") not in flags:  # which it has not
             with stopped(capsys, message):
                 script.parse([*words, *flags.split()])
 
@@ -518,6 +518,7 @@ CASES = {
         ("--router dynmoe --capacity 0.5", "--capacity needs a fixed number of experts per token"),
         ("--select all --gradients weight", "--select all reads no gradients: leave out --gradients weight, or --select"),
         ("--select all --conflict-loss reroute", "reads no gradients: leave out --conflict-loss reroute, or --select"),
+        ("--experts-from tests", "--toy makes its own model: leave out --experts-from, or leave out --toy"),
     ],
     captions_that_are_cut_are_counted: [(10, 0), (75, 0), (77, 2), (300, 2)],
     picture_word_in_a_question: [("what is it?", 0), (f"{IMAGE} what is it?", 1), (f"a{IMAGE}b{IMAGE}", 1)],
