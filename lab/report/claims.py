@@ -450,12 +450,14 @@ def check(folder: Path) -> list[str]:
 def find_fault(setting: Setting) -> str:
     """What is missing, double or impossible in a record, with the fix; empty if nothing is."""
     config, runs = setting.record["config"], setting.record["runs"]
-    for at, run in enumerate(runs):
-        if any(all(run[key] == before[key] for key in ("variant", "seed", "lr")) for before in runs[:at]):
+    done = set()
+    for run in runs:
+        key = (run["variant"], run["lr"], run["seed"])
+        if key in done:
             return f"{run['variant']}, seed {run['seed']} is there twice; give the record as it was written"
         if not all(abs(scores["score"]) <= 1 for scores in (run.get("best") or run["last"], run["last"])):
             return f"a score of {run['variant']}, seed {run['seed']} is not in [-1, 1]; give the record as it was written"
-    done = {(run["variant"], run["lr"], run["seed"]) for run in runs}
+        done.add(key)
     rates = config.get("lrs") or sorted({lr for _, lr, _ in done})
     for variant, lr in product(config.get("variants") or [], rates):
         if lacking := [seed for seed in config.get("seeds", []) if (variant, lr, seed) not in done]:
