@@ -340,8 +340,16 @@ def test_a_row_says_what_stands_in_no_mean():
 def test_a_setting_names_its_model_and_router():
     one = a_record(none=NONE)
     names = {"model": "models/all-MiniLM-L6-v2"}, {"model": "google-bert/bert-large-cased", "router": "linear"}
-    briefs = [Setting(records.merge([one | {"config": one["config"] | more}])[0]).brief for more in names]
-    assert briefs == ["cola, 8Top2", "cola, bert-large-cased, 8Top2, linear router"]
+    settings = [
+        Setting(records.merge([one | {"config": one["config"] | more}])[0])
+        for more in (*names, {"experts_from": ["a", "b"]})
+    ]
+    assert [setting.brief for setting in settings] == [
+        "cola, 8Top2",
+        "cola, bert-large-cased, 8Top2, linear router",
+        "cola, m, 8Top2, experts trained apart",
+    ]
+    assert [setting.title.endswith("experts from 2 models") for setting in settings] == [False, False, True]
 
 
 def test_runs_from_two_dense_models_are_no_pair():

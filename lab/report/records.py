@@ -60,6 +60,7 @@ MODEL = "all-MiniLM-L6-v2"  # of the recorded runs on GLUE
 USUAL = {  # options that a title names where they differ from these
     "moe_layers": ("2", "every-second"),
     "experts": ("copy",),
+    "experts_from": (None,),
     "train": ("moe",),
     "moe_from": ("stage2",),
     "normalize": (True,),
@@ -76,6 +77,7 @@ def unusual(record: dict) -> list[str]:
     """What a title says of a record's options, such as "experts split"."""
     config = record["config"]
     odd = {key: config[key] for key, usual in USUAL.items() if config.get(key, usual[0]) not in usual}
+    odd = {key: f"{len(value)} models" if key == "experts_from" else value for key, value in odd.items()}
     return [f"{key.replace('_', ' ')} {value}" for key, value in odd.items()]
 
 

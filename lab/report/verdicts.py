@@ -163,6 +163,7 @@ class Setting:
         usual = "cosine" if "epochs" in config else "linear"  # the default of glue_moefy.py, of toy_lvlm.py
         more = [] if config.get("toy") or Path(config.get("model", MODEL)).name == MODEL else [Path(config["model"]).name]
         more += [f"{config['num_experts']}Top{config['top_k']}", *["parts"] * (config.get("experts") == "split")]
+        more += ["experts trained apart"] if config.get("experts_from") else []
         more += [f"{config['router']} router"] if config.get("router", usual) != usual else []
         more += [] if config["top_k"] > 1 or config.get("normalize", True) else ["weight not 1"]
         more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
