@@ -110,10 +110,12 @@ def parse(argv: list[str]):
 
 def check_experts(parser: Parser, args) -> None:
     """An error where the flags contradict --experts-from."""
-    names = args.experts_from or []
-    if names and args.toy:
+    names = args.experts_from
+    if not names:
+        return
+    if args.toy:
         parser.error("--toy makes its own model: leave out --experts-from, or leave out --toy")
-    if names and (args.experts != "copy" or args.router == "dynmoe"):
+    if args.experts != "copy" or args.router == "dynmoe":
         flag = "--experts split" if args.experts != "copy" else "--router dynmoe"
         parser.error(f"--experts-from copies whole FFNs to a fixed number of experts: leave it out, or {flag}")
     if len(names) > args.num_experts:

@@ -150,7 +150,7 @@ def join_ffns(ffns: Sequence[FFN], num_experts: int) -> Experts:
     """E experts that are full copies of several FFNs of one shape: the first expert of the first FFN, the next of the next,
     and so on, in turn. Like `copy_ffn` if there is one FFN."""
     experts = copy_ffn(ffns[0], num_experts)
-    for e in range(num_experts):
+    for e in (e for e in range(num_experts) if e % len(ffns)):  # the others are copies of the first already
         one = copy_ffn(ffns[e % len(ffns)], 1)
         for own, given in zip(experts.parameters(), one.parameters(), strict=True):
             own.data[e] = given.data[0]
