@@ -353,6 +353,7 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
     set_seed(args.seeds[0])
     source = toy_source() if args.toy else glue.load_source(name, task, args.model, args.data_dir, partial(make_spec, args))
     spec = make_spec(args, source.config, source.tokenizer)
+    others = glue.load_ffns(args.experts_from, spec, source.config)
     limits = {"train": args.max_train_samples, **dict.fromkeys(task.dev, args.max_eval_samples)}
     for split, dataset in source.splits.items():
         source.splits[split] = dataset.select(range(min(len(dataset), limits[split] or len(dataset))))
@@ -363,7 +364,6 @@ def prepare(args, name: str, folder: Path, accelerator) -> Job:
         glue.print_copies(source.splits, task)
     with accelerator.main_process_first():
         encoded = glue.tokenize(source.splits, task, source.tokenizer, args.max_length)
-    others = glue.load_ffns(args.experts_from, spec, source.config)
     return Job(args, name, task, source, spec, others, encoded, card, folder, accelerator, check, names)
 
 

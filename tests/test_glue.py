@@ -199,6 +199,15 @@ def test_experts_from_other_models_are_trained_on(words, model, tmp_path, capsys
         run([*words, "--save-model", "--variants", "none,random", "--resume", "--seeds", "0", "1"])
 
 
+def test_other_models_are_checked_before_the_data_are_tokenized(words, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(glue, "tokenize", lambda *_: pytest.fail("the data are tokenized"))
+    shutil.copytree(model, tmp_path / "wide")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"intermediate_size": 7}))
+    with pytest.raises(UserError, match="--experts-from .*wide: its intermediate_size is 7, that of --model is"):
+        run([*words, "--experts-from", tmp_path / "wide"])
+
+
 def test_limits_patience_and_collapse(words, data, tmp_path, capsys):
     """One label to learn: all dev examples get it, which is called out; and no epoch after the first one gains."""
     one = tmp_path / "one"
