@@ -90,6 +90,18 @@ def test_rows_of_a_setting():
     assert row.verdict == NO_ROUTING and "minus random +2.7" in row.here
 
 
+def test_a_part_of_a_task_has_a_row_of_its_own():
+    """Its claim says of how many examples; without STGC there is none."""
+    record = a_record(none=NONE, ce=plus(1, 2, 1, 2, 1)) | {"name": "mnli-8k", "data": {"train": 8000, "dev": 1000}}
+    rows = evidence.glue_rows([Setting(records.merge([record])[0])])
+    assert [row.claim for row in rows if row.verdict != NOT_RUN] == [
+        "STGC gains on MNLI, trained on 8,000 of its 392,702 examples"
+    ]
+    without = record | {"runs": [one | {"variant": one["variant"].replace("ce", "random")} for one in record["runs"]]}
+    rows = evidence.glue_rows([Setting(records.merge([without])[0])])
+    assert [row.verdict for row in rows] == [NOT_RUN] * 5
+
+
 def a_picture_record(scores, **config):
     """A record of the toy LVLM: variant -> score in % per seed."""
     one = a_record(**scores)

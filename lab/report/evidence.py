@@ -12,6 +12,7 @@ from lab.report.compare import COLUMNS, PUBLISHED, Paired
 from lab.report.records import RESULTS, ends_of
 from lab.report.tables import read_bench, spread
 from lab.report.verdicts import (
+    NOT_RUN,
     NOT_TESTABLE,
     Row,
     Setting,
@@ -34,18 +35,23 @@ from lab.text.tasks import TASKS
 
 
 def glue_rows(settings: list[Setting]) -> list[Row]:
-    """Table 12: each of the paper's tasks."""
+    """Table 12: each of the paper's tasks, and where a part of its data was trained on, that."""
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
-    found = []
+    own, found = [setting for setting in settings if not setting.borrows], []
     for i, (name, title) in enumerate(COLUMNS.items()):
-        own = [s for s in settings if s.record["name"] == name and is_whole(s) and not s.borrows]
-        found += gain_rows(Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}"), own)
+        row = Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}")
+        found += gain_rows(row, [setting for setting in own if setting.record["name"] == name and is_whole(setting)])
+        parts = [setting for setting in own if setting.record["name"].startswith(f"{name}-") and not is_whole(setting)]
+        for size in sorted({setting.record["data"]["train"] for setting in parts}):
+            part = replace(row, claim=f"{row.claim}, trained on {size:,} of its {TASKS[name].rows:,} examples")
+            same = [setting for setting in parts if setting.record["data"]["train"] == size]
+            found += [one for one in gain_rows(part, same) if one.verdict != NOT_RUN]
     return found
 
 
 def is_whole(setting: Setting) -> bool:
     """Whether it was trained on all data of its task."""
-    return setting.record["data"]["train"] == TASKS[setting.record["name"]].rows
+    return setting.record["data"]["train"] == TASKS[setting.record["name"].split("-")[0]].rows
 
 
 def gate_rows(settings: list[Setting]) -> list[Row]:
