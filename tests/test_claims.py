@@ -1,6 +1,7 @@
 """docs/claims.md: the rule of its verdicts, and that the page is what the records say."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -38,7 +39,8 @@ def gap(low, high, seeds=10):
         ((-3, -1), (-1, 1), None, (-1, 1), (1, 2), "not reproduced"),
         ((0.5, 1.5), (0.1, 1), None, (-1, 1), None, "smaller than the paper's"),
         ((1, 3), (0.1, 1), (0.2, 1), (-1, 1), (0.1, 1), "reproduced"),
-        ((1, 3), (0.1, 1), None, (-1, 1), None, "reproduced"),
+        ((1, 3), (0.1, 1), (0.2, 1), (-1, 1), None, "reproduced"),
+        ((1, 3), (0.1, 1), None, (-1, 1), None, "a gain, the selection undecided"),  # without flat
         ((1, 3), (0.1, 1), (-0.2, 1), (-1, 1), None, "a gain, the selection undecided"),
         ((1, 3), None, (0.2, 1), None, None, "a gain, the selection undecided"),  # without a placebo
         ((1, 3), (-1, 1), None, (0.5, 2), None, "the control does as well"),
@@ -82,7 +84,7 @@ def test_rows_of_a_setting():
     assert (
         row.where == "table 12"
         and row.here.startswith("+2.9 [+2.6, +3.2], half width 0.3, 5 seeds")
-        and row.verdict == "reproduced (dice not run, flat not run)"
+        and row.verdict == "a gain, the selection undecided (dice not run, flat not run)"
     )
     assert [other.verdict for other in others] == [NOT_RUN] * 4
     random = a_record(none=none, ce=ce, placebo=none, random=[10, 12, 11, 14, 10])
@@ -126,7 +128,12 @@ def plus(*gaps):
     ("weak", "strong", "dice", "verdict"),
     [
         (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), None, "reproduced (dice not run)"),  # beta 1 has +2 or so
-        (plus(9, 8, 9, 8, 9), plus(0, 0.5, 0, 0.5, 0), None, "reproduced (dice not run)"),  # the paper did not try 0.1
+        (
+            plus(9, 8, 9, 8, 9),
+            plus(0, 0.5, 0, 0.5, 0),
+            None,
+            "reproduced (beta 0.1, not tried there, better) (dice not run)",
+        ),
         (plus(0, 1, 0, 1, 0), plus(0, 0.5, 0, 0.5, 0), plus(-4, -5, -4, -5, -4), "reproduced"),
         (plus(0, 1, 0, 1, 0), plus(4, 3, 4, 3, 4.5), None, "not reproduced (dice not run)"),
         (plus(0, 1, 0, 1, 0), plus(2, 1, 2, 2, 3), None, "inconclusive (dice not run)"),
@@ -166,7 +173,7 @@ def test_rows_of_sample_level_routings():
 @pytest.mark.parametrize(
     ("ce", "placebo", "dice", "verdict"),
     [
-        (plus(11, 12, 11, 12, 11), NONE, -4, "reproduced (flat not run)"),
+        (plus(11, 12, 11, 12, 11), NONE, -4, "a gain, the selection undecided (flat not run)"),
         (plus(3, 4, 3, 4, 3), NONE, -4, "smaller than the paper's"),
         (plus(11, 12, 11, 12, 11), plus(12, 11, 12, 11, 12), -4, "the control does as well"),
         (plus(0, 1, -1, 1, 0), NONE, -4, "not reproduced"),  # its end lies below the paper's 10.9
@@ -232,10 +239,15 @@ def test_many_measurements_of_a_claim_are_folded():
     parts = [(f"+{i}", verdict, "", settings[i], f"{i}.png") for i, verdict in enumerate(verdicts)]
     rows = [Row("figure 6", "x", "y", *part) for part in parts]
     (few,), (many,) = (list(join(own, tags, {})) for own in (rows[4:], rows))
-    same = "cola, m, 8Top2, beta 0.1"  # m: the model
+    same = "CoLA, m, 8Top2, beta 0.1"  # m: the model
     assert f"S4 ({same}): +4<br>S5 ({same}): +5 | S4: reproduced<br>S5: not reproduced | [S4](#s4)<br>[S5](#s5)<br>[" in few
     assert many.endswith("</details> | reproduced: 5 of 6<br>not reproduced: 1 of 6 | [picture](../results/0.png) |")
-    assert f"<summary>6 measurements</summary>[S0](#s0), [picture](../results/0.png) ({same}): +0: reproduced<br>" in many
+    assert (
+        f" | [S0](#s0), [picture](../results/0.png) ({same}): +0: reproduced<details><summary>5 more</summary>[S1]" in many
+    )
+    rows[3].setting.record["runs"] += a_record(ce=NONE)["runs"]
+    rows[4] = replace(rows[4], verdict=NOT_RUN, setting=rows[3].setting)
+    assert " | [S3](#s3), [picture]" in next(join(rows, tags, {}))  # the most variants, of those with a verdict
     assert many.count("|") == few.count("|") == 7
 
 
@@ -280,7 +292,10 @@ def test_dice_are_the_same_at_any_alpha():
     rows = pictures.sweep_rows(settings)
     assert [row.verdict for row in rows if row.where == "table 8"] == ["reproduced"]
     (row,) = (row for row in rows if "weight of the balance loss" in row.claim)
-    assert row.here.startswith("alpha 0: +1.4 [+0.7, +2.1], half width 0.7, 5 seeds (baseline 81.2 ± 1.9); alpha 0.01: +0.0")
+    assert row.here.startswith(
+        "alpha 0: +1.4 [+0.7, +2.1], half width 0.7, 5 seeds (baseline 81.2 ± 1.9; minus random +5.8 ["
+    )
+    assert "; baseline minus random +4.4 [+3.7, +5.1]); alpha 0.01: +0.0" in row.here
     assert row.verdict == "measured"
     (row,) = (row for row in pictures.sweep_rows(claims.usable(parts_of(NONE))) if "weight of the balance loss" in row.claim)
     assert row.verdict == NO_ROUTING
@@ -347,6 +362,32 @@ def test_a_row_says_what_stands_in_no_mean():
         one["last"] = {"score": last + one["seed"] / 100 + (one["seed"] == 1) / 50 * (one["variant"] == "ce")}
     (row, *_) = evidence.glue_rows([Setting(records.merge([record])[0])])
     assert row.here.endswith("; ce answers one class alone in 2 of 5 runs") and row.verdict == NO_ROUTING
+    alone = a_record(none=NONE[:1], ce=plus(3)[:1])
+    alone["runs"] = [one | {"collapsed": one["variant"] == "none"} for one in alone["runs"]]
+    (row, *_) = evidence.glue_rows([Setting(records.merge([alone])[0])])
+    assert row.here == "+3.0 (one seed); ce 83.0, baseline 80.0; baseline answers one class alone in 1 of 1 runs"
+
+
+def test_the_table_of_a_setting_tells_the_last_epoch_and_repeated_seeds():
+    """Best epochs have a column of differences at the last one; a difference over repeated runs is marked."""
+    record = a_record(none=NONE, ce=plus(1, 2, 1, 2, 1))
+    once, again = (json.loads(json.dumps(record)) for _ in range(2))
+    again["runs"] = [again["runs"][0] | {"loss": [9.0, 9.0]}]  # seed 0 of the baseline, ten points better
+    again["runs"][0]["last"]["score"] += 0.1
+    for part in (once, again):
+        part["runs"] = [one | {"commit": "a", "loss": one.get("loss", [1.0, 0.5])} for one in part["runs"]]
+        for one in part["runs"]:
+            one["best"] = one["last"]
+    setting = Setting(records.merge([once, again])[0])
+    head, _, none, ce = setting.table()
+    assert "minus baseline, last" not in head and none.startswith("| baseline | 5 | 81.2 ± 1.9 |")
+    assert "| +0.4 [-2.7, +3.5]* |" in ce  # once over five pairs, with seed 0 the mean of two
+    losses = [line.split(" | ")[1] for line in [*setting.training()][2:]]
+    assert losses == ["0.500 ± 0.000", "0.500 ± 0.000"]  # a seed counts once
+    for one in once["runs"]:
+        one["best"] = one["last"] | {"score": 0.9 + one["seed"] / 100}
+    head, _, none, ce = Setting(records.merge([once])[0]).table()
+    assert head.endswith("| minus baseline, last |") and ce.endswith("| +1.4 [+0.7, +2.1] |") and none.endswith("| - |")
 
 
 def test_a_setting_names_its_model_and_router():
@@ -357,9 +398,9 @@ def test_a_setting_names_its_model_and_router():
         for more in (*names, {"experts_from": ["a", "b"]})
     ]
     assert [setting.brief for setting in settings] == [
-        "cola, 8Top2",
-        "cola, bert-large-cased, 8Top2, linear router",
-        "cola, m, 8Top2, experts trained apart",
+        "CoLA, 8Top2",
+        "CoLA, bert-large-cased, 8Top2, linear router",
+        "CoLA, m, 8Top2, experts trained apart",
     ]
     assert [setting.title.endswith("experts from 2 models") for setting in settings] == [False, False, True]
 
@@ -471,9 +512,15 @@ def test_rows_of_saved_models():
     arms = ("no conflicting", "no random", "no random of equal length")
 
     def found(gap, **confusing):
-        harm = {"sizes": [0.1, 0.2], "fresh": {arm: {"minus_all": [[0.0, 0.0], gap]} for arm in arms}}
+        fresh = {arm: {"minus_all": [[0.2, 0.1], gap, [0.3, 0.1]]} for arm in arms}
+        harm = {"sizes": [0.1, 0.2, 0.4], "fresh": fresh | {"before": 0.7, "all": {"loss": [0.6, 0.5, 0.8]}}}
         probes = [one | {"harm": harm, "confusing": one["confusing"] | confusing}]
-        return [row.verdict for row in evidence.saved_rows([{"name": "lvlm", "probes": probes}])]
+        rows = evidence.saved_rows([{"name": "lvlm", "probes": probes}])
+        assert (
+            "; a step of 0.1 or 0.4: +0.2000, +0.3000; the loss before 0.7000, after the step with all 0.5000; "
+            in rows[-1].here
+        )
+        return [row.verdict for row in rows]
 
     assert found([-0.03, 0.01]) == ["measured", "measured", "reproduced", "reproduced"]
     assert found([-0.03, 0.02], other=3.0) == ["measured", "measured", "not reproduced", "inconclusive"]

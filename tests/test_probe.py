@@ -369,12 +369,14 @@ def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
         {"config": {"task": name}, "probes": [entry(0.2), entry(0.7, False), entry(0.4)]} for name in ("cola", "mrpc")
     )
     cola["probes"].append({"loss": 9.0, "kappa": None, "error": None})
-    lvlm = [{"config": {"experts": "split"}, "probes": [entry(loss, pictures=True)]} for loss in (0.5, 2.0)]
+    lvlm = [
+        {"config": {"experts": "split", "num_experts": 8}, "probes": [entry(loss, pictures=True)]} for loss in (0.5, 2.0)
+    ]
     figure, path = drawn(monkeypatch, report.plot_probes, [lvlm[0], cola, mrpc, lvlm[1]], tmp_path / "probe.png")
     assert path == tmp_path / "probe.png"
     left, right = figure.axes
-    own = {"LVLM, parts": lvlm[1]["probes"] + lvlm[0]["probes"]}
-    own |= {f"GLUE, {one['config']['task']}": [one["probes"][i] for i in (1, 2, 0)] for one in (cola, mrpc)}
+    own = {"toy LVLM, 8 parts": lvlm[1]["probes"] + lvlm[0]["probes"]}
+    own |= {name: [one["probes"][i] for i in (1, 2, 0)] for name, one in (("CoLA", cola), ("MRPC", mrpc))}
     assert [text.get_text() for text in left.get_legend().get_texts()] == [*own]
     assert "kappa" in left.get_ylabel() and all("loss" in axis.get_xlabel() for axis in (left, right))
     assert left.xaxis_inverted() and right.xaxis_inverted()
@@ -387,7 +389,8 @@ def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
     assert len({bars.lines[0].get_color() for bars in left.containers}) == 3
     lines = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
     for key, whose in report.WHOSE.items():
-        assert lines.pop(f"LVLM, parts: {whose}") == [[one["loss"], one["confusing"][key]] for one in own["LVLM, parts"]]
+        tokens = [[one["loss"], one["confusing"][key]] for one in own["toy LVLM, 8 parts"]]
+        assert lines.pop(f"toy LVLM, 8 parts: {whose}") == tokens
     assert not lines
 
 

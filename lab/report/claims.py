@@ -18,7 +18,7 @@ from lab.bench.regimes import find_hits
 from lab.moe.probe import mean_of
 from lab.report import evidence, pictures, regimes
 from lab.report.compare import Paired
-from lab.report.records import RESULTS, key_of, merge, read_all
+from lab.report.records import RESULTS, key_of, merge, probes_of, read_all
 from lab.report.tables import fold, header, spread
 from lab.report.verdicts import (
     NOT_RUN,
@@ -43,19 +43,19 @@ from lab.run.runs import ROOT, read_record
 
 HEAD = """# The paper, claim by claim
 
-The models here have a few thousand to 31 million parameters, each trained on one kind of data; only the measurements of time
+The models here have a few thousand to 44 million parameters, each trained on one kind of data; only the measurements of time
 and memory (table 11) are of larger ones. Nothing here says what happens at 1.6 billion.
 """
 WORDS = """\
-Words: *ce* is STGC with the paper's loss in two passes, *ce-one* in one pass (`stgc_plus.py`), *mse* and *reroute* are
-other losses. The *placebo* (placebo-mse, ...) gives the same loss to as many pairs drawn by dice, *flat* to all pairs;
-*random*, or dice, draws the experts of each token and has no loss of the router. *8Top2*: 8 experts, 2 per token. A
-*linear* or *cosine* router scores them. Experts are *copies* of one FFN, or *parts* of it: split by its neurons.
-Stages I, II, III: as in MoE-LLaVA, the last trains the experts. The *conflict ratio* is the share of flagged pairs,
-*consistency* the mean cosine of the gradients on an expert. *Weight not 1*: with 1 expert per token and no
-normalization, a level router also shrinks the layer's output, which dice do not. *Points*: 100 times Matthews'
-correlation (CoLA), the mean of accuracy and F1 (MRPC), % of right answers (the others). The toy LVLM is scored once, at
-its end.
+Words: MiniLM is `all-MiniLM-L6-v2`, which was trained on pairs of sentences, MNLI's among them. *ce* is STGC with the
+paper's loss in two passes, *ce-one* in one pass (`stgc_plus.py`), *mse* and *reroute* are other losses. The *placebo*
+(placebo-mse, ...) gives the same loss to as many pairs drawn by dice, *flat* to all pairs; *random*, or dice, draws the
+experts of each token and has no loss of the router. *8Top2*: 8 experts, 2 per token. A *linear* or *cosine* router
+scores them. Experts are *copies* of one FFN, or *parts* of it: split by its neurons. Stages I, II, III: as in MoE-LLaVA,
+the last trains the experts. The *conflict ratio* is the share of flagged pairs, *consistency* the mean cosine of the
+gradients on an expert. *Weight not 1*: with 1 expert per token and no normalization, a level router also shrinks the
+layer's output, which dice do not. *Points*: 100 times Matthews' correlation (CoLA), the mean of accuracy and F1 (MRPC),
+% of right answers (the others). The toy LVLM is scored once, at its end.
 
 `python -m lab.report.claims` writes this page from the records in `results/`. In the commands `models/` and `data/`
 are local copies of the hub's `sentence-transformers/all-MiniLM-L6-v2` and `nyu-mll/glue`, and `runs/` holds what other
@@ -70,9 +70,10 @@ a router whose scores are nearly equal: its *margin* (the probability of the las
 not chosen) shrinks as beta grows, and tokens keep changing experts (*moved*: the share of a batch's tokens whose first
 expert differs some steps later).
 
-Restless routing may help where a model overfits few noisy data, and it costs where experts have learnt different things.
-The placebo and flat do the same to the router, so what is STGC's own is the difference to these, not to the baseline. Below
-are medians of small synthetic settings (`results/regimes.json`), without Top-1 whose weight is not 1."""
+Restless routing can help where a model overfits few noisy data (below, dice do; the levelled router hardly), and it costs
+where experts have learnt different things. The placebo and flat do the same to the router, so what is STGC's own is the
+difference to these, not to the baseline. Below are medians of small synthetic settings (`results/regimes.json`), without
+Top-1 whose weight is not 1."""
 RULE = """\
 A score is compared by paired 95 % t-intervals over the seeds. The first rule that fits gives the verdict:
 
@@ -209,12 +210,22 @@ def say_gains(settings: list[Setting]) -> str:
 def say_routing(settings: list[Setting]) -> str:
     dice = own_gaps(settings, "none", "random")
     lead = [setting for setting, gap in dice if gap.low > 0]
-    text = f"The learned router beats dice in {len(lead)} of the {len(dice)} trained settings that were run with dice"
+    text = (
+        f"The learned router beats dice in {len(lead)} of the {len(dice)} settings with text or pictures that have both in "
+    )
+    text += "two seeds or more"
     gaps = [(setting, gap) for setting in lead if (gap := setting.gap("ce", "none"))]
     if gaps:
-        betas = listed([f"{beta:g}" for beta in sorted({setting.record["config"]["beta"] for setting, _ in gaps})])
+        gaps.sort(key=lambda pair: pair[0].record["config"]["top_k"] == 1)  # its weight may not be 1
+        betas = listed([f"{beta:g}" for beta in sorted({one.record["config"]["beta"] for one, _ in gaps})])
         text += f"; there STGC at beta {betas} minus the baseline is "
         text += listed([f"{say_gap(gap)} points ({setting.brief})" for setting, gap in gaps])
+    if below := [-gap.mean for setting in lead if (gap := pictures.above_dense(setting)) and gap.mean < 0]:
+        least, most = (f"{value:.0f}" for value in (min(below), max(below)))
+        text += (
+            f"; in {len(below)} of them the baseline lies {least if least == most else f'{least} to {most}'} points below "
+        )
+        text += "the dense model that its experts were cut from"
     return f"{text}."
 
 
@@ -222,17 +233,22 @@ def say_selection(settings: list[Setting], search: Search) -> str:
     known, hits = own_gaps(settings, "ce", "placebo"), max(search.hits.values())
     above = [f"{say_gap(gap)} points, {setting.brief}" for setting, gap in known if is_above(gap)]
     text = "STGC beats its placebo, the same loss on as many pairs drawn by dice, in "
-    text += f"{len(above)} of the {len(known)} trained settings that were run with both"
+    text += f"{len(above)} of the {len(known)} such settings that have both in two seeds or more"
     text += f" ({listed(above)}; by chance {len(known) / 40:.1f})" if above else ""
     many = f"at most {hits}" if hits else "none"
     return f"{text}; it beats placebo and baseline in {many} of {search.settings} synthetic ones."
 
 
 def say_flags(records: list[dict]) -> str:
-    ends = kappa_ends(records)
-    early, late = (listed([f"{both[at]:.2f} ({name})" for name, both in ends.items()]) for at in (0, 1))
-    text = "Would other batches flag the same tokens? Kappa, their agreement beyond chance (1 is full), is "
-    return f"{text}{late} in the probed models of the lowest main loss, and {early} in those of the highest."
+    text = "Would other batches flag the same tokens? Kappa, their agreement beyond chance (1 is full), is, model by model "
+    return f"{text}as their main loss falls, {'; '.join(kappas(records))}."
+
+
+def kappas(records: list[dict]) -> Iterator[str]:
+    """By data: kappa of each probed model, as the main loss falls."""
+    for name, probes in probes_of(records).items():
+        values = [f"{probe['kappa']:.2f}" for probe in probes]
+        yield f"{', '.join(values)} ({name})"
 
 
 def listed(parts: list[str]) -> str:
@@ -250,27 +266,9 @@ def say_dose(search: Search) -> str:
     return f"{text}{' and '.join(says)}; medians of synthetic settings."
 
 
-def probes_of(records: list[dict]) -> dict[str, list[dict]]:
-    """The data's name, and how its experts began -> the probes of saved models that learn it."""
-    found: dict[str, list[dict]] = {}
-    for record in records:
-        parts = ", parts" if record["config"].get("experts") == "split" else ""
-        for one in record.get("probes", []):
-            found.setdefault(record["name"].partition("-")[0] + parts, []).append(one)
-    return found
-
-
-def kappa_ends(records: list[dict]) -> dict[str, tuple[float, float]]:
-    """By data: kappa at the highest and at the lowest main loss of the probed models."""
-    found = {}
-    for name, probes in probes_of(records).items():
-        if own := sorted((probe for probe in probes if probe["kappa"] is not None), key=lambda probe: -probe["loss"]):
-            found[name] = own[0]["kappa"], own[-1]["kappa"]
-    return found
-
-
 def synthetic(search: Search) -> Iterator[str]:
-    """Markdown: what the synthetic settings say of the loss, of restless routing, and of the choice of pairs."""
+    """Markdown: what the synthetic settings say of the loss, of restless routing, and of the choice of pairs, with a
+    picture."""
     count = search.settings
     heads = ["beta", "margin / the baseline's", "moved", "points where routing matters", "beats baseline and placebo"]
     yield from header(*heads, "against its placebo", "against flat")
@@ -289,21 +287,25 @@ def synthetic(search: Search) -> Iterator[str]:
         text += f", by {median(gap.mean for gap in dice):.1f} points in the median. There STGC at beta "
         text += f"{max(search.margin):g} beats the baseline in {better}; its median is {median(gap.mean for gap in ce):+.1f}"
     yield f"{text}."
+    yield from ("", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", "")
+    pairs = [pair for pairs in search.choice.values() for pair in pairs]
+    above, below = map(sum, zip(*pairs))
+    count = search.settings * len(pairs)
+    text = "One line or several? "
+    text += "Nearly one, the dose decides most: at" if above <= count / 40 and search.between < 1 else "Several: at"
+    text += f" any beta the medians of ce, placebo and flat differ by less than {search.between + 0.05:.1f} points. At the "
+    text += f"last step ce is better than placebo or flat in {above} of {count} comparisons and worse in {below}; chance "
+    yield f"{text}alone gives {count / 40:.1f} of each."
+
+
+def searched(search: Search) -> Iterator[str]:
+    """What else they say: of one pass, and of experts that were trained apart."""
     text = "With both losses held to the router, as in one pass, accuracy at beta {:g} is better than with two passes in "
     text += "{} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
     yield text.format(max(search.margin), *search.one["ce"], *search.one["placebo-one"])
     ce, long = (" and ".join(map(say_gap, search.apart[variant])) for variant in ("ce", "long"))
     text = "Where each expert was trained on one task and a new router learns to choose (task mark strong, and weak), ce "
     yield f"{text}minus its placebo is {ce} points; with the loss on the pairs of the longest gradients it is {long}."
-    yield from ("", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", "")
-    above, below = (max(side) for side in zip(*(pair for pairs in search.choice.values() for pair in pairs)))
-    one = above == 0 and search.between < 1
-    text = (
-        f"One line or several? {'One, as far as it is known: at' if one else 'At'} any beta the medians of ce, placebo and "
-    )
-    text += f"flat differ by at most {search.between:.1f} points. At the last step ce is better than placebo or flat in "
-    text += f"{f'at most {above}' if above else 'none'} of the settings, and worse in at most {below}"
-    yield f"{text}{'' if above else ': there the dose decides, not the choice of pairs'}."
 
 
 def say_alone(rows: list[Row]) -> Iterator[str]:
@@ -346,8 +348,9 @@ def render(records: list[dict]) -> str:
     rows = evidence.all_rows(settings, records)
     told = [f"{number}. {text}" for number, text in enumerate(sentences(settings, records, search), 1)]
     lines = [HEAD, *told, "", WORDS, "", "## What the loss does to the router", "", LOSS, ""]
-    lines += [*synthetic(search), *say_alone(rows), ""]
-    lines += fold("in the trained settings (S1, ...: see the end)", [*router_table(settings, tags)])
+    lines += [*synthetic(search), ""]
+    lines += fold("with one pass, experts trained apart, the conflict loss alone", [*searched(search), *say_alone(rows)])
+    lines += fold("in the settings with text or pictures (S1, ...: see the end)", [*router_table(settings, tags)])
     commands: dict[str, str] = {}
     for row in rows:
         if row.command:
@@ -390,8 +393,7 @@ def front(records: list[dict]) -> Iterator[str]:
         here = f"{say_gap(gap)} points, {gap.seeds} seeds ({row.setting.brief}); minus placebo {say_gap(control)}"
         found.append(replace(row, claim=f"{claim} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
-    ends = "; ".join(f"{name} {high:.2f} to {low:.2f}" for name, (high, low) in kappa_ends(records).items())
-    here = f"kappa, high to low main loss: {ends}"
+    here = f"kappa, as the main loss falls: {'; '.join(kappas(records))}"
     found.append(replace(row, claim="a flag tells about the token: other batches flag it, too", here=here))
     row = most("similarities by biases")
     own = [one for one in rows if one.claim == row.claim and one.setting]

@@ -18,10 +18,10 @@ from scipy.stats import ttest_1samp
 from lab.report.tables import spread
 from lab.run.cli import layout, printable
 from lab.run.options import label
+from lab.text.tasks import PAPER
 
 BASELINE = "none"
 FIRST = ("dense", BASELINE)  # the rows at the top
-COLUMNS = {"cola": "CoLA", "mrpc": "MRPC", "qnli": "QNLI", "mnli": "MNLI", "rte": "RTE"}
 PUBLISHED = {  # the paper's GLUE table: the five columns, then Avg
     "MoE-8Top2 (DynMoE's)": (64.5, 90.2, 92.4, 86.7, 74.9, 81.7),
     "DynMoE": (65.2, 90.6, 92.6, 86.4, 73.4, 81.6),
@@ -188,7 +188,7 @@ def paper_table(records: list[dict], select: str = "best") -> str:
     notes: dict[bool, list[str]] = {True: [], False: []}
     for record in records:
         config, name = record.get("config", {}), record["name"]
-        whole = name in COLUMNS and not (config.get("max_train_samples") or config.get("max_eval_samples"))
+        whole = name in PAPER and not (config.get("max_train_samples") or config.get("max_eval_samples"))
         texts = []
         for row in select_rows(record, select):
             scores = list(row.of("score").values())
@@ -201,10 +201,10 @@ def paper_table(records: list[dict], select: str = "best") -> str:
             if whole:
                 ours[title][name] = scores
         notes[whole].append(f"- {name}, {printable(config.get('model', 'model not recorded'))}: {'; '.join(texts)}")
-    lines = [["row", *COLUMNS.values(), "Avg"]]
+    lines = [["row", *PAPER.values(), "Avg"]]
     lines += [[f"published: {name}", *(f"{value:.1f}" for value in row)] for name, row in PUBLISHED.items()]
     for name in in_order(ours):
-        cells = [spread(ours[name][task]) if task in ours[name] else "-" for task in COLUMNS]
+        cells = [spread(ours[name][task]) if task in ours[name] else "-" for task in PAPER]
         average = "-" if "-" in cells else f"{mean(mean(scores) for scores in ours[name].values()):.1f}"
         lines.append([f"ours: {label(name)}", *cells, average])
     how = "best epoch and best tried learning rate" if select == "best" else "last epoch, nothing selected, so lower by that"

@@ -8,7 +8,7 @@ from statistics import mean
 
 from lab.moe.probe import mean_of
 from lab.report import pictures
-from lab.report.compare import COLUMNS, PUBLISHED, Paired
+from lab.report.compare import PUBLISHED, Paired
 from lab.report.records import RESULTS, ends_of
 from lab.report.tables import read_bench, spread
 from lab.report.verdicts import (
@@ -29,7 +29,7 @@ from lab.report.verdicts import (
     verdict_of,
 )
 from lab.run.options import label
-from lab.text.tasks import TASKS
+from lab.text.tasks import PAPER, TASKS
 
 # ---- 1. Scores on GLUE ----
 
@@ -38,7 +38,7 @@ def glue_rows(settings: list[Setting]) -> list[Row]:
     """Table 12: each of the paper's tasks, and where a part of its data was trained on, that."""
     before, after = PUBLISHED["MoE-8Top2 (re-run)"], PUBLISHED["+ STGC"]
     own, found = [setting for setting in settings if not setting.borrows], []
-    for i, (name, title) in enumerate(COLUMNS.items()):
+    for i, (name, title) in enumerate(PAPER.items()):
         row = Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}")
         found += gain_rows(row, [setting for setting in own if setting.record["name"] == name and is_whole(setting)])
         parts = [setting for setting in own if setting.record["name"].startswith(f"{name}-") and not is_whole(setting)]
@@ -57,13 +57,13 @@ def is_whole(setting: Setting) -> bool:
 def gate_rows(settings: list[Setting]) -> list[Row]:
     """Table 12's row of DynMoE, task by task: its gate beside the cosine router, both without a conflict loss."""
     own, base, found = PUBLISHED["DynMoE"], PUBLISHED["MoE-8Top2 (DynMoE's)"], []
-    for i, (name, title) in enumerate(COLUMNS.items()):
+    for i, (name, title) in enumerate(PAPER.items()):
         gain = round(own[i] - base[i], 1)
         claim = f"DynMoE's gate {'gains' if gain > 0 else 'costs'} score on {title}"
         row = Row("table 12", f"{claim} (reproduced: by its interval, and as far as the paper's)", f"{gain:+.1f}")
         whole = [s for s in settings if s.record["name"] == name and is_whole(s) and "dynmoe" in s.variants]
         gaps = [(setting, setting.gap("dynmoe", "none")) for setting in whole]
-        more = [same_commit(setting, "dynmoe", "none") for setting in whole]
+        more = [s.last_epoch("dynmoe", "none") + s.beside("dynmoe") + same_commit(s, "dynmoe", "none") for s in whole]
         rows = [score_sign_row(row, gap, 1 if gain > 0 else -1, s, end, gain=gain) for (s, gap), end in zip(gaps, more)]
         found += rows or [row]
     return found
@@ -240,10 +240,14 @@ def saved_rows(records: list[dict]) -> list[Row]:
             found.append(replace(confusing, here=here, verdict=verdict, command=command, picture="probe.png"))
         if arms := one.get("harm"):
             names = ("no conflicting", "no random", "no random of equal length")
-            (gap, error), (dice, _), (long, _) = (arms["fresh"][arm]["minus_all"][1] for arm in names)
+            fresh, sizes = arms["fresh"], [f"{size:g}" for size in arms["sizes"]]
+            ((short, _), (gap, error), (far, _)), *others = (fresh[arm]["minus_all"] for arm in names)
+            dice, long = (other[1][0] for other in others)
             interval = Paired(gap, gap - 2 * error, gap + 2 * error, 0, 0, 0)
-            here = f"{gap:+.4f} ± {error:.4f} (standard error), a step of {arms['sizes'][1]:g} of the expert's length; "
-            here += f"without as many random pairs {dice:+.4f}, of equal length {long:+.4f}; {where}"
+            here = f"{gap:+.4f} ± {error:.4f} (standard error), a step of {sizes[1]} of the expert's length; "
+            here += f"without as many random pairs {dice:+.4f}, of equal length {long:+.4f}; "
+            here += f"a step of {sizes[0]} or {sizes[2]}: {short:+.4f}, {far:+.4f}; "
+            here += f"the loss before {fresh['before']:.4f}, after the step with all {fresh['all']['loss'][1]:.4f}; {where}"
             found.append(replace(harm, here=here, verdict=judge_sign(interval, -1), command=command))
     return found
 
@@ -381,7 +385,7 @@ def control_rows(settings: list[Setting]) -> list[Row]:
     ):
         row = Row("new", claim, "not asked")
         known = own_gaps(settings, one, other)
-        here = [f"{tell(gap)}{same_commit(setting, one, other)}" for setting, gap in known]
+        here = [f"{tell(gap)}{s.last_epoch(one, other)}{same_commit(s, one, other)}" for s, gap in known]
         found += [replace(row, here=text, verdict="measured", setting=s) for text, (s, _) in zip(here, known)] or [row]
     return found
 
@@ -393,8 +397,8 @@ def dose_rows(settings: list[Setting]) -> list[Row]:
     for setting in settings:
         ratios, gap = [*margins_of(setting, "ce").values()], setting.gap("ce", "placebo")
         if ratios and mean(ratios) >= 0.5 and gap and gap.low is not None:
-            more = f"; minus the baseline {say_gap(setting.gap('ce', 'none'))}"
-            more += f"; margin {mean(ratios):.2f} of the baseline's ({len(ratios)} seeds)"
+            more = f"{setting.last_epoch('ce', 'placebo')}; minus the baseline {say_gap(setting.gap('ce', 'none'))}"
+            more += f"{setting.last_epoch('ce', 'none')}; margin {mean(ratios):.2f} of the baseline's ({len(ratios)} seeds)"
             found.append(score_sign_row(row, gap, 1, setting, more))
     return found or [row]
 

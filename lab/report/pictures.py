@@ -45,7 +45,7 @@ def lvlm_rows(settings: list[Setting]) -> list[Row]:
     for name, gain in (("embedding", "-0.4"), ("feature", "-0.1"), ("task", "-8.4")):
         row = Row("table 4", f"routing by sample ({name}) is worse (reproduced: below 0, and as far as the paper's)", gain)
         gaps = [(setting, gap) for setting in usual if (gap := setting.gap(name, "none"))]
-        found += [score_sign_row(row, gap, -1, s, gain=float(gain)) for s, gap in gaps] or [row]
+        found += [score_sign_row(row, gap, -1, s, s.beside(name), gain=float(gain)) for s, gap in gaps] or [row]
     found += gain_rows(Row("table 9", "CE gains more than MSE", "+0.3"), usual, "ce", "mse")
     claim = "with another loss STGC beats its own placebo (reproduced: by its interval)"
     row, rows = Row("new", claim, "not asked"), []
@@ -81,6 +81,11 @@ def begins(setting: Setting, what: str) -> dict[int, float]:
     return {run["seed"]: 100 * run[what] for run in setting.runs("none") if run.get(what) is not None}
 
 
+def above_dense(setting: Setting) -> Gap:
+    """The baseline minus the dense model that it was made from, as far as it is recorded."""
+    return gap_of(begins(setting, "dense"), setting.scores("none", "last"))
+
+
 def leads(setting: Setting) -> tuple[Gap, Gap, Gap]:
     """What tells whether a setting of toy_lvlm.py can judge routing, at the last step: its baseline minus its start, minus
     dice, and STGC minus the baseline. Copies whose weights sum to 1 start as stage II ends. Others have their own start,
@@ -112,8 +117,7 @@ def usable_rows(settings: list[Setting]) -> list[Row]:
         if dice and (ce or not setting.borrows):
             here = f"minus start {say_gap(start)}; minus dice {tell(dice)}"
             here += f"; STGC minus the baseline {tell(ce)}" if ce else ""
-            if known := begins(setting, "dense"):
-                gap = gap_of(known, setting.scores("none", "last"))
+            if gap := above_dense(setting):
                 here += f"; baseline minus the dense model that it was made from {say_gap(gap)}"
             found.append(replace(row, here=here, verdict=judge_use(setting), setting=setting))
     return found or [row]
@@ -152,7 +156,7 @@ TRIED = {"beta": (0.5, 1.0, 2.0), "tau": (-0.1, 0.0, 0.1)}  # in the paper
 
 def sweep_rows(settings: list[Setting]) -> list[Row]:
     """Tables 3, 5 and 8: one option varies, all others are equal. Seeds are paired across the settings."""
-    found, settings = [], pictures_of(settings)
+    found, settings, beside = [], pictures_of(settings), ("placebo", "flat", "random")
     for option, best in (("beta", 1.0), ("tau", 0.0)):
         tried = ", ".join(f"{value:g}" for value in TRIED[option])
         claim = f"{option} {best:g} is the best of {tried} (reproduced: it lies above each other one)"
@@ -161,15 +165,21 @@ def sweep_rows(settings: list[Setting]) -> list[Row]:
     claim = "alpha 0.1 for 0.01, without STGC, costs score (reproduced: below 0, and as far as the paper's)"
     row = Row("table 8", claim, "-0.1")
     own = [one for one in series(settings, "alpha", 0.01, "none") if 0.1 in one]
-    gaps = [gap_of(one[0.01].scores("none"), one[0.1].scores("none")) for one in own]
-    found += [score_sign_row(row, gap, -1, one[0.1], gain=0.1) for gap, one in zip(gaps, own)] or [row]
+    for one in own:
+        gap, both = gap_of(one[0.01].scores("none"), one[0.1].scores("none")), [(value, one[value]) for value in (0.01, 0.1)]
+        dice = "".join(f"; minus random at alpha {value:g} {say_gap(s.gap('none', 'random'))}" for value, s in both)
+        found.append(score_sign_row(row, gap, -1, one[0.1], dice, gain=0.1))
+    found += [] if own else [row]
     row = Row("new", "does the weight of the balance loss decide what STGC gives? ce minus the baseline", "not asked")
     found += [alpha_row(row, own) for own in series(settings, "alpha", 0.01, "ce")] or [row]
     claim = "four times the data, a larger gain (reproduced: their difference lies above 0, and as far as the paper's)"
     row = Row("table 3", claim, "+0.4")
     own = [one for one in series(settings, "scenes", 12000, "ce") if 3000 in one]
-    gaps = [gap_of(gains(one[3000]), gains(one[12000])) for one in own]
-    found += [score_sign_row(row, gap, 1, one[3000], gain=0.4) for gap, one in zip(gaps, own)] or [row]
+    for one in own:
+        sides = {name: gap_of(*(gains(one[size], name) for size in (3000, 12000))) for name in ("ce", *beside)}
+        more = "".join(f"; the same of {name} {say_gap(sides[name])}" for name in beside if sides[name])
+        found.append(score_sign_row(row, sides["ce"], 1, one[3000], more, gain=0.4))
+    found += [] if own else [row]
     return judge_untestable(found, settings)
 
 
@@ -178,23 +188,31 @@ def alpha_row(row: Row, own: dict[float, Setting]) -> Row:
     texts = []
     for alpha, setting in sorted(own.items()):
         base = spread([*setting.scores("none").values()])
-        texts.append(f"alpha {alpha:g}: {tell(setting.gap('ce', 'none'))} (baseline {base})")
+        texts.append(f"alpha {alpha:g}: {tell(setting.gap('ce', 'none'))} (baseline {base}{setting.beside('ce')})")
     routing = own[0.01].gap("none", "random")
     verdict = NO_ROUTING if no_lead(routing) else ", ".join(["measured", *lacks_dice(routing)])
     return replace(row, here="; ".join(texts), verdict=verdict, setting=own[0.01])
 
 
+def own_step(variant: str, one: Setting, other: Setting) -> Gap:
+    """other - one, of a variant that both have run themselves."""
+    lent = variant in one.lent | other.lent
+    return None if lent else gap_of(one.scores(variant), other.scores(variant))
+
+
 def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> Row:
     """The value of an option that the paper finds best, beside each other value that it tried, in points of `ce`. Those that
     it did not try are shown, and decide nothing."""
-    scores = {value: setting.scores("ce") for value, setting in own.items()}
-    gaps = {value: gap_of(scores[value], scores[best]) for value in sorted(own) if value != best}
-    known = {value: gap for value, gap in gaps.items() if gap and gap.low is not None}
-    say = lambda tried: "; ".join(  # noqa: E731
-        f"minus {option} {value:g}: {tell(gap)}" for value, gap in gaps.items() if (value in TRIED[option]) == tried
-    )
-    here = "; not tried in the paper: ".join(filter(None, (say(True), say(False))))
-    routing, judged = own[best].gap("none", "random"), [value for value in gaps if value in TRIED[option]]
+    others, texts = [value for value in sorted(own) if value != best], {True: [], False: []}
+    steps = {name: {value: own_step(name, own[value], own[best]) for value in others} for name in ("ce", "placebo", "flat")}
+    known = {value: gap for value, gap in steps["ce"].items() if gap and gap.low is not None}
+    for value, gap in steps["ce"].items():
+        more = "".join(
+            f", the same of {name} {say_gap(steps[name][value])}" for name in ("placebo", "flat") if steps[name][value]
+        )
+        texts[value in TRIED[option]].append(f"minus {option} {value:g}: {tell(gap)}{more}")
+    here = "; not tried in the paper: ".join("; ".join(own) for own in texts.values() if own)
+    routing, judged = own[best].gap("none", "random"), [value for value in others if value in TRIED[option]]
     if not judged:
         verdict = NOT_RUN
     elif any(value not in known for value in judged):
@@ -204,5 +222,7 @@ def best_row(row: Row, option: str, best: float, own: dict[float, Setting]) -> R
     else:
         above, below = all(known[value].low > 0 for value in judged), any(known[value].high < 0 for value in judged)
         verdict = "reproduced" if above else "not reproduced" if below else "inconclusive"
+        better = [f"{value:g}" for value in known if value not in judged and known[value].high < 0]
+        verdict += f" ({option} {' and '.join(better)}, not tried there, better)" if better else ""
         verdict += "".join(f" ({missing})" for missing in lacks_dice(routing))
     return replace(row, here=here, verdict=verdict, setting=own[best])

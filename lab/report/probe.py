@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
@@ -41,6 +42,7 @@ from lab.moe import baselines, moefication, probe
 from lab.moe.probe import Layer, error_of, mean_of
 from lab.report import page
 from lab.report.figures import plt, save
+from lab.report.records import probes_of
 from lab.report.styles import STYLES
 from lab.run.cli import Parser, UserError, number, path, run_main, say
 from lab.run.files import LIST, lock_list, write_json
@@ -374,29 +376,25 @@ def describe(entry: dict) -> list[str]:
 
 
 WHOSE = {"own": "the own label", "other": "the other's", "rest": "the rest"}
+MARKS = {"own": "o", "other": "s", "rest": "^"}
 
 
 def plot_probes(records: list[dict], file: Path) -> Path:
     """Kappa against the training loss: a point per probed model, with its standard error if it has one, in the order of the
-    loss, which falls to the right, as in training. Beside it the logits of confusing tokens (table 14). UserError without a
-    number."""
-    series: dict[str, list[dict]] = {}
-    for record in records:
-        title = f"GLUE, {record['config']['task']}" if "task" in record["config"] else "LVLM"
-        title += ", parts" if record["config"].get("experts") == "split" else ""
-        series.setdefault(title, []).extend(one for one in record.get("probes", []) if one["kappa"] is not None)
-    if not any(series.values()):
+    loss, which falls to the right. Not all models of a line are of one training. Beside it the logits of confusing tokens
+    (table 14). UserError without a number."""
+    series = probes_of(records)
+    if not series:
         raise UserError("RUN: none of these runs is probed: first run the same without --picture")
     logits = any(one.get("confusing") for found in series.values() for one in found)
     figure, axes = plt.subplots(1, 1 + logits, figsize=(6.5 * (1 + logits), 4.2), squeeze=False)
     for (title, found), (colour, style, marker) in zip(series.items(), cycle(STYLES)):
-        found.sort(key=lambda one: -one["loss"])
         losses, kappas, errors = ([one[key] for one in found] for key in ("loss", "kappa", "error"))
         errors = [math.nan if error is None else error for error in errors]  # unknown: no bar
         look = {"linestyle": style, "color": colour, "label": title}
         axes[0, 0].errorbar(losses, kappas, errors, marker=marker, capsize=3, **look)
         tokens = [(one["loss"], one["confusing"]) for one in found if one.get("confusing")]
-        for key, sign in (("own", "o"), ("other", "s"), ("rest", "^")) if tokens else ():
+        for key, sign in MARKS.items() if tokens else ():
             losses, values = zip(*((loss, own[key]) for loss, own in tokens))
             axes[0, 1].plot(losses, values, marker=sign, **look | {"label": f"{title}: {WHOSE[key]}"})
     axes[0, 0].axhline(0, color="#777777", linewidth=1, linestyle=":")
@@ -406,9 +404,16 @@ def plot_probes(records: list[dict], file: Path) -> Path:
     for axis in axes[0]:
         axis.margins(0.12)
         axis.invert_xaxis()
-        axis.set(xlabel="main loss on training batches (training goes to the right)")
-        axis.legend(frameon=False, fontsize=8)
+        axis.set(xlabel="main loss on training batches of the probed models")
         axis.grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    if logits:  # a line's look tells the models, its marker the label
+        lines = {line.get_label().partition(":")[0]: line for line in axes[0, 1].lines}
+        marks = [Line2D([], [], linestyle="", color="#555555", marker=MARKS[key], label=WHOSE[key]) for key in WHOSE]
+        low, high = axes[0, 1].get_ylim()
+        axes[0, 1].set_ylim(low, high + (high - low) / 5)
+        handles, names = [*lines.values(), *marks], [*lines, *(f"logit on {name}" for name in WHOSE.values())]
+        axes[0, 1].legend(handles, names, frameon=False, fontsize=8, ncols=2, loc="upper left")
     return save(figure, file)
 
 

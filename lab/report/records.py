@@ -10,6 +10,7 @@ from statistics import mean
 
 from lab.run.options import FREE, METHOD, NEWER, USES
 from lab.run.runs import ROOT, read_lines, read_record
+from lab.text.tasks import PAPER
 
 RESULTS = ROOT / "results"
 # may differ between the parts of one experiment; of METHOD a run's variant tells it
@@ -79,6 +80,19 @@ def unusual(record: dict) -> list[str]:
     odd = {key: config[key] for key, usual in USUAL.items() if config.get(key, usual[0]) not in usual}
     odd = {key: f"{len(value)} models" if key == "experts_from" else value for key, value in odd.items()}
     return [f"{key.replace('_', ' ')} {value}" for key, value in odd.items()]
+
+
+def probes_of(records: list[dict]) -> dict[str, list[dict]]:
+    """The data, and the experts if they are parts -> the probes of saved models that have kappa, as the main loss falls."""
+    found: dict[str, list[dict]] = {}
+    for record in records:
+        task = record["config"].get("task")
+        name = PAPER.get(task, task) if task else "toy LVLM"
+        name += f", {record['config']['num_experts']} parts" if record["config"].get("experts") == "split" else ""
+        for probe in record.get("probes", []):
+            if probe["kappa"] is not None:
+                found.setdefault(name, []).append(probe)
+    return {name: sorted(probes, key=lambda probe: -probe["loss"]) for name, probes in found.items()}
 
 
 def merge(records: list[dict]) -> list[dict]:

@@ -18,6 +18,7 @@ from lab.report.records import MODEL, busiest, ends_in, key_of, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
 from lab.run.runs import read_lines
+from lab.text.tasks import PAPER
 
 # ---- 1. Verdicts ----
 
@@ -57,7 +58,7 @@ def judge(a: Gap, placebo: Gap, flat: Gap, c: Gap, gain: float, routing: Gap = N
         return "inconclusive" if reaches else "not reproduced"
     if not reaches:
         return "smaller than the paper's"
-    if is_above(placebo) and (flat is None or is_above(flat)):
+    if is_above(placebo) and is_above(flat):
         return "reproduced"
     if is_above(c) and placebo and placebo.low is not None and placebo.low <= 0 <= placebo.high:
         return "the control does as well"
@@ -158,7 +159,7 @@ class Setting:
     @property
     def brief(self) -> str:
         """Its data, its model if that is none of the recorded runs', its number of experts, and what tells it from others of
-        these data."""
+        these data; for readers."""
         config = self.record["config"]
         usual = "cosine" if "epochs" in config else "linear"  # the default of glue_moefy.py, of toy_lvlm.py
         more = [] if config.get("toy") or Path(config.get("model", MODEL)).name == MODEL else [Path(config["model"]).name]
@@ -167,7 +168,11 @@ class Setting:
         more += [f"{config['router']} router"] if config.get("router", usual) != usual else []
         more += [] if config["top_k"] > 1 or config.get("normalize", True) else ["weight not 1"]
         more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
-        return ", ".join([self.record["name"], *more])
+        task, _, part = self.record["name"].partition("-")
+        name = PAPER.get(task) or ("toy LVLM" if task == "lvlm" else self.record["name"])
+        if part and task in PAPER:
+            name += f" with {self.record['data']['train']:,} examples"
+        return ", ".join([name, *more])
 
     @property
     def borrows(self) -> bool:
@@ -228,9 +233,14 @@ class Setting:
         both, routing = [gap(one, name) for name in names], gap("none", "random")
         verdict = judge(gap(one, other), *both, gap(names[0], other), gain, routing)
         missing = lacks_dice(routing)
-        if verdict.startswith(("reproduced", "a gain")):
+        if verdict.startswith("a gain"):
             missing += [f"{name} not run" for name, control in zip(names, both) if control is None]
         return f"{verdict} ({', '.join(missing)})" if missing and not is_open(verdict) else verdict
+
+    def last_epoch(self, one: str, other: str) -> str:
+        """What to say of the last epoch where the scores are of the best."""
+        best, last = (self.gap(one, other, select) for select in ("best", "last"))
+        return "" if last == best else f"; last epoch {say_gap(last)}"
 
     def beside(self, one: str, select="best") -> str:
         """What stands beside a difference of a variant: minus its controls and dice, and the positive control."""
@@ -243,9 +253,11 @@ class Setting:
     def table(self) -> Iterator[str]:
         """Markdown: every variant's scores and its paired differences."""
         heads = ("baseline", "its placebo", "its flat", "random")
+        picked = any(self.scores(name) != self.scores(name, "last") for name in self.variants)  # best epochs
         exact = any("accuracy" in run["last"] and run["last"]["accuracy"] != run["last"]["score"] for run in self.measured())
         columns = ["variant", "seeds", "best", "last", *["accuracy, last"] * exact, "dev loss"]
-        yield from header(*columns, *(f"minus {name}" for name in heads))
+        columns += [f"minus {name}" for name in heads]
+        yield from header(*columns, *["minus baseline, last"] * picked)
         for name in self.variants:
             lent = " (lent)" if all(run.get("lent") for run in self.runs(name)) else ""
             cells = [f"{label(name)}{lent}", str(len(self.runs(name)))]
@@ -254,29 +266,38 @@ class Setting:
                 found = [*self.scores(name, "last", key, scale).values()]
                 cells.append(self.counted(name, found, digits))
             others = ("none", *controls_of(name), "random")
-            cells += [say_gap(self.gap(name, other) if name != other else None) for other in others]
+            cells += [self.difference(name, other) for other in others]
+            cells += [self.difference(name, "none", "last")] * picked
             yield f"| {' | '.join(cells)} |"
+
+    def difference(self, one: str, other: str, select: str = "best") -> str:
+        """A cell of the table. * where a seed was run several times, so that it is not the difference of the means shown."""
+        if one == other or not (gap := self.gap(one, other, select)):
+            return "-"
+        shown = gap_of(self.scores(other, select), self.scores(one, select))
+        return say_gap(gap) + "*" * (abs(shown.mean - gap.mean) > 0.05)
 
     def training(self) -> Iterator[str]:
         """Markdown: what every variant's training reached, means over its last tenth and over the MoE layers. Dice have no
-        margin, and a baseline that was lent from another tau has other flags."""
+        margin, and a baseline that was lent from another tau has other flags. Each seed counts once: of those that were run
+        several times, the first run that has the value."""
         digits = {"loss": 3, "router_margin": 4, "conflict_ratio": 3, "consistency": 3}
         yield from header("variant", "training loss", "margin", "conflict ratio", "consistency", "busiest expert's share")
         for name in self.variants:
-            runs, cells = self.measured(name), [label(name)]
-            curves = [read_lines(run["curve"]) if run.get("curve") else [] for run in runs]
+            runs, cells = [*self.runs(name), *self.measured(name)], [label(name)]
+            curves = [(run["seed"], read_lines(run["curve"]) if run.get("curve") else []) for run in runs]
             void = ["router_margin"] if name == "random" else []
             void += ["conflict_ratio", "consistency"] if name in self.lent and self.record["config"]["tau"] else []
             for key, places in digits.items():
-                both = [run.get(key) or ends_in(lines, key) for run, lines in zip(runs, curves)]
-                ends = [end[1] for end in both if end and key not in void]
-                cells.append(self.counted(name, ends, places))
-            ends = [share for lines in curves if (share := busiest(lines)) is not None]
-            yield f"| {' | '.join([*cells, self.counted(name, ends, 3)])} |"
+                both = [(seed, run.get(key) or ends_in(lines, key)) for run, (seed, lines) in zip(runs, curves)]
+                ends = {seed: end[1] for seed, end in reversed(both) if end and key not in void}
+                cells.append(self.counted(name, [*ends.values()], places))
+            ends = {seed: share for seed, lines in reversed(curves) if (share := busiest(lines)) is not None}
+            yield f"| {' | '.join([*cells, self.counted(name, [*ends.values()], 3)])} |"
 
     def counted(self, variant: str, values: list[float], digits: int) -> str:
-        """Mean and spread, and the number of runs where it is not that of the variant's seeds."""
-        few = f" ({len(values)} run{'s' * (len(values) > 1)})" if len(values) != len(self.runs(variant)) else ""
+        """Mean and spread, and the number of seeds where it is not that of the variant's."""
+        few = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) != len(self.runs(variant)) else ""
         return spread(values, digits) + few if values else "-"
 
     def notes(self) -> Iterator[str]:
@@ -291,12 +312,17 @@ class Setting:
             yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap}."
         commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
         text = "Another commit may mean another machine, too. Of a seed that was run several times the first run stands in "
-        text += "the scores; a difference is the mean over its pairs, over those of one commit if there are some."
+        text += (
+            "the scores; a difference is the mean over its pairs, over those of one commit if there are some, and has a * "
+        )
+        text += "where it is not that of the scores."
         yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
-        same = [(name, self.of_one_commit(name, "none")) for name in self.variants if name != "none"]
-        few = [f"{label(name)} {pairs}" for name, pairs in same if pairs]
-        if few:
-            yield f"Pairs with the baseline that are of one commit: {', '.join(few)}; of the other variants all."
+        for other, what in (("none", "the baseline"), ("", "the own placebo")):
+            sides = [(name, other or controls_of(name)[0]) for name in self.variants]
+            sides = [(one, base) for one, base in sides if base in self.variants and one != base]
+            few = [f"{label(one)} {pairs}" for one, base in sides if (pairs := self.of_one_commit(one, base))]
+            if few:
+                yield f"Pairs with {what} that are of one commit: {', '.join(few)}; of the other variants all."
 
     def of_one_commit(self, one: str, other: str) -> str:
         """In how many seeds two variants have a pair of one commit, where not in all that they share: "2 of 10"."""
@@ -319,10 +345,10 @@ def series(settings: list[Setting], option: str, base, variant: str, also: tuple
     return [own for own in found.values() if base in own and len(own) > 1]
 
 
-def gains(setting: Setting) -> dict[int, float]:
-    """seed -> the gain of ce over the baseline, in points."""
-    ce, none = setting.sides("ce", "none")
-    return {seed: ce[seed] - none[seed] for seed in ce}
+def gains(setting: Setting, variant: str = "ce") -> dict[int, float]:
+    """seed -> the gain of a variant over the baseline, in points."""
+    own, none = setting.sides(variant, "none")
+    return {seed: own[seed] - none[seed] for seed in own}
 
 
 # ---- 3. Rows ----
@@ -346,12 +372,15 @@ def gain_rows(row: Row, settings: list[Setting], one="ce", other="none") -> list
     """A gain, in each setting that compares these two variants; "not run" if there is none."""
     found, gain = [], float(row.paper)
     for setting in settings:
-        gap, last = (setting.gap(one, other, select) for select in ("best", "last"))
-        if gap is None:
+        if not (gap := setting.gap(one, other)):
             continue
-        here = f"{tell(gap)}{'' if last == gap else f'; last epoch {say_gap(last)}'}{setting.beside(one)}"
-        if stuck := [run for run in setting.runs(one) if run.get("collapsed")]:
-            here += f"; {label(one)} answers one class alone in {len(stuck)} of {len(setting.runs(one))} runs"
+        here = f"{tell(gap)}{setting.last_epoch(one, other)}{setting.beside(one)}"
+        if gap.low is None:
+            ends = (f"{label(name)} {spread([*own.values()])}" for name, own in zip((one, other), setting.sides(one, other)))
+            here += f"; {', '.join(ends)}"
+        for name in (one, other):
+            if stuck := [run for run in setting.runs(name) if run.get("collapsed")]:
+                here += f"; {label(name)} answers one class alone in {len(stuck)} of {len(setting.runs(name))} runs"
         verdict, last_verdict = (setting.verdict(gain, one, other, select) for select in ("best", "last"))
         verdict += "" if last_verdict == verdict or verdict == NO_ROUTING else f" (last epoch: {last_verdict})"
         found.append(replace(row, here=here, verdict=verdict, setting=setting))
@@ -407,11 +436,18 @@ def by_claim(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return claims
 
 
-MANY = 5  # settings of a claim; of more, the page folds what each of them gives
+MANY = 5  # settings of a claim; of more, the page shows the weightiest and folds the others
+
+
+def weight(row: Row) -> tuple[bool, int, int]:
+    """Rows that can be judged come first, then those with the most variants and seeds."""
+    setting = row.setting
+    return not is_open(row.verdict), len(setting.variants) if setting else 0, len(setting.runs("ce")) if setting else 0
 
 
 def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
-    """Markdown: one line per claim, with a part per setting, in a fold if there are many; its verdicts are counted then.
+    """Markdown: one line per claim, with a part per setting, all but one in a fold if there are many; its verdicts are
+    counted then.
     `tags`: id of a setting -> how the page calls it; `commands`: the same of a command, of rows without a setting."""
     for names, own in by_claim(rows).items():
         marks = [tags[id(row.setting)] if row.setting else commands.get(row.command, "") for row in own]
@@ -424,7 +460,9 @@ def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Ite
             sees = (", ".join(filter(None, both)) for both in zip(links, pictures))
             ends = (f": {row.verdict}" * (len(count) > 1) for row in own)
             parts = [f"{see}{one}: {row.here}{end}" for see, one, row, end in zip(sees, apart, own, ends)]
-            here = f"<details><summary>{len(own)} measurements</summary>{'<br>'.join(parts)}</details>"
+            first = max(range(len(own)), key=lambda i: weight(own[i]))
+            rest = "<br>".join(part for i, part in enumerate(parts) if i != first)
+            here = f"{parts[first]}<details><summary>{len(own) - 1} more</summary>{rest}</details>"
             verdict = "<br>".join(f"{verdict}: {number} of {len(own)}" for verdict, number in count.most_common())
             sees = [*filter(None, pictures)][:1]
         else:
