@@ -499,7 +499,7 @@ def test_rows_of_the_conflict_loss_alone(ce, placebo, flat, main_loss, verdict):
     ratio = partial(evidence.rise, "conflict_ratio")
     row = evidence.alone_row(Row("figures 3, 8", "x", "yes"), record, "routers", -1, ratio, "conflict_ratio")
     assert row.verdict == verdict and f"main loss ce 0.50 ± 0.00 to {0.5 + main_loss:.2f}" in row.here
-    assert "4 orders of the batches, one model" in row.here and f"layer by layer: {0.5 + ce:.2f} ± 0.01;" in row.here
+    assert "4 seeds: other batches of one model" in row.here and f"layer by layer: {0.5 + ce:.2f} ± 0.01;" in row.here
 
 
 def test_rows_of_saved_models():

@@ -138,6 +138,7 @@ class Search:
     """What the search over small synthetic settings found (lab.bench.regimes). A pair of counts: better, and worse."""
 
     settings: int
+    intervals: int  # that were computed for all these counts
     matters: int  # where the learned router beats dice
     seeds: int
     restless: list[tuple[Paired, Paired]]  # where dice beat the learned router: dice, and ce at the largest beta
@@ -174,6 +175,8 @@ def read_search() -> Search:
         apart[variant] = [regimes.gap(runs, n, *sides) for n in trained if all((n, *side) in runs for side in sides)]
     return Search(
         settings=len(names),
+        # dice; ce against baseline, placebo (at the last step and the best checkpoint) and flat; one pass against two others
+        intervals=len(names) * (1 + len(regimes.BETAS) * (2 + 2 + 1) + 2),
         matters=len(matters),
         seeds=len(seeds),
         restless=[(dice[name], regimes.gap(runs, name, ("ce", most))) for name in restless],
@@ -370,7 +373,7 @@ def render(records: list[dict]) -> str:
         lines += fold(f"{tag}: {setting.title}", [line for part in parts if (own := [*part]) for line in (*own, "")][:-1])
     lines += ["## Commands", "", *(f'- <a id="{tag.lower()}"></a>{tag}: `{command}`' for command, tag in commands.items())]
     count = len(re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", "\n".join(lines)))
-    text = f"{count} intervals stand on this page, some twice, and more are behind its counts of synthetic settings."
+    text = f"{count} intervals stand on this page, some twice, and {search.intervals} are behind its counts of synthetic ones."
     lines[at:at] = [f"{text} Of twenty, one misses by chance; no correction is made.", ""]
     return "\n".join(lines).rstrip() + "\n"
 

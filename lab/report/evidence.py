@@ -357,7 +357,7 @@ def alone_row(row: Row, record: dict, part: str, sign: int, change: Callable, ea
     if part == "routers" and all(abs(a - b) < 1e-6 for both in losses.values() for a, b in zip(*both)):
         verdict = f"{NOT_TESTABLE}: the experts are equal copies"
     width = (gaps[0].high - gaps[0].low) / 2
-    here = f"{say_gap(gaps[0], 3)}, half width {width:.3f}, {len(own)} orders of the batches, one model"
+    here = f"{say_gap(gaps[0], 3)}, half width {width:.3f}, {len(own)} seeds: other batches of one model"
     here += "".join(f"; minus {name} {say_gap(gap, 3)}" for name, gap in zip(("placebo", "flat"), gaps[1:]))
     if each:
         ends = zip(*([layer[each] for layer in curve[-1]["layers"]] for curve in curves["ce"].values()))
