@@ -373,7 +373,7 @@ def render(records: list[dict]) -> str:
         lines += fold(f"{tag}: {setting.title}", [line for part in parts if (own := [*part]) for line in (*own, "")][:-1])
     lines += ["## Commands", "", *(f'- <a id="{tag.lower()}"></a>{tag}: `{command}`' for command, tag in commands.items())]
     count = len(re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", "\n".join(lines)))
-    text = f"{count} intervals stand on this page, some twice, and {search.intervals} are behind its counts of synthetic ones."
+    text = f"{count} intervals stand on this page, some twice, and {search.intervals} are behind the synthetic counts."
     lines[at:at] = [f"{text} Of twenty, one misses by chance; no correction is made.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
