@@ -291,7 +291,9 @@ def bench_rows() -> list[Row]:
 
 
 OUT_OF_REACH = [
-    Row("figure 5", "tokens of different data take different pathways (toy_lvlm.py draws them and computes no number)", "yes"),
+    Row(
+        "figure 5", "tokens of different data take different pathways (toy_lvlm.py draws them and computes no number)", "yes"
+    ),
     Row("table 2", "gains with StableLM, Phi-2, Vicuna, SigLIP", "+0.6 to +0.8", "-", f"{NOT_TESTABLE}: too large"),
 ]
 ALONE = {  # of the conflict loss alone: what is measured -> the direction in the paper
