@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lab.run import options
 from lab.run.cli import GLUE_WAYS, Parser, RunFailed, UserError, hub_is_reachable, number, path, run_main, say
-from lab.text.tasks import HUB, PAPER, TASKS, Task
+from lab.text.tasks import HUB, TASKS, TITLES, Task
 
 TOY_SHARED = 40_000  # examples to train on, in time: what --toy does once for all of its runs, see make_film
 TOY_DEFAULTS = {"task": "rte", "moe_layers": "2", "epochs": 4, "lr": 2e-4, "max_length": 64, "seeds": [0]}
@@ -465,7 +465,7 @@ def main(args) -> None:
     accelerator = runs.start(args)
     if args.router == "dynmoe":
         runs.refuse_shards(accelerator, "--router dynmoe changes columns of whole weights")
-    names = PAPER if args.task == "all" else [args.task]
+    names = TITLES if args.task == "all" else [args.task]
     default = "all" if args.task == "all" else f"{'toy-' * args.toy}{args.task}"
     alone = args.toy and not args.compare and args.variants == ["none", "ce"]
     default += "" if alone else f"-{'compare' if args.compare else args.variants[-1]}"

@@ -245,9 +245,12 @@ def test_many_measurements_of_a_claim_are_folded():
     assert (
         f" | [S0](#s0), [picture](../results/0.png) ({same}): +0: reproduced<details><summary>5 more</summary>[S1]" in many
     )
-    rows[3].setting.record["runs"] += a_record(ce=NONE)["runs"]
-    rows[4] = replace(rows[4], verdict=NOT_RUN, setting=rows[3].setting)
-    assert " | [S3](#s3), [picture]" in next(join(rows, tags, {}))  # the most variants, of those with a verdict
+    rows[4].setting.record["runs"] += a_record(ce=NONE)["runs"]
+    rows[3] = replace(rows[3], verdict=NOT_RUN, setting=rows[4].setting)
+    shown = next(join(rows, tags, {}))  # the most variants, of those with a verdict, and its picture
+    assert " | [S4](#s4), [picture](../results/4.png) (" in shown and shown.endswith(" | [picture](../results/4.png) |")
+    rows[5].setting.record["runs"] += a_record(ce=[*NONE, 80], seeds=range(6))["runs"]
+    assert " | [S5](#s5), [picture]" in next(join(rows, tags, {}))  # as many variants, more seeds
     assert many.count("|") == few.count("|") == 7
 
 
@@ -316,7 +319,7 @@ def test_a_baseline_is_the_same_at_any_beta():
         settings = {setting.record["config"]["beta"]: setting for setting in claims.usable(parts)}
         assert settings.keys() == {0.1, 0.01} and settings[0.01].gap("ce", "none").mean == pytest.approx(mean)
         assert evidence.margins_of(settings[0.01], "ce") == dict.fromkeys(range(5), pytest.approx(0.25))
-        same = "Pairs with the baseline that are of one commit: ce 0 of 5; of the other variants all."
+        same = "Pairs with the baseline that are of one commit: ce 0 of 5."
         assert (same in " ".join(settings[0.01].notes())) == (again not in parts)
         assert settings[0.01].borrows and not settings[0.1].borrows
     others = claims.usable([whole, record(0.01, "a", lr=1.0, ce=NONE)])
@@ -512,7 +515,8 @@ def test_rows_of_saved_models():
     arms = ("no conflicting", "no random", "no random of equal length")
 
     def found(gap, **confusing):
-        fresh = {arm: {"minus_all": [[0.2, 0.1], gap, [0.3, 0.1]]} for arm in arms}
+        fresh = {arm: {"minus_all": [[0.2, 0.1], [i, 0.1], [0.3, 0.1]]} for i, arm in enumerate(arms)}
+        fresh["no conflicting"]["minus_all"][1] = gap
         harm = {"sizes": [0.1, 0.2, 0.4], "fresh": fresh | {"before": 0.7, "all": {"loss": [0.6, 0.5, 0.8]}}}
         probes = [one | {"harm": harm, "confusing": one["confusing"] | confusing}]
         rows = evidence.saved_rows([{"name": "lvlm", "probes": probes}])

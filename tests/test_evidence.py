@@ -1,6 +1,7 @@
 """Rows and sentences of docs/claims.md on invented records: each predicate, and what stands beside it."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -181,10 +182,23 @@ def test_the_search_is_counted_by_intervals(tmp_path, monkeypatch):
     assert "The router beats dice in 1 of the 3 settings, with " in text
     assert "dice beat the router in 1, by 10.2 points in the median. There STGC at beta 1 beats the baseline in 1; " in text
     assert (
-        "Several: at any beta" in text and "or flat in 6 of 18 comparisons and worse in 6; chance alone gives 0.5 of" in text
+        "One line or several? Several. At any beta" in text
+        and "or flat in 6 of 18 comparisons and worse in 6; chance alone gives 0.5 of" in text
     )
     (tmp_path / "regimes.json").write_text(json.dumps(a_search(found | {("b", "ce"): 0.0})))
-    assert "in 0 of 18 comparisons and worse in 6; " in " ".join(claims.synthetic(claims.read_search()))
+    worse = " ".join(claims.synthetic(claims.read_search()))
+    assert (
+        "Nearly one; where they differ, ce is the worse one. At" in worse
+        and "in 0 of 18 comparisons and worse in 6; chance" in worse
+    )
+    (tmp_path / "regimes.json").write_text(json.dumps(a_search({("a", "random"): -0.1, ("b", "random"): 0.0})))
+    level = claims.read_search()
+    assert "several? One, as far as it is known. At any beta" in " ".join(claims.synthetic(level))
+    assert "several? Nearly one; where they differ, ce is the worse" in " ".join(
+        claims.synthetic(replace(level, choice=dict.fromkeys(BETAS, [(0, 1), (0, 1)])))
+    )
+    assert "Several. At" in " ".join(claims.synthetic(replace(level, choice=dict.fromkeys(BETAS, [(1, 0), (0, 0)]))))
+    assert "Several. At" in " ".join(claims.synthetic(replace(level, between=1.5)))
 
 
 def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
@@ -201,12 +215,12 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
     one, two, three, _, five = claims.sentences(settings, a_probed_record(), claims.read_search())
     assert one.startswith("Over 5 paired seeds STGC minus its baseline is -0.2 [")
     assert one.endswith("] points (toy LVLM, 4Top2, beta 1).")
-    start = (
-        "The learned router beats dice in 1 of the 1 settings with text or pictures that have both in two seeds or more; "
-    )
+    start = "The learned router beats dice in 1 of the 1 settings with text or pictures where both were run with two seeds or more; "
     assert two.startswith(f"{start}there STGC at beta 1 minus the baseline is -0.2 [")
     assert two.endswith("] points (toy LVLM, 4Top2).")
-    assert "in 1 of the 2 such settings that have both in two seeds or more (+" in three and "; by chance 0.1)" in three
+    assert (
+        "in 1 of the 2 such settings where both were run with two seeds or more (+" in three and "; by chance 0.1)" in three
+    )
     for run in base["runs"]:
         run["dense"] = NONE[run["seed"]] / 100 + 0.05
     text = claims.say_routing(claims.usable([base]))
@@ -219,7 +233,7 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
 def a_probed_record() -> list[dict]:
     probes = [{"loss": loss, "kappa": kappa} for loss, kappa in ((0.1, 0.3), (2.0, 0.6), (1.0, 0.0))]
     probes.append({"loss": 3.0, "kappa": None})  # no token is flagged, or all are
-    one = {"name": "cola", "config": {"task": "cola"}, "probes": probes}
+    one = {"name": "cola", "config": {}, "probes": probes}
     return [one, *(one | {"name": "lvlm-scenes", "config": {"experts": "split", "num_experts": n}} for n in (4, 8, 4))]
 
 

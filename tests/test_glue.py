@@ -27,7 +27,7 @@ from lab.moe import moefication
 from lab.run import options
 from lab.run.cli import Parser, RunFailed, UserError, hub_is_reachable
 from lab.text import glue
-from lab.text.tasks import PAPER, TASKS
+from lab.text.tasks import TASKS, TITLES
 from stgc_plus import STGCConfig
 
 ROOT = Path(__file__).parent.parent
@@ -345,10 +345,10 @@ def test_mnli_scores_its_two_halves_apart(words, tmp_path):
 @pytest.mark.slow
 def test_task_all_trains_the_papers_five_and_prints_its_table(words, tmp_path, pictures, capsys, monkeypatch):
     without_pictures(monkeypatch, "plot_run")
-    for name in PAPER:
+    for name in TITLES:
         write_task(tmp_path / "data", name, rows=8)
     run([*words, "--task", "all", "--data-dir", tmp_path / "data", "--epochs", "1", "--variants", "dense,none,ce"])
-    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/results.json")) == sorted(PAPER)
+    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/results.json")) == sorted(TITLES)
     printed = capsys.readouterr().out
     assert re.search(r"CoLA +MRPC +QNLI +MNLI +RTE +Avg", printed) and "82.8" in printed
     assert "rte-8" in printed.split("CoLA")[1]  # a part of the data: under its own name, below the columns

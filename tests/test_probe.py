@@ -366,11 +366,12 @@ def test_the_picture_has_kappa_over_the_loss(tmp_path, monkeypatch):
         return numbers | {"confusing": {"pairs": 5} | {key: next(values) for key in report.WHOSE}} if pictures else numbers
 
     cola, mrpc = (
-        {"config": {"task": name}, "probes": [entry(0.2), entry(0.7, False), entry(0.4)]} for name in ("cola", "mrpc")
+        {"name": name, "config": {}, "probes": [entry(0.2), entry(0.7, False), entry(0.4)]} for name in ("cola", "mrpc")
     )
     cola["probes"].append({"loss": 9.0, "kappa": None, "error": None})
     lvlm = [
-        {"config": {"experts": "split", "num_experts": 8}, "probes": [entry(loss, pictures=True)]} for loss in (0.5, 2.0)
+        {"name": "lvlm-scenes", "config": {"experts": "split", "num_experts": 8}, "probes": [entry(loss, pictures=True)]}
+        for loss in (0.5, 2.0)
     ]
     figure, path = drawn(monkeypatch, report.plot_probes, [lvlm[0], cola, mrpc, lvlm[1]], tmp_path / "probe.png")
     assert path == tmp_path / "probe.png"

@@ -18,7 +18,7 @@ from lab.bench.regimes import find_hits
 from lab.moe.probe import mean_of
 from lab.report import evidence, pictures, regimes
 from lab.report.compare import Paired
-from lab.report.records import RESULTS, key_of, merge, probes_of, read_all
+from lab.report.records import MODEL, RESULTS, data_name, key_of, merge, probes_of, read_all
 from lab.report.tables import fold, header, spread
 from lab.report.verdicts import (
     NOT_RUN,
@@ -70,10 +70,10 @@ a router whose scores are nearly equal: its *margin* (the probability of the las
 not chosen) shrinks as beta grows, and tokens keep changing experts (*moved*: the share of a batch's tokens whose first
 expert differs some steps later).
 
-Restless routing can help where a model overfits few noisy data (below, dice do; the levelled router hardly), and it costs
-where experts have learnt different things. The placebo and flat do the same to the router, so what is STGC's own is the
-difference to these, not to the baseline. Below are medians of small synthetic settings (`results/regimes.json`), without
-Top-1 whose weight is not 1."""
+Restless routing can help where a model overfits few noisy data (in the settings below dice gain there, the levelled router
+hardly), and it costs where experts have learnt different things. The placebo and flat do the same to the router, so what is
+STGC's own is the difference to these, not to the baseline. Below are medians of small synthetic settings
+(`results/regimes.json`), without Top-1 whose weight is not 1."""
 RULE = """\
 A score is compared by paired 95 % t-intervals over the seeds. The first rule that fits gives the verdict:
 
@@ -90,7 +90,8 @@ A score is compared by paired 95 % t-intervals over the seeds. The first rule th
 | not testable here | too large a model, experts that are equal, or no usable setting of the toy LVLM in four tries |
 | measured; usable | a question that the paper does not ask; the toy LVLM as a judge of routing |
 
-The paper's gains have one digit, and an upper end is rounded to it. In brackets: which control was not run. Best epochs are
+The paper's gains have one digit, and an upper end is rounded to it. In brackets: which control was not run, what the
+last epoch would give, or which value is better that the paper did not try. Best epochs are
 chosen on dev, as in the paper's source; the last epoch stands beside them. Every other claim names its rule in brackets. On
 the toy LVLM a half width above 0.7 points leaves small differences open. Where a repeated run differs by some points, no
 difference of one seed means anything."""
@@ -213,10 +214,8 @@ def say_gains(settings: list[Setting]) -> str:
 def say_routing(settings: list[Setting]) -> str:
     dice = own_gaps(settings, "none", "random")
     lead = [setting for setting, gap in dice if gap.low > 0]
-    text = (
-        f"The learned router beats dice in {len(lead)} of the {len(dice)} settings with text or pictures that have both in "
-    )
-    text += "two seeds or more"
+    text = f"The learned router beats dice in {len(lead)} of the {len(dice)} settings with text or pictures where both were "
+    text += "run with two seeds or more"
     gaps = [(setting, gap) for setting in lead if (gap := setting.gap("ce", "none"))]
     if gaps:
         gaps.sort(key=lambda pair: pair[0].record["config"]["top_k"] == 1)  # its weight may not be 1
@@ -236,7 +235,7 @@ def say_selection(settings: list[Setting], search: Search) -> str:
     known, hits = own_gaps(settings, "ce", "placebo"), max(search.hits.values())
     above = [f"{say_gap(gap)} points, {setting.brief}" for setting, gap in known if is_above(gap)]
     text = "STGC beats its placebo, the same loss on as many pairs drawn by dice, in "
-    text += f"{len(above)} of the {len(known)} such settings that have both in two seeds or more"
+    text += f"{len(above)} of the {len(known)} such settings where both were run with two seeds or more"
     text += f" ({listed(above)}; by chance {len(known) / 40:.1f})" if above else ""
     many = f"at most {hits}" if hits else "none"
     return f"{text}; it beats placebo and baseline in {many} of {search.settings} synthetic ones."
@@ -292,17 +291,20 @@ def synthetic(search: Search) -> Iterator[str]:
     yield f"{text}."
     yield from ("", "![accuracy over the router's margin, in small synthetic settings](../results/regimes.png)", "")
     pairs = [pair for pairs in search.choice.values() for pair in pairs]
-    above, below = map(sum, zip(*pairs))
-    count = search.settings * len(pairs)
+    (above, below), tried = map(sum, zip(*pairs)), search.settings * len(pairs)
+    chance = tried / 40  # of intervals of 95 % one in forty lies above 0
     text = "One line or several? "
-    text += "Nearly one, the dose decides most: at" if above <= count / 40 and search.between < 1 else "Several: at"
-    text += f" any beta the medians of ce, placebo and flat differ by less than {search.between + 0.05:.1f} points. At the "
-    text += f"last step ce is better than placebo or flat in {above} of {count} comparisons and worse in {below}; chance "
-    yield f"{text}alone gives {count / 40:.1f} of each."
+    if search.between < 1 and above <= chance:
+        text += "One, as far as it is known" if below <= chance else "Nearly one; where they differ, ce is the worse one"
+    else:
+        text += "Several"
+    text += f". At any beta the medians of ce, placebo and flat differ by at most {search.between:.2f} points. At the last "
+    text += f"step ce is better than placebo or flat in {above} of {tried} comparisons and worse in {below}; chance alone "
+    yield f"{text}gives {chance:.1f} of each."
 
 
 def searched(search: Search) -> Iterator[str]:
-    """What else they say: of one pass, and of experts that were trained apart."""
+    """What the synthetic settings say of one pass, and of experts that were trained apart."""
     text = "With both losses held to the router, as in one pass, accuracy at beta {:g} is better than with two passes in "
     text += "{} settings and worse in {}; than with its own placebo it is better in {} and worse in {}."
     yield text.format(max(search.margin), *search.one["ce"], *search.one["placebo-one"])
@@ -403,9 +405,8 @@ def front(records: list[dict]) -> Iterator[str]:
     own = [one for one in rows if one.claim == row.claim and one.setting]
     parts: dict[str, list[float]] = {}
     for one in own:
-        parts.setdefault(one.setting.brief.partition(",")[0], []).extend(
-            evidence.probed(evidence.filmed(one.setting), "bias_weight")
-        )
+        values = evidence.probed(evidence.filmed(one.setting), "bias_weight")
+        parts.setdefault(data_name(one.setting.record), []).extend(values)
     here = "; ".join(f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in parts.items())
     verdict = " / ".join(dict.fromkeys(one.verdict for one in own)) or row.verdict
     found.append(replace(row, claim=f"biases tell what whole weights tell ({row.where})", here=here, verdict=verdict))
@@ -415,8 +416,8 @@ def front(records: list[dict]) -> Iterator[str]:
     here = f"loss {min(values):+.4f} to {max(values):+.4f}, {len(values)} models"
     found.append(replace(row, claim=f"without conflicting pairs a step lowers a fresh loss more ({row.where})", here=here))
     own, doses = ", ".join(f"{change:+.1f}" for change in search.change.values()), cola_doses(settings)
-    here = f"by beta: {say_margins(search.margin)}, medians of {search.settings} synthetic settings, where routing matters "
-    here += f"{own} points{f'; on CoLA {say_margins(doses)}' if doses else ''}"
+    here = f"by beta: {say_margins(search.margin)}, medians of {search.settings} synthetic settings; {own} "
+    here += f"points in those {search.matters} where routing matters{f'; on CoLA {say_margins(doses)}' if doses else ''}"
     found.append(Row("new", "what the loss leaves of the router's margin", "not asked", here, "measured"))
     for row in found:
         yield f"| {row.claim} | {row.paper} | {row.here} | {row.verdict} |"
@@ -428,10 +429,12 @@ def say_margins(ratios: dict[float, float]) -> str:
 
 def cola_doses(settings: list[Setting]) -> dict[float, float]:
     """The largest and the smallest beta -> the share of the baseline's margin that STGC leaves, of MiniLM on CoLA with the
-    default router and experts."""
-    usual = {"router": "cosine", "experts": "copy", "task": "cola"}
-    own = [setting for setting in settings if usual.items() <= setting.record["config"].items()]
-    ratios = {one.record["config"]["beta"]: evidence.margins_of(one, "ce").values() for one in own}
+    default router and experts: the mean over the seeds where it is known."""
+    usual, ratios = {"router": "cosine", "experts": "copy"}, {}
+    for setting in (one for one in settings if one.record["name"] == "cola"):
+        config = setting.record["config"]
+        if usual.items() <= config.items() and Path(config["model"]).name == MODEL:
+            ratios[config["beta"]] = evidence.margins_of(setting, "ce").values() or ratios.get(config["beta"])
     known = {beta: mean(values) for beta, values in ratios.items() if values}
     return {beta: known[beta] for beta in (max(known), min(known))} if known else {}
 

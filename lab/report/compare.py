@@ -18,7 +18,7 @@ from scipy.stats import ttest_1samp
 from lab.report.tables import spread
 from lab.run.cli import layout, printable
 from lab.run.options import label
-from lab.text.tasks import PAPER
+from lab.text.tasks import TITLES
 
 BASELINE = "none"
 FIRST = ("dense", BASELINE)  # the rows at the top
@@ -188,7 +188,7 @@ def paper_table(records: list[dict], select: str = "best") -> str:
     notes: dict[bool, list[str]] = {True: [], False: []}
     for record in records:
         config, name = record.get("config", {}), record["name"]
-        whole = name in PAPER and not (config.get("max_train_samples") or config.get("max_eval_samples"))
+        whole = name in TITLES and not (config.get("max_train_samples") or config.get("max_eval_samples"))
         texts = []
         for row in select_rows(record, select):
             scores = list(row.of("score").values())
@@ -201,10 +201,10 @@ def paper_table(records: list[dict], select: str = "best") -> str:
             if whole:
                 ours[title][name] = scores
         notes[whole].append(f"- {name}, {printable(config.get('model', 'model not recorded'))}: {'; '.join(texts)}")
-    lines = [["row", *PAPER.values(), "Avg"]]
+    lines = [["row", *TITLES.values(), "Avg"]]
     lines += [[f"published: {name}", *(f"{value:.1f}" for value in row)] for name, row in PUBLISHED.items()]
     for name in in_order(ours):
-        cells = [spread(ours[name][task]) if task in ours[name] else "-" for task in PAPER]
+        cells = [spread(ours[name][task]) if task in ours[name] else "-" for task in TITLES]
         average = "-" if "-" in cells else f"{mean(mean(scores) for scores in ours[name].values()):.1f}"
         lines.append([f"ours: {label(name)}", *cells, average])
     how = "best epoch and best tried learning rate" if select == "best" else "last epoch, nothing selected, so lower by that"

@@ -408,7 +408,8 @@ def plot_probes(records: list[dict], file: Path) -> Path:
         axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False, fontsize=8)
     if logits:  # a line's look tells the models, its marker the label
-        lines = {line.get_label().partition(":")[0]: line for line in axes[0, 1].lines}
+        look = {line.get_label().partition(":")[0]: (line.get_linestyle(), line.get_color()) for line in axes[0, 1].lines}
+        lines = {title: Line2D([], [], linestyle=style, color=colour) for title, (style, colour) in look.items()}
         marks = [Line2D([], [], linestyle="", color="#555555", marker=MARKS[key], label=WHOSE[key]) for key in WHOSE]
         low, high = axes[0, 1].get_ylim()
         axes[0, 1].set_ylim(low, high + (high - low) / 5)

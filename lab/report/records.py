@@ -10,7 +10,7 @@ from statistics import mean
 
 from lab.run.options import FREE, METHOD, NEWER, USES
 from lab.run.runs import ROOT, read_lines, read_record
-from lab.text.tasks import PAPER
+from lab.text.tasks import TASKS, TITLES
 
 RESULTS = ROOT / "results"
 # may differ between the parts of one experiment; of METHOD a run's variant tells it
@@ -82,14 +82,23 @@ def unusual(record: dict) -> list[str]:
     return [f"{key.replace('_', ' ')} {value}" for key, value in odd.items()]
 
 
+def data_name(record: dict, part: bool = True) -> str:
+    """How readers know a record's data: the title of the task, with the number of training examples where they are a part
+    of it, the toy LVLM, or the record's own name."""
+    task = record["name"].partition("-")[0]
+    if task not in TITLES:
+        return "toy LVLM" if record["name"] == "lvlm-scenes" else record["name"]
+    train = record["data"]["train"] if part else TASKS[task].rows
+    return TITLES[task] + ("" if train == TASKS[task].rows else f" with {train:,} examples")
+
+
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:
     """The data, and the experts if they are parts -> the probes of saved models that have kappa, as the main loss falls."""
     found: dict[str, list[dict]] = {}
-    for record in records:
-        task = record["config"].get("task")
-        name = PAPER.get(task, task) if task else "toy LVLM"
+    for record in (one for one in records if one.get("probes")):
+        name = data_name(record, part=False)
         name += f", {record['config']['num_experts']} parts" if record["config"].get("experts") == "split" else ""
-        for probe in record.get("probes", []):
+        for probe in record["probes"]:
             if probe["kappa"] is not None:
                 found.setdefault(name, []).append(probe)
     return {name: sorted(probes, key=lambda probe: -probe["loss"]) for name, probes in found.items()}

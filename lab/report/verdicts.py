@@ -1,7 +1,7 @@
 """Verdicts on the paper's claims, by a rule in code: settings, their paired differences, and the rows of docs/claims.md.
 
 A verdict on a score follows from paired 95 % t-intervals over the seeds: a = variant - its baseline, b = variant - its
-controls (the placebo and flat, where they were run), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
+controls (the placebo and flat), c = placebo - baseline, and the paper's gain g. `judge` has the rule.
 """
 
 import re
@@ -14,11 +14,10 @@ from pathlib import Path
 from statistics import mean
 
 from lab.report.compare import Paired, paired
-from lab.report.records import MODEL, busiest, ends_in, key_of, unusual
+from lab.report.records import MODEL, busiest, data_name, ends_in, key_of, unusual
 from lab.report.tables import header, spread
 from lab.run.options import label
 from lab.run.runs import read_lines
-from lab.text.tasks import PAPER
 
 # ---- 1. Verdicts ----
 
@@ -168,11 +167,7 @@ class Setting:
         more += [f"{config['router']} router"] if config.get("router", usual) != usual else []
         more += [] if config["top_k"] > 1 or config.get("normalize", True) else ["weight not 1"]
         more += [f"{config['scenes']} pictures"] if config.get("scenes", 12000) != 12000 else []
-        task, _, part = self.record["name"].partition("-")
-        name = PAPER.get(task) or ("toy LVLM" if task == "lvlm" else self.record["name"])
-        if part and task in PAPER:
-            name += f" with {self.record['data']['train']:,} examples"
-        return ", ".join([name, *more])
+        return ", ".join([data_name(self.record), *more])
 
     @property
     def borrows(self) -> bool:
@@ -275,7 +270,7 @@ class Setting:
         if one == other or not (gap := self.gap(one, other, select)):
             return "-"
         shown = gap_of(self.scores(other, select), self.scores(one, select))
-        return say_gap(gap) + "*" * (abs(shown.mean - gap.mean) > 0.05)
+        return say_gap(gap) + "*" * (f"{shown.mean:.1f}" != f"{gap.mean:.1f}")
 
     def training(self) -> Iterator[str]:
         """Markdown: what every variant's training reached, means over its last tenth and over the MoE layers. Dice have no
@@ -284,7 +279,8 @@ class Setting:
         digits = {"loss": 3, "router_margin": 4, "conflict_ratio": 3, "consistency": 3}
         yield from header("variant", "training loss", "margin", "conflict ratio", "consistency", "busiest expert's share")
         for name in self.variants:
-            runs, cells = [*self.runs(name), *self.measured(name)], [label(name)]
+            rate, cells = self.runs(name)[0]["lr"], [label(name)]
+            runs = [run for run in self.measured(name) if run["lr"] == rate]
             curves = [(run["seed"], read_lines(run["curve"]) if run.get("curve") else []) for run in runs]
             void = ["router_margin"] if name == "random" else []
             void += ["conflict_ratio", "consistency"] if name in self.lent and self.record["config"]["tau"] else []
@@ -310,19 +306,21 @@ class Setting:
             names = f"{label(first['variant'])}, seed {first['seed']}"
             gap = f"{best:+.1f} points (last step {last:+.1f})"
             yield f"{names}, was run at {str(first['commit'])[:7]} and at {str(again['commit'])[:7]}: {gap}."
-        commits = sorted({str(run["commit"])[:7] for run in self.record["runs"]})
-        text = "Another commit may mean another machine, too. Of a seed that was run several times the first run stands in "
-        text += (
-            "the scores; a difference is the mean over its pairs, over those of one commit if there are some, and has a * "
-        )
-        text += "where it is not that of the scores."
-        yield f"Commits: {', '.join(commits)}.{f' {text}' if len(commits) > 1 else ''}"
-        for other, what in (("none", "the baseline"), ("", "the own placebo")):
+        commits = sorted({str(run["commit"])[:7] for run in self.measured()})
+        text = f"Commits: {', '.join(commits)}."
+        text += " Another commit may mean another machine, too." * (len(commits) > 1)
+        if self.record["repeated"]:
+            text += " Of a seed that was run several times the first run stands in the scores; a difference is the mean"
+            text += " over its pairs, over those of one commit if there are some, and has a * where it is not that of the"
+            text += " scores."
+        yield text
+        for other, what in (("none", "the baseline"), ("", "the placebo of the same loss")):
             sides = [(name, other or controls_of(name)[0]) for name in self.variants]
             sides = [(one, base) for one, base in sides if base in self.variants and one != base]
             few = [f"{label(one)} {pairs}" for one, base in sides if (pairs := self.of_one_commit(one, base))]
             if few:
-                yield f"Pairs with {what} that are of one commit: {', '.join(few)}; of the other variants all."
+                rest = "; of the other variants all" * (len(few) < len(sides))
+                yield f"Pairs with {what} that are of one commit: {', '.join(few)}{rest}."
 
     def of_one_commit(self, one: str, other: str) -> str:
         """In how many seeds two variants have a pair of one commit, where not in all that they share: "2 of 10"."""
@@ -446,9 +444,8 @@ def weight(row: Row) -> tuple[bool, int, int]:
 
 
 def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Iterator[str]:
-    """Markdown: one line per claim, with a part per setting, all but one in a fold if there are many; its verdicts are
-    counted then.
-    `tags`: id of a setting -> how the page calls it; `commands`: the same of a command, of rows without a setting."""
+    """Markdown: one line per claim, with a part per setting; if there are many, all but one in a fold, and their verdicts
+    counted. `tags`: id of a setting -> how the page calls it; `commands`: the same of a command, for rows without one."""
     for names, own in by_claim(rows).items():
         marks = [tags[id(row.setting)] if row.setting else commands.get(row.command, "") for row in own]
         found = [row.setting for row in own]
@@ -464,7 +461,7 @@ def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Ite
             rest = "<br>".join(part for i, part in enumerate(parts) if i != first)
             here = f"{parts[first]}<details><summary>{len(own) - 1} more</summary>{rest}</details>"
             verdict = "<br>".join(f"{verdict}: {number} of {len(own)}" for verdict, number in count.most_common())
-            sees = [*filter(None, pictures)][:1]
+            sees = [*filter(None, pictures[first : first + 1])]
         else:
             apart = apart if len(set(marks)) > 1 else [""] * len(own)
             here = "<br>".join(f"{mark}{one}: {row.here}" if mark else row.here for mark, one, row in zip(marks, apart, own))

@@ -34,4 +34,4 @@ TASKS = {
     "stsb": Task(("sentence1", "sentence2"), ("pearson", "spearman"), 5749, 1500, num_labels=1),
     "wnli": Task(("sentence1", "sentence2"), ("accuracy",), 635, 71, labels=ENTAILMENT[::-1]),
 }
-PAPER = {"cola": "CoLA", "mrpc": "MRPC", "qnli": "QNLI", "mnli": "MNLI", "rte": "RTE"}  # the columns of the paper's table
+TITLES = {"cola": "CoLA", "mrpc": "MRPC", "qnli": "QNLI", "mnli": "MNLI", "rte": "RTE"}  # the columns of the paper's table
