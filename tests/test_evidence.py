@@ -215,8 +215,8 @@ def test_sentences_count_a_settings_own_runs(tmp_path, monkeypatch):
     one, two, three, _, five = claims.sentences(settings, a_probed_record(), claims.read_search())
     assert one.startswith("Over 5 paired seeds STGC minus its baseline is -0.2 [")
     assert one.endswith("] points (toy LVLM, 4Top2, beta 1).")
-    start = "The learned router beats dice in 1 of the 1 settings with text or pictures where both were run with two seeds or more; "
-    assert two.startswith(f"{start}there STGC at beta 1 minus the baseline is -0.2 [")
+    start = "The learned router beats dice in 1 of the 1 settings with text or pictures where both were run with two seeds"
+    assert two.startswith(f"{start} or more; there STGC at beta 1 minus the baseline is -0.2 [")
     assert two.endswith("] points (toy LVLM, 4Top2).")
     assert (
         "in 1 of the 2 such settings where both were run with two seeds or more (+" in three and "; by chance 0.1)" in three
