@@ -396,7 +396,7 @@ def front(records: list[dict]) -> Iterator[str]:
         row = most(claim)
         gap, control = row.setting.gap("ce", "none"), row.setting.gap("ce", "placebo")
         here = f"{say_gap(gap)} points, {gap.seeds} seeds ({row.setting.brief}); minus placebo {say_gap(control)}"
-        name = row.claim.partition(" (")[0]
+        name = re.split(r",| \(", row.claim)[0]  # without the number of examples, and without what the paper has
         found.append(replace(row, claim=f"{name} ({row.where})", paper=f"{row.paper} points", here=here))
     row = most("do other batches give the same flags")
     here = f"kappa, as the main loss falls: {'; '.join(kappas(records))}"
