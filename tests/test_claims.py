@@ -148,6 +148,37 @@ def test_the_best_of_several_values(weak, strong, dice, verdict):
     assert verdicts((base, {}), *others[:1], where="table 5") == [NOT_RUN] * 2
 
 
+def test_the_controls_step_beside_the_best_of_several_values():
+    """placebo and flat at the best value minus at another one; runs that are lent are no step."""
+    one = a_picture_record({"none": NONE, "ce": plus(2, 2, 2, 2.5, 2), "placebo": plus(1, 1, 1, 1.5, 1), "flat": NONE})
+    two = a_picture_record({"none": NONE, "ce": NONE, "placebo": plus(4, 4, 4, 4, 4)}, beta=2.0)
+    settings = [Setting(records.merge([record])[0]) for record in (one, two)]
+    (row,) = (row for row in pictures.sweep_rows(settings) if row.claim.startswith("beta 1 is"))
+    assert row.here.startswith("minus beta 2: +2.1 [") and row.here.endswith(", the same of placebo -2.9 [-3.2, -2.6]")
+    for trained in settings[1].record["runs"]:
+        trained["lent"] = trained["variant"] == "placebo"
+    (row,) = (row for row in pictures.sweep_rows(settings) if row.claim.startswith("beta 1 is"))
+    assert "placebo" not in row.here
+
+
+def test_the_doses_are_of_minilm_on_cola_alone():
+    """The largest and the smallest beta whose margin is known, of the default router and experts."""
+
+    def dose(beta, left, name="cola", **config):
+        record = a_record(none=NONE, ce=NONE) | {"name": name}
+        record["config"] |= {"beta": beta, "experts": "copy", "model": "models/all-MiniLM-L6-v2"} | config
+        for trained in record["runs"]:
+            margin = 0.1 * (left or 0) if trained["variant"] == "ce" else 0.1
+            trained |= {"commit": "a"} | ({"router_margin": [0.1, margin]} if left else {})
+        return Setting(records.merge([record])[0])
+
+    own = [dose(0.1, 0.04), dose(0.01, 0.2), dose(0.001, 0.7), dose(0.0001, None)]
+    other = [dose(1, 0.5, name="toy-cola"), dose(0.1, 0.9, model="bert"), dose(2, 0.9, router="linear")]
+    found = claims.cola_doses([*own, *other, dose(0.1, None, epochs=9)])
+    assert found == {0.1: pytest.approx(0.04), 0.001: pytest.approx(0.7)}
+    assert claims.cola_doses(other) == {}
+
+
 def test_sweeps_are_paired_across_settings():
     """Tables 3 and 8: the sign decides; a setting that differs in two options is not compared."""
     small = {"none": NONE, "ce": plus(0, 0.1, 0, 0.1, 0)}
