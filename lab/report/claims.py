@@ -223,10 +223,8 @@ def say_routing(settings: list[Setting]) -> str:
         text += f"; there STGC at beta {betas} minus the baseline is "
         text += listed([f"{say_gap(gap)} points ({setting.brief})" for setting, gap in gaps])
     if below := [-gap.mean for setting in lead if (gap := pictures.above_dense(setting)) and gap.mean < 0]:
-        least, most = (f"{value:.0f}" for value in (min(below), max(below)))
-        text += (
-            f"; in {len(below)} of them the baseline lies {least if least == most else f'{least} to {most}'} points below "
-        )
+        points = " to ".join(dict.fromkeys(f"{value:.0f}" for value in (min(below), max(below))))
+        text += f"; in {len(below)} of them the baseline lies {points} points below "
         text += "the dense model that its experts were cut from"
     return f"{text}."
 
@@ -430,12 +428,11 @@ def say_margins(ratios: dict[float, float]) -> str:
 def cola_doses(settings: list[Setting]) -> dict[float, float]:
     """The largest and the smallest beta -> the share of the baseline's margin that STGC leaves, of MiniLM on CoLA with the
     default router and experts: the mean over the seeds where it is known."""
-    usual, ratios = {"router": "cosine", "experts": "copy"}, {}
+    usual, known = {"router": "cosine", "experts": "copy"}, {}
     for setting in (one for one in settings if one.record["name"] == "cola"):
-        config = setting.record["config"]
-        if usual.items() <= config.items() and Path(config["model"]).name == MODEL:
-            ratios[config["beta"]] = evidence.margins_of(setting, "ce").values() or ratios.get(config["beta"])
-    known = {beta: mean(values) for beta, values in ratios.items() if values}
+        config, ratios = setting.record["config"], evidence.margins_of(setting, "ce")
+        if ratios and usual.items() <= config.items() and Path(config["model"]).name == MODEL:
+            known[config["beta"]] = mean(ratios.values())
     return {beta: known[beta] for beta in (max(known), min(known))} if known else {}
 
 

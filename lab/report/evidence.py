@@ -9,7 +9,7 @@ from statistics import mean
 from lab.moe.probe import mean_of
 from lab.report import pictures
 from lab.report.compare import PUBLISHED, Paired
-from lab.report.records import RESULTS, ends_of
+from lab.report.records import RESULTS, ends_of, is_whole
 from lab.report.tables import read_bench, spread
 from lab.report.verdicts import (
     NOT_RUN,
@@ -40,18 +40,13 @@ def glue_rows(settings: list[Setting]) -> list[Row]:
     own, found = [setting for setting in settings if not setting.borrows], []
     for i, (name, title) in enumerate(TITLES.items()):
         row = Row("table 12", f"STGC gains on {title}", f"{after[i] - before[i]:+.1f}")
-        found += gain_rows(row, [setting for setting in own if setting.record["name"] == name and is_whole(setting)])
-        parts = [setting for setting in own if setting.record["name"].startswith(f"{name}-") and not is_whole(setting)]
+        found += gain_rows(row, [one for one in own if one.record["name"] == name and is_whole(one.record)])
+        parts = [one for one in own if one.record["name"].startswith(f"{name}-") and not is_whole(one.record)]
         for size in sorted({setting.record["data"]["train"] for setting in parts}):
             part = replace(row, claim=f"{row.claim}, trained on {size:,} of its {TASKS[name].rows:,} examples")
             same = [setting for setting in parts if setting.record["data"]["train"] == size]
             found += [one for one in gain_rows(part, same) if one.verdict != NOT_RUN]
     return found
-
-
-def is_whole(setting: Setting) -> bool:
-    """Whether it was trained on all data of its task."""
-    return setting.record["data"]["train"] == TASKS[setting.record["name"].split("-")[0]].rows
 
 
 def gate_rows(settings: list[Setting]) -> list[Row]:
@@ -61,7 +56,7 @@ def gate_rows(settings: list[Setting]) -> list[Row]:
         gain = round(own[i] - base[i], 1)
         claim = f"DynMoE's gate {'gains' if gain > 0 else 'costs'} score on {title}"
         row = Row("table 12", f"{claim} (reproduced: by its interval, and as far as the paper's)", f"{gain:+.1f}")
-        whole = [s for s in settings if s.record["name"] == name and is_whole(s) and "dynmoe" in s.variants]
+        whole = [s for s in settings if s.record["name"] == name and is_whole(s.record) and "dynmoe" in s.variants]
         gaps = [(setting, setting.gap("dynmoe", "none")) for setting in whole]
         more = [s.last_epoch("dynmoe", "none") + s.beside("dynmoe") + same_commit(s, "dynmoe", "none") for s in whole]
         rows = [score_sign_row(row, gap, 1 if gain > 0 else -1, s, end, gain=gain) for (s, gap), end in zip(gaps, more)]

@@ -387,6 +387,7 @@ def plot_probes(records: list[dict], file: Path) -> Path:
     if not series:
         raise UserError("RUN: none of these runs is probed: first run the same without --picture")
     logits = any(one.get("confusing") for found in series.values() for one in found)
+    models: dict[str, Line2D] = {}  # of the right legend: a line's look tells the models, its marker the label
     figure, axes = plt.subplots(1, 1 + logits, figsize=(6.5 * (1 + logits), 4.2), squeeze=False)
     for (title, found), (colour, style, marker) in zip(series.items(), cycle(STYLES)):
         losses, kappas, errors = ([one[key] for one in found] for key in ("loss", "kappa", "error"))
@@ -394,6 +395,8 @@ def plot_probes(records: list[dict], file: Path) -> Path:
         look = {"linestyle": style, "color": colour, "label": title}
         axes[0, 0].errorbar(losses, kappas, errors, marker=marker, capsize=3, **look)
         tokens = [(one["loss"], one["confusing"]) for one in found if one.get("confusing")]
+        if tokens:
+            models[title] = Line2D([], [], linestyle=style, color=colour)
         for key, sign in MARKS.items() if tokens else ():
             losses, values = zip(*((loss, own[key]) for loss, own in tokens))
             axes[0, 1].plot(losses, values, marker=sign, **look | {"label": f"{title}: {WHOSE[key]}"})
@@ -407,14 +410,12 @@ def plot_probes(records: list[dict], file: Path) -> Path:
         axis.set(xlabel="main loss on training batches of the probed models")
         axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    if logits:  # a line's look tells the models, its marker the label
-        look = {line.get_label().partition(":")[0]: (line.get_linestyle(), line.get_color()) for line in axes[0, 1].lines}
-        lines = {title: Line2D([], [], linestyle=style, color=colour) for title, (style, colour) in look.items()}
-        marks = [Line2D([], [], linestyle="", color="#555555", marker=MARKS[key], label=WHOSE[key]) for key in WHOSE]
+    if logits:
+        looks = {f"logit on {WHOSE[key]}": Line2D([], [], linestyle="", color="#555555", marker=MARKS[key]) for key in WHOSE}
+        looks = models | looks
         low, high = axes[0, 1].get_ylim()
         axes[0, 1].set_ylim(low, high + (high - low) / 5)
-        handles, names = [*lines.values(), *marks], [*lines, *(f"logit on {name}" for name in WHOSE.values())]
-        axes[0, 1].legend(handles, names, frameon=False, fontsize=8, ncols=2, loc="upper left")
+        axes[0, 1].legend(looks.values(), looks, frameon=False, fontsize=8, ncols=2, loc="upper left")
     return save(figure, file)
 
 

@@ -88,8 +88,12 @@ def data_name(record: dict, part: bool = True) -> str:
     task = record["name"].partition("-")[0]
     if task not in TITLES:
         return "toy LVLM" if record["name"] == "lvlm-scenes" else record["name"]
-    train = record["data"]["train"] if part else TASKS[task].rows
-    return TITLES[task] + ("" if train == TASKS[task].rows else f" with {train:,} examples")
+    return TITLES[task] + (f" with {record['data']['train']:,} examples" if part and not is_whole(record) else "")
+
+
+def is_whole(record: dict) -> bool:
+    """Whether it was trained on all data of its GLUE task."""
+    return record["data"]["train"] == TASKS[record["name"].partition("-")[0]].rows
 
 
 def probes_of(records: list[dict]) -> dict[str, list[dict]]:

@@ -280,15 +280,15 @@ class Setting:
         yield from header("variant", "training loss", "margin", "conflict ratio", "consistency", "busiest expert's share")
         for name in self.variants:
             rate, cells = self.runs(name)[0]["lr"], [label(name)]
-            runs = [run for run in self.measured(name) if run["lr"] == rate]
+            runs = [run for run in reversed(self.measured(name)) if run["lr"] == rate]  # the first run of a seed stays
             curves = [(run["seed"], read_lines(run["curve"]) if run.get("curve") else []) for run in runs]
             void = ["router_margin"] if name == "random" else []
             void += ["conflict_ratio", "consistency"] if name in self.lent and self.record["config"]["tau"] else []
             for key, places in digits.items():
                 both = [(seed, run.get(key) or ends_in(lines, key)) for run, (seed, lines) in zip(runs, curves)]
-                ends = {seed: end[1] for seed, end in reversed(both) if end and key not in void}
+                ends = {seed: end[1] for seed, end in both if end and key not in void}
                 cells.append(self.counted(name, [*ends.values()], places))
-            ends = {seed: share for seed, lines in reversed(curves) if (share := busiest(lines)) is not None}
+            ends = {seed: share for seed, lines in curves if (share := busiest(lines)) is not None}
             yield f"| {' | '.join([*cells, self.counted(name, [*ends.values()], 3)])} |"
 
     def counted(self, variant: str, values: list[float], digits: int) -> str:
@@ -461,7 +461,7 @@ def join(rows: list[Row], tags: dict[int, str], commands: dict[str, str]) -> Ite
             rest = "<br>".join(part for i, part in enumerate(parts) if i != first)
             here = f"{parts[first]}<details><summary>{len(own) - 1} more</summary>{rest}</details>"
             verdict = "<br>".join(f"{verdict}: {number} of {len(own)}" for verdict, number in count.most_common())
-            sees = [*filter(None, pictures[first : first + 1])]
+            sees = [pictures[first]]
         else:
             apart = apart if len(set(marks)) > 1 else [""] * len(own)
             here = "<br>".join(f"{mark}{one}: {row.here}" if mark else row.here for mark, one, row in zip(marks, apart, own))
